@@ -1,0 +1,86 @@
+"""Argument checks: every refusal names the argument, what was given and what is accepted."""
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def require(condition: bool, name: str, got, expected: str) -> None:
+    """Raises a ValueError `name: got ..., expected ...` unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    require(tuple(tensor.shape) == tuple(shape), name, f"shape {tuple(tensor.shape)}", f"{letters} = {tuple(shape)}")
+
+
+def check_lists(kv_num_blocks: Tensor, kv_indices: Tensor) -> None:
+    """Shapes and dtypes of the block lists."""
+    require(kv_indices.dim() == 4, "kv_indices", f"shape {tuple(kv_indices.shape)}", "(B, H, M, K)")
+    check_shape("kv_num_blocks", kv_num_blocks, tuple(kv_indices.shape[:3]), "(B, H, M) of kv_indices")
+    for name, tensor in (("kv_num_blocks", kv_num_blocks), ("kv_indices", kv_indices)):
+        require(tensor.dtype == torch.int32, name, tensor.dtype, "torch.int32")
+
+
+def check_layout(side: str, starts: Tensor, sizes: Tensor, batch: int, heads: int, count: int | None) -> None:
+    """Shapes and dtypes of the starts and sizes of one side; count None accepts any number of blocks."""
+    for name, tensor in ((f"{side}_starts", starts), (f"{side}_sizes", sizes)):
+        require(tensor.dtype == torch.int32, name, tensor.dtype, "torch.int32")
+        blocks = tensor.shape[-1] if tensor.dim() else 0
+        expected = blocks if count is None else count
+        accepted = ((expected,), (batch, heads, expected))
+        require(tuple(tensor.shape) in accepted, name, f"shape {tuple(tensor.shape)}", f"{accepted[0]} or {accepted[1]}")
+    require(starts.shape == sizes.shape, f"{side}_sizes", f"shape {tuple(sizes.shape)}", f"{side}_starts' {tuple(starts.shape)}")
+
+
+def check_attention(q, k, v, selection, key_bias, block_gate) -> None:
+    """Shapes, dtypes and devices of the arguments of `block_sparse_attention`; looks at no values."""
+    require(q.dim() == 4, "q", f"shape {tuple(q.shape)}", "(B, H, Sq, D)")
+    batch, heads, _, dim = q.shape
+    require(k.dim() == 4, "k", f"shape {tuple(k.shape)}", "(B, H, Sk, D)")
+    check_shape("k", k, (batch, heads, k.shape[2], dim), "(B, H, Sk, D)")
+    check_shape("v", v, tuple(k.shape), "the shape of k")
+    require(q.dtype in FLOAT_DTYPES, "q", q.dtype, "float64, float32, float16 or bfloat16")
+    for name, tensor in (("k", k), ("v", v)):
+        require(tensor.dtype == q.dtype, name, tensor.dtype, f"q's dtype {q.dtype}")
+    lists = selection.kv_indices
+    check_shape("selection.kv_indices", lists[..., 0, 0], (batch, heads), "(B, H) of q, first two dimensions")
+    given = [("k", k), ("v", v), ("selection", lists)]
+    if key_bias is not None:
+        per_head = key_bias.shape[1] if key_bias.dim() == 3 and key_bias.shape[1] in (1, heads) else heads
+        check_shape("key_bias", key_bias, (batch, per_head, k.shape[2]), "(B, H or 1, Sk)")
+        given.append(("key_bias", key_bias))
+    if block_gate is not None:
+        check_shape("block_gate", block_gate, tuple(lists.shape), "(B, H, M, K) of selection.kv_indices")
+        given.append(("block_gate", block_gate))
+    for name, tensor in given:
+        require(tensor.device == q.device, name, tensor.device, f"q's device {q.device}")
+        if name in ("key_bias", "block_gate"):
+            require(tensor.dtype in FLOAT_DTYPES, name, tensor.dtype, "a floating dtype")
+
+
+def check_values(selection, q_len: int, kv_len: int) -> None:
+    """Looks at the integers of a selection: counts, listed indices, block bounds.
+
+    On the CPU a wrong value raises a ValueError. On a GPU the same conditions become device-side assertions
+    (`torch._assert_async`), which cost no synchronisation and abort the next one.
+    """
+    counts, lists = selection.kv_num_blocks, selection.kv_indices
+    used = selection.used_slots()
+    num_kv = selection.num_kv_blocks
+    conditions = [
+        ("selection.kv_num_blocks", counts, (counts >= 0) & (counts <= selection.capacity), f"counts in 0..{selection.capacity} (capacity K)"),
+        ("selection.kv_indices", lists, ~used | ((lists >= 0) & (lists < num_kv)), f"listed indices in 0..{num_kv - 1}"),
+    ]
+    sides = (("q", selection.q_starts, selection.q_sizes, q_len), ("kv", selection.kv_starts, selection.kv_sizes, kv_len))
+    for side, starts, sizes, length in sides:
+        inside = (starts >= 0) & (sizes >= 0) & (starts.long() + sizes <= length)
+        conditions.append((f"selection.{side}_sizes", starts + sizes, inside, f"blocks inside 0..{length} (start + size)"))
+    for name, values, valid, expected in conditions:
+        if valid.device.type == "cpu":
+            if not bool(valid.all()):
+                raise ValueError(f"{name}: got {values[~valid].flatten()[:4].tolist()}, expected {expected}")
+        else:
+            torch._assert_async(valid.all(), f"{name}: expected {expected}")

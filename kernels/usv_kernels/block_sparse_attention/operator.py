@@ -1,0 +1,79 @@
+"""The differentiable operator as torch.library sees it: one forward and one backward op, real and fake, and autograd.
+
+Both ops take the implementation as a string, so compiled graphs, eager autograd and `opcheck` all meet the same two
+names: `usv_kernels::block_sparse_attention` and `usv_kernels::block_sparse_attention_backward`.
+"""
+
+import torch
+from torch import Tensor
+
+from ..selection import BlockSelection
+
+
+def _implementation(name: str):
+    if name == "cpu":
+        from . import cpu as module
+    else:
+        from . import triton_launch as module
+    return module
+
+
+@torch.library.custom_op("usv_kernels::block_sparse_attention", mutates_args=())
+def forward_op(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, block_gate: Tensor | None, kv_num_blocks: Tensor,
+    kv_indices: Tensor, q_starts: Tensor, q_sizes: Tensor, kv_starts: Tensor, kv_sizes: Tensor, scale: float, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    selection = (kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes)
+    return _implementation(impl).forward(q, k, v, selection, key_bias, block_gate, scale)
+
+
+@forward_op.register_fake
+def _(q, k, v, key_bias, block_gate, kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes, scale, impl):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.custom_op("usv_kernels::block_sparse_attention_backward", mutates_args=())
+def backward_op(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    key_bias: Tensor | None, block_gate: Tensor | None, kv_num_blocks: Tensor, kv_indices: Tensor, q_starts: Tensor,
+    q_sizes: Tensor, kv_starts: Tensor, kv_sizes: Tensor, scale: float, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, key_bias, block_gate; an absent argument gets an empty tensor, as ops return no None."""
+    selection = (kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes)
+    gradients = _implementation(impl).backward(grad_out, grad_lse, q, k, v, out, lse, selection, key_bias, block_gate, scale)
+    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@backward_op.register_fake
+def _(grad_out, grad_lse, q, k, v, out, lse, key_bias, block_gate, *rest):
+    absent = q.new_empty(0)
+    bias = absent if key_bias is None else key_bias.new_empty(key_bias.shape)
+    gate = absent if block_gate is None else block_gate.new_empty(block_gate.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias, gate
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, key_bias, block_gate, *selection, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(q, k, v, *output, key_bias, block_gate, *selection)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, key_bias, block_gate, *selection = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return (None,) * 13
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    dq, dk, dv, dbias, dgate = backward_op(grad_out, grad_lse, q, k, v, out, lse, key_bias, block_gate, *selection,
+                                           ctx.scale, ctx.impl)  # fmt: skip
+    return (dq, dk, dv, None if key_bias is None else dbias, None if block_gate is None else dgate, *(None,) * 8)
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias: Tensor | None,
+           block_gate: Tensor | None, scale: float, impl: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    s = selection
+    lists = (s.kv_num_blocks, s.kv_indices, s.q_starts, s.q_sizes, s.kv_starts, s.kv_sizes)
+    return forward_op(q, k, v, key_bias, block_gate, *lists, scale, impl)
