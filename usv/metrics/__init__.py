@@ -1,0 +1,40 @@
+"""Offline video-quality metrics: nothing is downloaded, every network ships in a package.
+
+Rooms: `features` (EfficientNet: appearance, subjects, consistency, perceptual distance) · `frechet` (distance of sets,
+bootstrap) · `motion` (optical flow: camera motion, warp error) · `fidelity` (PSNR, SSIM, VMAF, flicker) · `summary`.
+"""
+
+from usv.metrics.features import (
+    Alignment,
+    Prototypes,
+    build_prototypes,
+    features,
+    lpips_like,
+    subject_accuracy,
+    subject_consistency,
+)
+from usv.metrics.fidelity import flicker, psnr, ssim, vmaf
+from usv.metrics.frechet import bootstrap_ci, frechet_distance
+from usv.metrics.motion import MOTIONS, camera_motion, flow_warp_error, motion_accuracy
+from usv.metrics.summary import evaluate_videos
+
+__all__ = [
+    "MOTIONS",
+    "Alignment",
+    "Prototypes",
+    "bootstrap_ci",
+    "build_prototypes",
+    "camera_motion",
+    "evaluate_videos",
+    "features",
+    "flicker",
+    "flow_warp_error",
+    "frechet_distance",
+    "lpips_like",
+    "motion_accuracy",
+    "psnr",
+    "ssim",
+    "subject_accuracy",
+    "subject_consistency",
+    "vmaf",
+]

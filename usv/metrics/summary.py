@@ -1,0 +1,85 @@
+"""All metrics of a set of videos in one call, each network and flow run once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from usv.metrics.checks import check_twins, check_videos
+from usv.metrics.features import (
+    Prototypes,
+    check_subjects,
+    classify_subjects,
+    consistency_of,
+    frame_features,
+    lpips_like,
+    pool_features,
+)
+from usv.metrics.fidelity import find_ffmpeg, flicker, psnr, ssim, vmaf
+from usv.metrics.frechet import bootstrap_ci, check_features, frechet_distance
+from usv.metrics.motion import camera_motion, check_motions, classify_motion, flow_warp_error, optical_flow
+
+
+def _hits(predicted: list, wanted: list) -> torch.Tensor:
+    return torch.tensor([float(a == b) for a, b in zip(predicted, wanted, strict=True)])
+
+
+def evaluate_videos(
+    videos: torch.Tensor,
+    subjects: Sequence | None = None,
+    motions: Sequence | None = None,
+    reference_features: torch.Tensor | None = None,
+    dense_twins: torch.Tensor | None = None,
+    *,
+    prototypes: Prototypes | None = None,
+    intervals: bool = False,
+) -> dict[str, float]:
+    """Every metric that the arguments allow, averaged over videos.
+
+    Always: subject_consistency, flicker, flow_warp_error. With `subjects` (B labels of `prototypes`, which then is
+    required): subject_accuracy. With `motions` (B indices or names of MOTIONS): motion_accuracy. With
+    `reference_features` (n, 2560), `features` of real clips, n ≥ 16: frechet_distance. With `dense_twins`, the dense
+    model's videos for the same prompts and seeds: psnr (inf for equal clips), ssim, lpips_like, vmaf.
+    With `intervals`, each also as <name>_low and <name>_high, the 95% bootstrap interval over videos.
+
+    videos and dense_twins (B, T, 3, H, W) float in [0, 1], T ≥ 3. Raises ValueError for wrong arguments (all are
+    checked before anything is computed) and RuntimeError where twins are given and no ffmpeg has libvmaf.
+    """
+    videos = check_videos(videos, min_frames=3)
+    if subjects is not None:
+        if prototypes is None:
+            raise ValueError("prototypes: got None, expected those of build_prototypes, since subjects are given")
+        subjects = check_subjects(subjects, len(videos), prototypes)
+    if motions is not None:
+        motions = check_motions(motions, len(videos))
+    if reference_features is not None:
+        check_features(reference_features, "reference_features")
+        check_features(videos.flatten(1)[:, :1], "videos")  # as many clips as the distance needs
+    if dense_twins is not None:
+        check_twins(videos, dense_twins, "dense_twins")
+        find_ffmpeg()
+
+    frames, flow = frame_features(videos), optical_flow(videos)
+    each = {
+        "subject_consistency": consistency_of(frames),
+        "flicker": flicker(videos),
+        "flow_warp_error": flow_warp_error(videos, flow),
+    }
+    if subjects is not None:
+        each["subject_accuracy"] = _hits(classify_subjects(frames, prototypes), subjects)
+    if motions is not None:
+        each["motion_accuracy"] = _hits(classify_motion(camera_motion(flow=flow)), motions)
+    if dense_twins is not None:
+        each |= {metric.__name__: metric(videos, dense_twins) for metric in (psnr, ssim, lpips_like, vmaf)}
+    result = {name: float(values.mean()) for name, values in each.items()}
+    if intervals:
+        for name, values in each.items():
+            result[f"{name}_low"], result[f"{name}_high"] = bootstrap_ci(torch.mean, values, num_resamples=1000)
+    if reference_features is not None:
+        pooled = pool_features(frames)
+        result["frechet_distance"] = frechet_distance(reference_features, pooled)
+        if intervals:
+            low, high = bootstrap_ci(frechet_distance, reference_features, pooled, method="basic")
+            result["frechet_distance_low"], result["frechet_distance_high"] = low, high
+    return result
