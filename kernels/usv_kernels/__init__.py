@@ -8,3 +8,8 @@ from .selection import BlockSelection as BlockSelection
 from .block_pool import block_pool as block_pool
 from .select import select_top_k as select_top_k
 from .select import select_top_p as select_top_p
+from .kmeans import Clusters as Clusters
+from .kmeans import kmeans as kmeans
+from .norm_rope import norm_rope as norm_rope
+from .permute import inverse_permutation as inverse_permutation
+from .permute import permute as permute

@@ -1,0 +1,40 @@
+"""The two halves of a k-means iteration on the CPU: one matrix product per chunk of tokens, and whole-row additions."""
+
+import torch
+from torch import Tensor
+
+from .._impl import accumulator
+
+LIMIT = 1 << 24  # scores that exist at one time: 64 MB in float32
+
+
+def assign(x_BHSD: Tensor, centroids_BHKD: Tensor) -> Tensor:
+    """argmin |x - c|^2 = argmax (x.c - |c|^2 / 2). Shifted by the mean centroid, so that a common offset does not cancel."""
+    batch, heads, length, dim = x_BHSD.shape
+    acc = accumulator(x_BHSD.dtype)
+    centroids = centroids_BHKD.to(acc).flatten(0, 1)
+    clusters = centroids.shape[1]
+    offset = centroids.mean(1, keepdim=True)
+    centroids = centroids - offset
+    bias = centroids.square().sum(-1).mul(-0.5).unsqueeze(1)
+    out = torch.empty(batch * heads, length, dtype=torch.int64)
+    step = max(LIMIT // max(batch * heads * clusters, 1), 1)
+    for start in range(0, length, step):
+        chunk = x_BHSD[:, :, start : start + step].to(acc).reshape(batch * heads, -1, dim) - offset
+        torch.argmax(torch.baddbmm(bias, chunk, centroids.transpose(1, 2)), -1, out=out[:, start : start + step])
+    return out.view(batch, heads, length)
+
+
+def update(x_BHSD: Tensor, assignment_BHS: Tensor, centroids_BHKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums in float64: a cluster may hold every token, and a running float32 sum over 75,600 of them is not a mean."""
+    batch, heads, length, dim = x_BHSD.shape
+    clusters = centroids_BHKD.shape[2]
+    total = torch.zeros(batch * heads * clusters, dim, dtype=torch.float64)
+    flat = assignment_BHS + torch.arange(batch * heads).view(batch, heads, 1) * clusters
+    step = max(LIMIT // max(batch * heads * dim, 1), 1)
+    for start in range(0, length, step):
+        rows = x_BHSD[:, :, start : start + step].to(torch.float64).reshape(-1, dim)
+        total.index_add_(0, flat[:, :, start : start + step].reshape(-1), rows)
+    counts = torch.bincount(flat.flatten(), minlength=total.shape[0]).view(batch, heads, clusters)
+    mean = (total.view(centroids_BHKD.shape) / counts.clamp(min=1)[..., None]).to(centroids_BHKD.dtype)
+    return torch.where(counts[..., None] > 0, mean, centroids_BHKD), counts
