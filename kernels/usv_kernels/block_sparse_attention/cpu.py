@@ -9,14 +9,15 @@ order, so it is deterministic. Half precision is computed in fp32: without nativ
 Letters: G = B * H, n items of a batch, p query rows of an item, L tokens of its list, c slots of its list, D channels.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Score elements per batch: 4 MB in fp32, about the last private cache level of two cores.
-BATCH_ELEMENTS = 1 << 20
+# Score elements per batch: 1 MB in fp32, so that scores and gathered tiles stay in the caches of a core.
+BATCH_ELEMENTS = 1 << 18
 # Longest run of query rows in one work item; longer blocks are split, which bounds the score matrix.
 MAX_ROWS = 256
 # Padding a batch may cost this factor in token pairs, or this many pairs a batch: about what its calls cost anyway.
@@ -183,8 +184,26 @@ def _units(x_BHSd: Tensor, tile: int, count: int, dtype: torch.dtype, fill: floa
     return x.reshape(-1, tile * dim)
 
 
-def _take(units: Tensor, index) -> Tensor:
-    return units[index] if isinstance(index, slice) else units.index_select(0, index)
+class Scratch:
+    """Buffers that one call reuses for every batch: fresh memory would be page-faulted in and leave the cache each time
+    (measured: gathers into fresh memory took as long as the matrix products)."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < count:
+            self.buffers[name] = torch.empty(count, dtype=self.dtype)
+        return self.buffers[name][:count].view(shape)
+
+    def take(self, name: str, units: Tensor, index, *shape: int) -> Tensor:
+        """Rows `index` of `units` as `shape`, copied unless they are consecutive."""
+        if isinstance(index, slice):
+            return units[index].view(shape)
+        rows = self(name, len(index), units.shape[1])
+        return torch.index_select(units, 0, index, out=rows).view(shape)
 
 
 def _put(units: Tensor, index, values: Tensor) -> None:
@@ -211,12 +230,10 @@ def _column_bias(b: Batch, layout: Layout, bias_units: Tensor | None, gate: Tens
     return column
 
 
-def _scores(q_npD: Tensor, k_nLD: Tensor, column: Tensor | None, scale: float) -> Tensor:
-    k_nDL = k_nLD.transpose(1, 2)
-    if column is None:
-        s = torch.empty(q_npD.shape[0], q_npD.shape[1], k_nLD.shape[1], dtype=q_npD.dtype)
-        return torch.baddbmm(s, q_npD, k_nDL, beta=0, alpha=scale, out=s)
-    return torch.baddbmm(column.unsqueeze(1), q_npD, k_nDL, alpha=scale)
+def _scores(q_npD: Tensor, k_nLD: Tensor, column: Tensor | None, scale: float, s_npL: Tensor) -> Tensor:
+    if column is not None:
+        s_npL.copy_(column.unsqueeze(1))
+    return s_npL.baddbmm_(q_npD, k_nLD.transpose(1, 2), beta=0 if column is None else 1, alpha=scale)
 
 
 def _inputs(q, k, v, key_bias, block_gate, layout: Layout, dtype):
@@ -238,20 +255,22 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float) -> t
     q_units, k_units, v_units, bias, gate = _inputs(q, k, v, key_bias, block_gate, layout, dtype)
     out = torch.zeros_like(q_units)
     lse = torch.full((q_units.shape[0], layout.q_tile), float("-inf"), dtype=dtype)
+    scratch = Scratch(dtype)
     for first, last in layout.batches:
         b = _batch(layout, first, last)
         n, p, length = b.shape
-        q_npD = _take(q_units, b.q_index).view(n, p, dim)
-        k_nLD = k_units.index_select(0, b.kv_index).view(n, length, dim)
-        v_nLD = v_units.index_select(0, b.kv_index).view(n, length, dim)
+        q_npD = scratch.take("q", q_units, b.q_index, n, p, dim)
+        k_nLD = scratch.take("k", k_units, b.kv_index, n, length, dim)
         column = _column_bias(b, layout, bias, gate, dtype)
-        s = _scores(q_npD, k_nLD, column, scale)
+        s = _scores(q_npD, k_nLD, column, scale, scratch("s", n, p, length))
         top = s.amax(-1, keepdim=True)
         if column is not None:
             top = torch.where(top == float("-inf"), 0.0, top)
         torch.exp(s.sub_(top), out=s)
         total = s.sum(-1, keepdim=True)
-        o_npD = torch.bmm(s, v_nLD).div_(total if column is None else torch.where(total == 0, 1.0, total))
+        # K is no longer needed: V takes its buffer, which is still in cache.
+        v_nLD = scratch.take("k", v_units, b.kv_index, n, length, dim)
+        o_npD = torch.bmm(s, v_nLD, out=scratch("o", n, p, dim)).div_(total if column is None else torch.where(total == 0, 1.0, total))
         _put(out, b.q_index, o_npD.view(-1, out.shape[1]))
         _put(lse, b.q_index, (top + total.log()).view(-1, lse.shape[1]))
     out = out.view(batch, heads, -1, dim)[:, :, :q_len].to(q.dtype)
@@ -276,23 +295,28 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
     dq, dk, dv = torch.zeros_like(q_units), torch.zeros_like(k_units), torch.zeros_like(v_units)
     dbias = None if bias is None else torch.zeros_like(bias)
     dgate = None if gate is None else torch.zeros_like(gate)
+    scratch = Scratch(dtype)
     for first, last in layout.batches:
         b = _batch(layout, first, last)
         n, p, length = b.shape
-        q_npD, go_npD = (_take(x, b.q_index).view(n, p, dim) for x in (q_units, go_units))
-        lse_np1, delta_np1 = (_take(x, b.q_index).view(n, p, 1) for x in (lse_units, delta_units))
+        q_npD = scratch.take("q", q_units, b.q_index, n, p, dim)
+        go_npD = scratch.take("go", go_units, b.q_index, n, p, dim)
+        lse_np1 = scratch.take("lse", lse_units, b.q_index, n, p, 1)
+        delta_np1 = scratch.take("delta", delta_units, b.q_index, n, p, 1)
         if b.q_invalid is not None:
             lse_np1 = lse_np1.masked_fill(b.q_invalid.unsqueeze(-1), float("inf"))
-        k_nLD, v_nLD = (x.index_select(0, b.kv_index).view(n, length, dim) for x in (k_units, v_units))
-        s = _scores(q_npD, k_nLD, _column_bias(b, layout, bias, gate, dtype), scale)
+        k_nLD = scratch.take("k", k_units, b.kv_index, n, length, dim)
+        s = _scores(q_npD, k_nLD, _column_bias(b, layout, bias, gate, dtype), scale, scratch("s", n, p, length))
         torch.exp(s.sub_(lse_np1), out=s)
-        dv.index_add_(0, b.kv_index, torch.bmm(s.transpose(1, 2), go_npD).view(-1, dv.shape[1]))
-        ds = torch.bmm(go_npD, v_nLD.transpose(1, 2)).sub_(delta_np1).mul_(s)
+        part_nLD = scratch("part", n, length, dim)
+        dv.index_add_(0, b.kv_index, torch.bmm(s.transpose(1, 2), go_npD, out=part_nLD).view(-1, dv.shape[1]))
+        v_nLD = scratch.take("v", v_units, b.kv_index, n, length, dim)
+        ds = torch.bmm(go_npD, v_nLD.transpose(1, 2), out=scratch("ds", n, p, length)).sub_(delta_np1).mul_(s)
         if bias is not None or gate is not None:
             _add_column_gradient(ds.sum(1), b, layout, dbias, dgate)
-        dq_npD = torch.bmm(ds, k_nLD)
-        _put(dq, b.q_index, _first_valid(dq_npD, b).view(-1, dq.shape[1]))
-        dk.index_add_(0, b.kv_index, torch.bmm(ds.transpose(1, 2), q_npD).view(-1, dk.shape[1]))
+        dq_npD = torch.bmm(ds, k_nLD, out=scratch("o", n, p, dim))
+        _put(dq, b.q_index, _first_valid(dq_npD, b).reshape(-1, dq.shape[1]))
+        dk.index_add_(0, b.kv_index, torch.bmm(ds.transpose(1, 2), q_npD, out=part_nLD).view(-1, dk.shape[1]))
 
     def shaped(x: Tensor, length: int, factor: float, like: Tensor) -> Tensor:
         return x.view(batch, heads, -1, dim)[:, :, :length].mul(factor).to(like.dtype).contiguous()
