@@ -7,12 +7,14 @@ kernel, serves all of them. `kv_num_blocks` and `kv_indices` are named as in Fle
 Shape letters: B batch, H heads, M query blocks, N key blocks, K slots of a list, S tokens.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ._checks import check_layout, check_lists, require
+
+TENSORS = ("kv_num_blocks", "kv_indices", "q_starts", "q_sizes", "kv_starts", "kv_sizes")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class BlockSelection:
             never read and may hold anything.
         q_starts, q_sizes: (M,) or (B, H, M) int32, first token and number of tokens of each query block.
         kv_starts, kv_sizes: (N,) or (B, H, N) int32, the same for key blocks.
+        q_max, kv_max: a bound on the sizes that the host knows, 0 if it knows none. A promise that lets the GPU kernels
+            choose a tile without asking the device; give it for tiles of one size (a smaller last one included) or for
+            blocks of at most 64 tokens. `from_mask` fills it in where the sizes lie on the CPU.
 
     Blocks of one side must not overlap; they need not cover the sequence: an uncovered query row attends to nothing, an
     uncovered key is attended by nobody. A size may be 0.
@@ -39,15 +44,17 @@ class BlockSelection:
     q_sizes: Tensor
     kv_starts: Tensor
     kv_sizes: Tensor
+    q_max: int = 0
+    kv_max: int = 0
 
     def __post_init__(self):
         check_lists(self.kv_num_blocks, self.kv_indices)
         batch, heads, num_q = self.kv_num_blocks.shape
         check_layout("q", self.q_starts, self.q_sizes, batch, heads, num_q)
         check_layout("kv", self.kv_starts, self.kv_sizes, batch, heads, None)
-        for field in fields(self):
-            device = getattr(self, field.name).device
-            require(device == self.kv_indices.device, field.name, device, f"the device of kv_indices ({self.kv_indices.device})")
+        for name in TENSORS:
+            device = getattr(self, name).device
+            require(device == self.kv_indices.device, name, device, f"the device of kv_indices ({self.kv_indices.device})")
 
     @property
     def num_q_blocks(self) -> int:
@@ -83,7 +90,7 @@ class BlockSelection:
         order = torch.argsort(mask.logical_not().to(torch.uint8), dim=-1, stable=True)[..., :capacity]
         counts = mask.sum(-1).clamp(max=capacity)
         return cls(counts.to(torch.int32), order.to(torch.int32).contiguous(), *_consecutive(q_sizes, mask.device),
-                   *_consecutive(kv_sizes, mask.device))  # fmt: skip
+                   *_consecutive(kv_sizes, mask.device), known_bound(q_sizes), known_bound(kv_sizes))  # fmt: skip
 
     def used_slots(self) -> Tensor:
         """(B, H, M, K) bool, True where a slot of `kv_indices` is in use."""
@@ -110,13 +117,29 @@ class BlockSelection:
         order = torch.argsort(mask.logical_not().to(torch.uint8), dim=-1, stable=True)
         counts = mask.sum(-1).to(torch.int32)
         return BlockSelection(counts, order.to(torch.int32).contiguous(), self.kv_starts, self.kv_sizes, self.q_starts,
-                              self.q_sizes)  # fmt: skip
+                              self.q_sizes, self.kv_max, self.q_max)  # fmt: skip
 
     def to(self, device) -> "BlockSelection":
-        return BlockSelection(*(getattr(self, field.name).to(device) for field in fields(self)))
+        """The same selection on another device."""
+        return BlockSelection(*(x.to(device) for x in self.tensors()), self.q_max, self.kv_max)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The six tensors in the order of the attributes."""
+        return tuple(getattr(self, name) for name in TENSORS)
 
     def _per_head(self, x: Tensor) -> Tensor:
         return x.expand(*self.kv_num_blocks.shape[:2], x.shape[-1])
+
+
+def known_bound(sizes: Tensor) -> int:
+    """The largest block if `sizes` can be read without waiting for a device and one tile shape fits all, else 0."""
+    sizes = torch.as_tensor(sizes)
+    if torch.compiler.is_compiling() or sizes.device.type != "cpu" or sizes.numel() == 0:
+        return 0
+    largest = int(sizes.max())
+    regular = sizes.dim() == 1 and bool((sizes[:-1] == largest).all())
+    # Irregular large blocks get loops of their own length: padding each to the largest would waste their products.
+    return largest if regular or largest <= 64 else 0
 
 
 def _consecutive(sizes: Tensor, device) -> tuple[Tensor, Tensor]:

@@ -247,8 +247,8 @@ def _inputs(q, k, v, key_bias, block_gate, layout: Layout, dtype):
     return q_units, k_units, v_units, bias, gate
 
 
-def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float) -> tuple[Tensor, Tensor]:
-    """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) in fp32 (fp64 for fp64 input)."""
+def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0, kv_max: int = 0) -> tuple[Tensor, Tensor]:
+    """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) in fp32 (fp64 for fp64 input). Reads the sizes: needs no bounds."""
     batch, heads, q_len, dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     layout = _plan(selection_tensors, q_len, k.shape[2])
@@ -277,7 +277,8 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float) -> t
     return out.contiguous(), lse.view(batch, heads, -1)[:, :, :q_len].contiguous()
 
 
-def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias, block_gate, scale: float):
+def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0,
+             kv_max: int = 0):  # fmt: skip
     """Gradients of q, k, v, key_bias and block_gate (None for an absent argument). grad_lse may be None."""
     batch, heads, q_len, dim = q.shape
     kv_len = k.shape[2]

@@ -21,14 +21,16 @@ def _implementation(name: str):
 @torch.library.custom_op("usv_kernels::block_sparse_attention", mutates_args=())
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, block_gate: Tensor | None, kv_num_blocks: Tensor,
-    kv_indices: Tensor, q_starts: Tensor, q_sizes: Tensor, kv_starts: Tensor, kv_sizes: Tensor, scale: float, impl: str,
+    kv_indices: Tensor, q_starts: Tensor, q_sizes: Tensor, kv_starts: Tensor, kv_sizes: Tensor, q_max: int,
+    kv_max: int, scale: float, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     selection = (kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes)
-    return _implementation(impl).forward(q, k, v, selection, key_bias, block_gate, scale)
+    return _implementation(impl).forward(q, k, v, selection, key_bias, block_gate, scale, q_max, kv_max)
 
 
 @forward_op.register_fake
-def _(q, k, v, key_bias, block_gate, kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes, scale, impl):
+def _(q, k, v, key_bias, block_gate, kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes, q_max, kv_max,
+      scale, impl):  # fmt: skip
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
@@ -37,11 +39,12 @@ def _(q, k, v, key_bias, block_gate, kv_num_blocks, kv_indices, q_starts, q_size
 def backward_op(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     key_bias: Tensor | None, block_gate: Tensor | None, kv_num_blocks: Tensor, kv_indices: Tensor, q_starts: Tensor,
-    q_sizes: Tensor, kv_starts: Tensor, kv_sizes: Tensor, scale: float, impl: str,
+    q_sizes: Tensor, kv_starts: Tensor, kv_sizes: Tensor, q_max: int,
+    kv_max: int, scale: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, key_bias, block_gate; an absent argument gets an empty tensor, as ops return no None."""
     selection = (kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes)
-    gradients = _implementation(impl).backward(grad_out, grad_lse, q, k, v, out, lse, selection, key_bias, block_gate, scale)
+    gradients = _implementation(impl).backward(grad_out, grad_lse, q, k, v, out, lse, selection, key_bias, block_gate, scale, q_max, kv_max)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -54,7 +57,7 @@ def _(grad_out, grad_lse, q, k, v, out, lse, key_bias, block_gate, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, key_bias, block_gate, *selection, ctx.scale, ctx.impl = inputs
+    q, k, v, key_bias, block_gate, *selection, ctx.q_max, ctx.kv_max, ctx.scale, ctx.impl = inputs
     ctx.save_for_backward(q, k, v, *output, key_bias, block_gate, *selection)
     ctx.set_materialize_grads(False)
 
@@ -62,11 +65,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse, key_bias, block_gate, *selection = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 13
+        return (None,) * 15
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     dq, dk, dv, dbias, dgate = backward_op(grad_out, grad_lse, q, k, v, out, lse, key_bias, block_gate, *selection,
-                                           ctx.scale, ctx.impl)  # fmt: skip
-    return (dq, dk, dv, None if key_bias is None else dbias, None if block_gate is None else dgate, *(None,) * 8)
+                                           ctx.q_max, ctx.kv_max, ctx.scale, ctx.impl)  # fmt: skip
+    return (dq, dk, dv, None if key_bias is None else dbias, None if block_gate is None else dgate, *(None,) * 10)
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -74,6 +77,5 @@ forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias: Tensor | None,
            block_gate: Tensor | None, scale: float, impl: str) -> tuple[Tensor, Tensor]:  # fmt: skip
-    s = selection
-    lists = (s.kv_num_blocks, s.kv_indices, s.q_starts, s.q_sizes, s.kv_starts, s.kv_sizes)
-    return forward_op(q, k, v, key_bias, block_gate, *lists, scale, impl)
+    """The op with a BlockSelection taken apart."""
+    return forward_op(q, k, v, key_bias, block_gate, *selection.tensors(), selection.q_max, selection.kv_max, scale, impl)
