@@ -1,10 +1,10 @@
 """Offline video-quality metrics: nothing is downloaded, every network ships in a package.
 
-Rooms: `features` (EfficientNet: appearance, subjects, consistency, perceptual distance) · `frechet` (distance of sets,
+Rooms: `appearance` (EfficientNet: appearance, subjects, consistency, perceptual distance) · `frechet` (distance of sets,
 bootstrap) · `motion` (optical flow: camera motion, warp error) · `fidelity` (PSNR, SSIM, VMAF, flicker) · `summary`.
 """
 
-from usv.metrics.features import (
+from usv.metrics.appearance import (
     Alignment,
     Prototypes,
     build_prototypes,
@@ -14,7 +14,7 @@ from usv.metrics.features import (
     subject_consistency,
 )
 from usv.metrics.fidelity import flicker, psnr, ssim, vmaf
-from usv.metrics.frechet import bootstrap_ci, frechet_distance
+from usv.metrics.frechet import bootstrap_ci, frechet_ci, frechet_distance
 from usv.metrics.motion import MOTIONS, camera_motion, flow_warp_error, motion_accuracy
 from usv.metrics.summary import evaluate_videos
 
@@ -29,6 +29,7 @@ __all__ = [
     "features",
     "flicker",
     "flow_warp_error",
+    "frechet_ci",
     "frechet_distance",
     "lpips_like",
     "motion_accuracy",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from usv.metrics.checks import check_labels, check_videos
-from usv.metrics.features import Alignment
+from usv.metrics.appearance import Alignment
 
 MOTIONS = ("pan left", "pan right", "tilt up", "tilt down", "zoom in", "zoom out", "roll left", "roll right")
 STATIC = -1  # predicted index where nothing measurable moves: never counted as right
@@ -43,7 +43,9 @@ def _gray(video: np.ndarray) -> list[np.ndarray]:
     clahe = cv2.createCLAHE(clipLimit=3.0, tileGridSize=(4, 4))
     frames = []
     for frame in video:
-        gray = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (FLOW_SIZE, FLOW_SIZE), interpolation=cv2.INTER_CUBIC)
+        gray = cv2.resize(
+            cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (FLOW_SIZE, FLOW_SIZE), interpolation=cv2.INTER_CUBIC
+        )
         # Stretching by the frame's own extremes first gives CLAHE its 256 levels even on nearly black pictures.
         low, high = np.percentile(gray, (1, 99))
         gray = np.clip((gray - low) / max(high - low, 0.02), 0, 1)
@@ -172,8 +174,8 @@ def flow_warp_error(videos: torch.Tensor, flow: Flow | None = None) -> torch.Ten
     """What motion does not explain: (B, T, 3, H, W) in [0, 1] → (B) fp32 root-mean-square error in brightness [0, 1].
 
     Each next frame is warped back along the flow and compared, where the flow returns within 1.5 px and stays
-    inside (after Lai et al. 2018, arXiv 1808.00449). A clip where under 5% of the pixels qualify has no trusted flow and
-    is compared everywhere. Low is good; a frozen clip scores 0, so read it beside motion accuracy.
+    inside (after Lai et al. 2018, arXiv 1808.00449). A clip where under 5% of the pixels qualify has no trusted
+    flow and is compared everywhere. Low is good; a frozen clip scores 0, so read it beside motion accuracy.
     Raises ValueError for wrong videos or fewer than two frames.
     """
     videos = check_videos(videos, min_frames=2)
@@ -184,7 +186,9 @@ def flow_warp_error(videos: torch.Tensor, flow: Flow | None = None) -> torch.Ten
     field = F.interpolate(torch.from_numpy(flow.forward).flatten(0, 1).permute(0, 3, 1, 2), size, mode="area")
     base = F.affine_grid(torch.eye(2, 3)[None], [1, 1, *size], align_corners=False)
     target = base + field.permute(0, 2, 3, 1) * (2 / FLOW_SIZE)
-    warped = F.grid_sample(videos[:, 1:].flatten(0, 1), target, mode="bicubic", padding_mode="border", align_corners=False)
+    warped = F.grid_sample(
+        videos[:, 1:].flatten(0, 1), target, mode="bicubic", padding_mode="border", align_corners=False
+    )
     error = (warped - videos[:, :-1].flatten(0, 1)).square().mean(1, keepdim=True)
     error, valid = (x.view(len(videos), -1) for x in (error, valid))
     valid = torch.where(valid.mean(1, keepdim=True) < 0.05, torch.ones_like(valid), valid)

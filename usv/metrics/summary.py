@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from usv.metrics.checks import check_twins, check_videos
-from usv.metrics.features import (
+from usv.metrics.appearance import (
     Prototypes,
     check_subjects,
     classify_subjects,
@@ -17,7 +17,7 @@ from usv.metrics.features import (
     pool_features,
 )
 from usv.metrics.fidelity import find_ffmpeg, flicker, psnr, ssim, vmaf
-from usv.metrics.frechet import bootstrap_ci, check_features, frechet_distance
+from usv.metrics.frechet import MIN_CLIPS, bootstrap_ci, check_features, frechet_ci, frechet_distance
 from usv.metrics.motion import camera_motion, check_motions, classify_motion, flow_warp_error, optical_flow
 
 
@@ -41,7 +41,8 @@ def evaluate_videos(
     required): subject_accuracy. With `motions` (B indices or names of MOTIONS): motion_accuracy. With
     `reference_features` (n, 2560), `features` of real clips, n ≥ 16: frechet_distance. With `dense_twins`, the dense
     model's videos for the same prompts and seeds: psnr (inf for equal clips), ssim, lpips_like, vmaf.
-    With `intervals`, each also as <name>_low and <name>_high, the 95% bootstrap interval over videos.
+    With `intervals`, each also as <name>_low and <name>_high, the 95% interval over videos (`bootstrap_ci`,
+    `frechet_ci` with the subjects as strata, B ≥ 32).
 
     videos and dense_twins (B, T, 3, H, W) float in [0, 1], T ≥ 3. Raises ValueError for wrong arguments (all are
     checked before anything is computed) and RuntimeError where twins are given and no ffmpeg has libvmaf.
@@ -55,7 +56,7 @@ def evaluate_videos(
         motions = check_motions(motions, len(videos))
     if reference_features is not None:
         check_features(reference_features, "reference_features")
-        check_features(videos.flatten(1)[:, :1], "videos")  # as many clips as the distance needs
+        check_features(videos.flatten(1)[:, :1], "videos", 2 * MIN_CLIPS if intervals else MIN_CLIPS)
     if dense_twins is not None:
         check_twins(videos, dense_twins, "dense_twins")
         find_ffmpeg()
@@ -80,6 +81,6 @@ def evaluate_videos(
         pooled = pool_features(frames)
         result["frechet_distance"] = frechet_distance(reference_features, pooled)
         if intervals:
-            low, high = bootstrap_ci(frechet_distance, reference_features, pooled, method="basic")
+            low, high = frechet_ci(reference_features, pooled, subjects)
             result["frechet_distance_low"], result["frechet_distance_high"] = low, high
     return result
