@@ -6,7 +6,7 @@
 SVG2 (https://arxiv.org/abs/2505.18875) clusters queries and keys with it: many iterations once, then two from the cached
 centroids of the previous step. `assignment.argsort(stable=True)` is the permutation that makes clusters contiguous, `counts`
 their sizes. No gradient: x is detached. Distances exist for a chunk of tokens at a time, never S x K at once.
-Limits: Triton needs D <= 256.
+Limits: Triton needs D <= 128.
 """
 
 from typing import NamedTuple
@@ -50,7 +50,7 @@ def kmeans(x: Tensor, k: int, iters: int, init: Tensor | None = None, impl: str 
     require(1 <= k <= length, "k", k, f"an integer in 1..{length} (S)")
     require(iters >= (0 if init is not None else 1), "iters", iters, "at least 1, or 0 with init")
     impl = resolve("kmeans", impl, x, ("reference", "cpu", "triton"))
-    require(impl != "triton" or dim <= 256, "x", f"D = {dim}", "D <= 256 for impl='triton'")
+    require(impl != "triton" or dim <= 128, "x", f"D = {dim}", "D <= 128 for impl='triton'")
     x = x.detach()
     if init is None:
         init = x[:, :, torch.arange(k, device=x.device) * length // k]
