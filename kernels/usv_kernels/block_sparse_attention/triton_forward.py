@@ -15,22 +15,25 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def row_pointers(base, stride, start, ROWS: tl.constexpr, DP: tl.constexpr):
+    """[ROWS, DP] pointers. The start enters as one 64-bit scalar; offsets inside a tile fit 32 bits and leave the loop."""
+    first = base + start.to(tl.int64) * stride
+    return first + (tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, DP)[None, :])
+
+
+@triton.jit
 def load_rows(base, stride, start, count, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """[ROWS, DP] rows start..start+count of a (S, D) matrix with contiguous channels; rows past count are 0."""
-    row = tl.arange(0, ROWS)
-    channel = tl.arange(0, DP)
-    pointers = base + (start + row).to(tl.int64)[:, None] * stride + channel[None, :]
-    if DP == D:
-        return tl.load(pointers, mask=(row < count)[:, None], other=0.0)
-    return tl.load(pointers, mask=(row < count)[:, None] & (channel < D)[None, :], other=0.0)
+    inside = (tl.arange(0, ROWS) < count)[:, None]
+    if DP != D:
+        inside = inside & (tl.arange(0, DP) < D)[None, :]
+    return tl.load(row_pointers(base, stride, start, ROWS, DP), mask=inside, other=0.0)
 
 
 @triton.jit
 def store_rows(base, stride, start, count, values, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    row = tl.arange(0, ROWS)
-    channel = tl.arange(0, DP)
-    pointers = base + (start + row).to(tl.int64)[:, None] * stride + channel[None, :]
-    tl.store(pointers, values.to(base.dtype.element_ty), mask=(row < count)[:, None] & (channel < D)[None, :])
+    inside = (tl.arange(0, ROWS) < count)[:, None] & (tl.arange(0, DP) < D)[None, :]
+    tl.store(row_pointers(base, stride, start, ROWS, DP), values.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -125,7 +128,8 @@ def forward_kernel(
             start, size = next_start, next_size
 
     empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total[:, None]
     store_rows(out_ptr + batch * out_stride_b + head * out_stride_h, out_stride_s, start_q, rows, acc, BM, D, DP)
     row = tl.arange(0, BM)
     lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)

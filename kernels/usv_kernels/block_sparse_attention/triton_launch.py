@@ -39,9 +39,10 @@ def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int) -
     """The tile shape of `forward`, `dq` or `dkv`. Chosen from register and shared-memory use as compiled for sm_80, sm_90
     and sm_100 (`python -m usv_kernels.compile_report`), not yet from timings."""
     if dtype == torch.float32:
-        # fp32 products run on the scalar units: small tiles keep the operands in registers.
-        size = 32
-        return Config(_tile(q_max, size), _tile(kv_max, size), 4, 1 if dim > 64 else 2)
+        # fp32 products run on the scalar units: small tiles, and at D 128 more warps, keep the operands in registers.
+        large = dim > 64 and kernel != "forward"
+        bm = 16 if dim > 64 and kernel == "dkv" else 32
+        return Config(_tile(q_max, bm), _tile(kv_max, 32), 8 if large else 4, 2)
     wide = kernel == "forward" and q_max > 64
     bm, bn = _tile(q_max, 128 if wide else 64), _tile(kv_max, 64)
     warps = 8 if bm == 128 or (kernel == "dkv" and dim > 64 and bn == 64) else 4
