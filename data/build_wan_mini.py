@@ -1,0 +1,283 @@
+"""Rebuild data/wan-mini from nothing: codec, clips, teacher. One command, resumable from its last minute:
+
+    python data/build_wan_mini.py            # about 2 hours on 2 cores
+
+Curriculum of the teacher: half-resolution clips first (5 of 9 frames, then all 9), where a clip costs a sixth and the
+words of subject and motion are learned, then the full token grid. RoPE positions are given in full-grid tokens throughout, so
+"how far" means the same in every stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import camera_motion  # noqa: E402
+import shards  # noqa: E402
+import wan_mini_parts as parts  # noqa: E402
+
+from usv.cpu import keep_freed_memory  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the curriculum: clip size (px), frame stride, seconds of training, batch, peak learning rate, shift."""
+
+    name: str
+    size: int
+    frame_stride: int
+    minutes: float
+    batch: int
+    lr: float
+    shift: float
+    cooldown: bool = False
+
+
+STAGES = [
+    Stage("few frames, half size", 48, 2, 14, 32, 1.5e-3, 2.0),
+    Stage("all frames, half size", 48, 1, 22, 24, 1.2e-3, 2.0),
+    Stage("full grid", 96, 1, 44, 8, 1.0e-3, 3.0, cooldown=True),
+]
+NUM_CLIPS = {48: 16_320, 96: 5_760}
+SHARD = 480
+TRAIN_SEED, HELD_OUT_SEED = 1, 2
+
+
+def save_folder(folder: Path, **modules) -> None:
+    """Save modules under their WanPipeline names beside a model_index.json."""
+    for name, module in modules.items():
+        module.save_pretrained(folder / name)
+
+
+def build_codec(folder: Path) -> None:
+    """Fit the PCA codec, write vae, tokenizer and scheduler."""
+    if (folder / "vae" / "config.json").exists():
+        return
+    videos = torch.stack([_video(camera_motion.sample_clip(i * 7, TRAIN_SEED).frames) for i in range(240)])
+    vae = parts.make_vae(*parts.fit_pca(videos))
+    save_folder(folder, vae=vae, tokenizer=parts.make_tokenizer(), scheduler=parts.make_scheduler())
+
+
+def _video(frames: torch.Tensor) -> torch.Tensor:
+    """(T, 3, H, W) uint8 -> (3, T, H, W) float in [-1, 1]."""
+    return frames.permute(1, 0, 2, 3).float() / 127.5 - 1
+
+
+def build_clips(folder: Path, out: Path, size: int, worker: int = 0, workers: int = 1) -> None:
+    """Encode CameraMotion clips to shards of normalised latents; shards that stand are skipped."""
+    from diffusers import AutoencoderKLWan
+
+    torch.set_num_threads(1)
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    todo = range(worker, NUM_CLIPS[size] // SHARD, workers)
+    for number in tqdm(todo, desc=f"clips {size}px", unit="shard"):
+        path = out / f"camera-{size}-{number:05d}.tar"
+        if path.exists():
+            continue
+
+        def samples(first=number * SHARD):
+            for start in range(first, first + SHARD, 16):
+                clips = [camera_motion.sample_clip(i, TRAIN_SEED, size=size) for i in range(start, start + 16)]
+                with torch.no_grad():
+                    latents = vae.encode(torch.stack([_video(c.frames) for c in clips])).latent_dist.mode() / std
+                for i, (clip, latent) in enumerate(zip(clips, latents)):
+                    info = {"caption": clip.caption, "subject": clip.subject, "motion": clip.motion}
+                    yield f"{start + i:07d}", {"latents": latent.half()}, info
+
+        shards.write_shard(path, samples())
+
+
+def load_clips(out: Path, size: int) -> tuple[torch.Tensor, list[str]]:
+    """All clips of one size in memory: latents (N, 16, 9, h, w) fp16 and captions."""
+    latents, captions = [], []
+    for path in sorted(out.glob(f"camera-{size}-*.tar")):
+        for _, tensors, info in shards.read_shard(path):
+            latents.append(tensors["latents"])
+            captions.append(info["caption"])
+    return torch.stack(latents), captions
+
+
+class TextTable:
+    """Token ids of all distinct captions; one text-encoder call embeds the distinct ones of a batch."""
+
+    def __init__(self, tokenizer, captions: list[str]):
+        self.texts = sorted({*captions, ""})
+        self.index = {text: i for i, text in enumerate(self.texts)}
+        batch = tokenizer(
+            self.texts, padding="max_length", max_length=parts.TEXT_LENGTH, truncation=True, return_tensors="pt"
+        )
+        self.ids, self.mask = batch.input_ids, batch.attention_mask
+
+    def embed(self, encoder, texts: list[str]) -> torch.Tensor:
+        """(B, 16, 64), zeros beyond each caption's end, as WanPipeline makes them."""
+        rows, inverse = torch.tensor([self.index[t] for t in texts]).unique(return_inverse=True)
+        mask = self.mask[rows]
+        hidden = encoder(input_ids=self.ids[rows], attention_mask=mask).last_hidden_state * mask[..., None]
+        return hidden[inverse]
+
+
+def strided_rope(model, frame_stride: int, space_stride: int) -> None:
+    """RoPE buffers in full-grid positions: a token of a coarse grid sits at the middle of those it stands for."""
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    rope = model.rope
+    cos, sin = [], []
+    middle = (space_stride - 1) / 2  # frames are picked, pixels are averaged
+    axes = ((rope.t_dim, frame_stride, 0.0), (rope.h_dim, space_stride, middle), (rope.w_dim, space_stride, middle))
+    for dim, stride, offset in axes:
+        position = torch.arange(rope.max_seq_len, dtype=torch.float64) * stride + offset
+        c, s = get_1d_rotary_pos_embed(dim, position, use_real=True, repeat_interleave_real=True)
+        cos.append(c)
+        sin.append(s)
+    rope.freqs_cos, rope.freqs_sin = torch.cat(cos, 1).float(), torch.cat(sin, 1).float()
+
+
+def sigma_with_shift(u: torch.Tensor, shift: float) -> torch.Tensor:
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def train_teacher(folder: Path, out: Path, work: Path) -> None:
+    """Flow matching on the curriculum; resumes from `work/teacher.pt`, which is written every minute."""
+    from transformers import T5TokenizerFast
+
+    torch.manual_seed(0)
+    tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer")
+    model, encoder = parts.make_transformer(), parts.make_text_encoder(len(tokenizer))
+    params = [*model.parameters(), *encoder.parameters()]
+    decay = [p for p in params if p.ndim > 1]
+    no_decay = [p for p in params if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.01}, {"params": no_decay, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
+    ema = [p.detach().clone() for p in params]
+    state = {"stage": 0, "seconds": 0.0, "step": 0, "clips": 0}
+    checkpoint = work / "teacher.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        encoder.load_state_dict(saved["encoder"])
+        optimizer.load_state_dict(saved["optimizer"])
+        ema, state = saved["ema"], saved["state"]
+    modules = {"model": model, "encoder": encoder, "optimizer": optimizer}
+    while state["stage"] < len(STAGES):
+        run_stage(STAGES[state["stage"]], modules, params, ema, state, tokenizer, out, work)
+        state.update(stage=state["stage"] + 1, seconds=0.0)
+        save_state(checkpoint, modules, ema, state)
+    with torch.no_grad():
+        for p, e in zip(params, ema):
+            p.copy_(e)
+    strided_rope(model, 1, 1)
+    save_folder(folder, transformer=model.eval(), text_encoder=encoder.eval())
+
+
+def save_state(path: Path, modules: dict, ema: list, state: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save({**{k: m.state_dict() for k, m in modules.items()}, "ema": ema, "state": state}, temporary)
+    os.replace(temporary, path)
+
+
+def run_stage(stage: Stage, modules, params, ema, state, tokenizer, out: Path, work: Path) -> None:
+    """Train one stage for its minutes of wall-clock (pauses between processes do not count)."""
+    model, encoder, optimizer = modules["model"], modules["encoder"], modules["optimizer"]
+    latents, captions = load_clips(out, stage.size)
+    table = TextTable(tokenizer, captions)
+    strided_rope(model, stage.frame_stride, parts.SIZE // stage.size)
+    total = stage.minutes * 60
+    log = open(work / "teacher.jsonl", "a")
+    bar = tqdm(total=round(total), initial=round(state["seconds"]), desc=stage.name, unit="s")
+    last, saved, running = time.monotonic(), time.monotonic(), None
+    while state["seconds"] < total:
+        generator = torch.Generator().manual_seed(state["step"])
+        rows = torch.randint(len(latents), (stage.batch,), generator=generator)
+        x0 = latents[rows][:, :, :: stage.frame_stride].float()
+        drop = torch.rand(stage.batch, generator=generator) < 0.1
+        text = table.embed(encoder, ["" if d else captions[r] for r, d in zip(rows.tolist(), drop)])
+        u = (torch.arange(stage.batch) + torch.rand(stage.batch, generator=generator)) / stage.batch  # stratified
+        sigma = sigma_with_shift(u, stage.shift).view(-1, 1, 1, 1, 1)
+        noise = torch.randn(x0.shape, generator=generator)
+        x_t = (1 - sigma) * x0 + sigma * noise
+        velocity = model(x_t, sigma.flatten() * 1000, text, return_dict=False)[0]
+        loss = (velocity - (noise - x0)).square().mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        if not math.isfinite(norm):
+            raise RuntimeError(f"gradient norm {norm} at step {state['step']}; the last good state is {work}/teacher.pt")
+        progress = state["seconds"] / total
+        lr = stage.lr * min(1.0, (state["step"] + 1) / 200)
+        if stage.cooldown:
+            lr *= 0.02 + 0.98 * min(1.0, 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(0.998, state["step"] / (state["step"] + 20)))
+        now = time.monotonic()
+        spent, last = min(now - last, 30.0), now  # a paused process is not charged
+        state.update(seconds=state["seconds"] + spent, step=state["step"] + 1, clips=state["clips"] + stage.batch)
+        running = float(loss) if running is None else 0.98 * running + 0.02 * float(loss)
+        bar.n = round(state["seconds"])
+        bar.set_postfix(loss=f"{running:.4f}", step=state["step"], clips=state["clips"], lr=f"{lr:.1e}")
+        if state["step"] % 20 == 0:
+            record = {"stage": stage.name, "loss": round(running, 5), "norm": round(float(norm), 4), **state}
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+        if now - saved > 60:
+            save_state(work / "teacher.pt", modules, ema, state)
+            saved = now
+    log.close()
+
+
+def write_index(folder: Path) -> None:
+    """model_index.json of a WanPipeline, written by the pipeline itself from the saved parts."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import T5TokenizerFast, UMT5EncoderModel
+
+    pipe = WanPipeline(
+        tokenizer=T5TokenizerFast.from_pretrained(folder / "tokenizer"),
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
+        scheduler=UniPCMultistepScheduler.from_pretrained(folder / "scheduler"),
+        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
+    )
+    pipe.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "wan-mini", help="the diffusers folder to write")
+    parser.add_argument("--work", type=Path, default=HERE / "cache" / "wan-mini", help="shards, checkpoint, log")
+    parser.add_argument("--only", choices=["codec", "clips", "teacher"], help="run a single stage")
+    parser.add_argument("--size", type=int, choices=sorted(NUM_CLIPS), help="with --only clips: one clip size")
+    parser.add_argument("--worker", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="forget what stands and begin again")
+    args = parser.parse_args()
+    keep_freed_memory()
+    if args.fresh:
+        shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.only in (None, "codec"):
+        build_codec(args.out)
+    if args.only in (None, "clips"):
+        for size in [args.size] if args.size else sorted(NUM_CLIPS):
+            build_clips(args.out, args.work / "clips", size, args.worker, args.workers)
+    if args.only in (None, "teacher"):
+        train_teacher(args.out, args.work / "clips", args.work)
+        write_index(args.out)
+
+
+if __name__ == "__main__":
+    main()

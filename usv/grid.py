@@ -1,0 +1,96 @@
+"""The token grid of a video, and tile-major order: every 3-D tile's tokens lie in one run, so a tile is a block.
+
+    (t, h, w) token grid, row-major  --order-->  tile by tile, row-major inside each (possibly partial) tile
+
+Tiles at the far edges are partial when the grid is not a multiple of the tile; they carry their real size. The layout is
+computed once per (grid, tile) and kept: it depends on no data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Tokens along time, height and width, after patchify."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.t * self.h * self.w
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Extent of a tile in tokens."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.t * self.h * self.w
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """Tile-major order of one grid.
+
+    Attributes:
+        order: (S,) int64, row-major position of each token in tile-major order: x_tiled = x[order].
+        inverse: (S,) int64, x = x_tiled[inverse].
+        sizes, starts: (M,) int32, tokens of each tile and its first token in tile-major order.
+        cells: (M, cells, 4) int64, positions inside each tile of its 1×2×2 cells, -1 where a partial tile has none; the
+            first of a cell is the dst of token merging.
+    """
+
+    grid: TokenGrid
+    tile: Tile
+    order: torch.Tensor
+    inverse: torch.Tensor
+    sizes: torch.Tensor
+    starts: torch.Tensor
+    cells: torch.Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        return self.sizes.numel()
+
+
+@lru_cache(maxsize=32)
+def tile_layout(grid: TokenGrid, tile: Tile, device: str = "cpu") -> TileLayout:
+    """The TileLayout of a grid. ValueError when a tile extent is not positive."""
+    if min(tile.t, tile.h, tile.w) < 1:
+        raise ValueError(f"tile: got {tile}, expected positive extents, e.g. Tile(4, 4, 4)")
+    position = torch.arange(grid.num_tokens).view(grid.t, grid.h, grid.w)
+    runs, cells = [], []
+    most = tile.t * math.ceil(tile.h / 2) * math.ceil(tile.w / 2)
+    for t in range(0, grid.t, tile.t):
+        for h in range(0, grid.h, tile.h):
+            for w in range(0, grid.w, tile.w):
+                block = position[t : t + tile.t, h : h + tile.h, w : w + tile.w]
+                runs.append(block.reshape(-1))
+                cells.append(_cells(block.shape, most))
+    order = torch.cat(runs)
+    sizes = torch.tensor([len(run) for run in runs], dtype=torch.int32)
+    starts = (sizes.cumsum(0) - sizes).to(torch.int32)
+    tensors = (order, torch.argsort(order), sizes, starts, torch.stack(cells))
+    return TileLayout(grid, tile, *(x.to(device) for x in tensors))
+
+
+def _cells(shape: torch.Size, most: int) -> torch.Tensor:
+    """(most, 4) positions inside a tile of `shape`, cell by cell, padded with -1."""
+    t, h, w = shape
+    padded = torch.full((t, 2 * math.ceil(h / 2), 2 * math.ceil(w / 2)), -1)
+    padded[:, :h, :w] = torch.arange(t * h * w).view(t, h, w)
+    cells = padded.view(t, padded.shape[1] // 2, 2, padded.shape[2] // 2, 2).permute(0, 1, 3, 2, 4).reshape(-1, 4)
+    return torch.cat([cells, torch.full((most - len(cells), 4), -1)])

@@ -1,0 +1,124 @@
+"""SparsityPlan: the integers one run executes.
+
+For a forward at timestep t the plan gives each layer either None (dense) or a LayerPlan: attention blocks kept per row and
+tokens merged per tile. Training, inference, benchmark and cost model read the same table.
+
+Every decision is one rung of a short ladder. Rows of the table are bins of timesteps, equally likely under the sampler.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from usv.flow import shift_sigma
+from usv.grid import TileLayout
+
+DENSITY_LADDER = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+MERGE_LADDER = (0.0, 1 / 4, 1 / 2, 3 / 4)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One point of the decision space: positions on the two ladders."""
+
+    density: int = 0
+    merge: int = 0
+
+
+RUNGS = tuple(Rung(d, m) for m in range(len(MERGE_LADDER)) for d in range(len(DENSITY_LADDER)))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer executes: key blocks per query block, and merged fraction of each tile's tokens."""
+
+    num_kept: int
+    merged_fraction: float
+
+
+def layer_plan(rung: Rung, num_blocks: int) -> LayerPlan | None:
+    """The integers of a rung at `num_blocks` blocks; None (dense) for the first rung."""
+    if rung == Rung():
+        return None
+    num_kept = max(1, math.ceil(num_blocks * DENSITY_LADDER[rung.density] - 1e-9))
+    return LayerPlan(num_kept, MERGE_LADDER[rung.merge])
+
+
+def merged_tokens(plan: LayerPlan | None, layout: TileLayout) -> list[int]:
+    """Tokens merged in each tile; partial tiles merge the same fraction, rounded down."""
+    fraction = 0.0 if plan is None else plan.merged_fraction
+    return [int(fraction * size) for size in layout.sizes.tolist()]
+
+
+def timestep_bins(count: int, flow_shift: float) -> tuple[float, ...]:
+    """Upper edges of `count` bins that a sampler with this shift visits equally often, ascending, last one 1000."""
+    import torch
+
+    u = torch.arange(1, count + 1, dtype=torch.float64) / count
+    return tuple((1000 * shift_sigma(u, flow_shift)).tolist())
+
+
+def bin_of(timestep: float, edges: tuple[float, ...]) -> int:
+    """The bin that holds a timestep in [0, 1000]."""
+    return min(bisect_left(edges, timestep - 1e-6), len(edges) - 1)
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """A table of rungs: `rungs[bin][layer]`; `edges` are the bins' upper timesteps, ascending."""
+
+    edges: tuple[float, ...]
+    rungs: tuple[tuple[Rung, ...], ...]
+
+    def __post_init__(self):
+        if len(self.edges) != len(self.rungs) or list(self.edges) != sorted(self.edges):
+            raise ValueError(
+                f"rungs: got {len(self.rungs)} rows for {len(self.edges)} edges {self.edges}, expected one row for each of "
+                "the ascending edges"
+            )
+        if len({len(row) for row in self.rungs}) != 1:
+            raise ValueError(f"rungs: got rows of {sorted({len(r) for r in self.rungs})} layers, expected equal lengths")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.rungs[0])
+
+    def at(self, timestep: float) -> tuple[Rung, ...]:
+        """The row of a timestep."""
+        return self.rungs[bin_of(timestep, self.edges)]
+
+    @classmethod
+    def uniform(cls, rung: Rung, edges: tuple[float, ...], num_layers: int) -> SparsityPlan:
+        """The same rung everywhere."""
+        return cls(tuple(edges), tuple((rung,) * num_layers for _ in edges))
+
+    def merged(self) -> float:
+        """Mean fraction of tokens merged."""
+        return _mean(MERGE_LADDER[rung.merge] for row in self.rungs for rung in row)
+
+    def density(self, num_blocks: int) -> float:
+        """Mean fraction of block pairs computed, relative to the blocks that merging leaves."""
+        plans = (layer_plan(rung, num_blocks) for row in self.rungs for rung in row)
+        return _mean(1.0 if plan is None else plan.num_kept / num_blocks for plan in plans)
+
+    def to_dict(self) -> dict:
+        return {"edges": list(self.edges), "rungs": [[[r.density, r.merge] for r in row] for row in self.rungs]}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> SparsityPlan:
+        """Inverse of `to_dict`. ValueError for a rung beyond the ladders."""
+        for row in data["rungs"]:
+            for density, merge in row:
+                if not (0 <= density < len(DENSITY_LADDER) and 0 <= merge < len(MERGE_LADDER)):
+                    raise ValueError(
+                        f"rungs: got ({density}, {merge}), expected density in 0..{len(DENSITY_LADDER) - 1} and merge in "
+                        f"0..{len(MERGE_LADDER) - 1}"
+                    )
+        return cls(tuple(data["edges"]), tuple(tuple(Rung(d, m) for d, m in row) for row in data["rungs"]))
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
