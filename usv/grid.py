@@ -51,6 +51,7 @@ class TileLayout:
         sizes, starts: (M,) int32, tokens of each tile and its first token in tile-major order.
         cells: (M, cells, 4) int64, positions inside each tile of its 1×2×2 cells, -1 where a partial tile has none; the
             first of a cell is the dst of token merging.
+        num_src: (M,) int32, tokens of each tile that can merge into another.
     """
 
     grid: TokenGrid
@@ -60,6 +61,7 @@ class TileLayout:
     sizes: torch.Tensor
     starts: torch.Tensor
     cells: torch.Tensor
+    num_src: torch.Tensor
 
     @property
     def num_blocks(self) -> int:
@@ -83,7 +85,9 @@ def tile_layout(grid: TokenGrid, tile: Tile, device: str = "cpu") -> TileLayout:
     order = torch.cat(runs)
     sizes = torch.tensor([len(run) for run in runs], dtype=torch.int32)
     starts = (sizes.cumsum(0) - sizes).to(torch.int32)
-    tensors = (order, torch.argsort(order), sizes, starts, torch.stack(cells))
+    cells = torch.stack(cells)
+    num_src = (sizes - (cells >= 0).any(-1).sum(-1)).to(torch.int32)
+    tensors = (order, torch.argsort(order), sizes, starts, cells, num_src)
     return TileLayout(grid, tile, *(x.to(device) for x in tensors))
 
 

@@ -47,9 +47,9 @@ def layer_plan(rung: Rung, num_blocks: int) -> LayerPlan | None:
 
 
 def merged_tokens(plan: LayerPlan | None, layout: TileLayout) -> list[int]:
-    """Tokens merged in each tile; partial tiles merge the same fraction, rounded down."""
+    """Tokens merged in each tile; partial tiles merge the same fraction, rounded down, as far as they have sources."""
     fraction = 0.0 if plan is None else plan.merged_fraction
-    return [int(fraction * size) for size in layout.sizes.tolist()]
+    return [min(int(fraction * size), src) for size, src in zip(layout.sizes.tolist(), layout.num_src.tolist())]
 
 
 def timestep_bins(count: int, flow_shift: float) -> tuple[float, ...]:

@@ -1,0 +1,89 @@
+"""The one sparse attention: coarse -> select -> fine -> gate, on tokens in tile-major order.
+
+    q_c, k_c, v_c = mean of each block          scores = q_c k_cᵀ / √D         coarse = softmax(scores) v_c
+    fine = exact attention over the num_kept best-scored blocks of each row    out = fine + gate ⊙ coarse
+
+Gate is a projection of the block's input, zero at first, so training starts as plain block-sparse attention and at full
+density as exact dense attention. Selection has no gradient; the coarse branch gives q and k theirs. Source: VSA
+(arXiv 2505.13389). Shape letters: B batch, H heads, S tokens, D head width, M blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from usv_kernels import BlockSelection, block_pool, block_sparse_attention, select_top_k
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """Detached measurements of one call, each a 0-d tensor.
+
+    entropy: of the coarse attention map, 0 (one block) to 1 (uniform), mean over rows and heads.
+    coarse_recall: share of the coarse map's mass on selected blocks, the cheap stand-in for attention recall.
+    density: executed token pairs / all pairs.
+    """
+
+    entropy: torch.Tensor
+    coarse_recall: torch.Tensor
+    density: torch.Tensor
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    num_kept: int,
+    gate: torch.Tensor | None = None,
+    key_bias: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, AttentionStats]:
+    """Sparse self-attention over blocks.
+
+    Args:
+        q, k, v: (B, H, S, D) in tile-major order, after norm and RoPE.
+        starts, sizes: (M,) int32, the blocks.
+        num_kept: key blocks per query block, 1..M.
+        gate: (B, H, S, 1), weight of the coarse branch; None leaves it out.
+        key_bias: (B, 1, S), e.g. log(size) of merged tokens.
+        impl: how the kernel runs.
+
+    Returns:
+        (B, H, S, D) and the statistics.
+    """
+    q_c, k_c, v_c = (block_pool(x, starts, sizes) for x in (q, k, v))
+    scores = q_c @ k_c.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    coarse_map = scores.float().softmax(-1)
+    selection = select_top_k(scores, num_kept, starts, sizes, starts, sizes)
+    out, _ = block_sparse_attention(q, k, v, selection, key_bias=key_bias, impl=impl)
+    if gate is not None:
+        coarse = coarse_map.to(v.dtype) @ v_c
+        out = out + gate * coarse.repeat_interleave(sizes.long(), dim=2, output_size=q.shape[2])
+    return out, _stats(coarse_map.detach(), selection)
+
+
+def _stats(coarse_map: torch.Tensor, selection: BlockSelection) -> AttentionStats:
+    num_blocks = coarse_map.shape[-1]
+    entropy = -(coarse_map * coarse_map.clamp_min(1e-12).log()).sum(-1).mean()
+    kept = coarse_map.gather(-1, selection.kv_indices.long())  # every slot is used: counts are uniform
+    density = torch.tensor(selection.capacity / num_blocks)
+    return AttentionStats(entropy / math.log(max(num_blocks, 2)), kept.sum(-1).mean(), density)
+
+
+@torch.no_grad()
+def attention_recall(q: torch.Tensor, k: torch.Tensor, selection: BlockSelection, rows: int = 64) -> torch.Tensor:
+    """Share of the dense attention mass that a selection keeps, from `rows` evenly spaced query rows (0-d tensor).
+
+    For sampled rows the dense probabilities are formed in full (B, H, rows, S), never S × S. Blocks must be shared (M,).
+    """
+    length = q.shape[2]
+    index = torch.linspace(0, length - 1, min(rows, length), device=q.device).long()
+    probs = (q[:, :, index].float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+    block_of = torch.repeat_interleave(selection.q_sizes.long())
+    mask = selection.to_mask()[:, :, block_of[index]]  # (B, H, rows, N)
+    keep = mask.repeat_interleave(selection.kv_sizes.long(), dim=-1, output_size=k.shape[2])
+    return (probs * keep).sum(-1).mean()

@@ -1,0 +1,220 @@
+"""Wan with an explicit plan: diffusers' own WanTransformer3DModel, its blocks run dense, sparse or merged.
+
+    tokens --tile order--> [block under its rung] × L --inverse order--> velocity
+
+A layer at the first rung is diffusers' own block, so plan None is the teacher to rounding. A sparse layer runs the same weights
+through `usv.attention`; a merging layer runs the whole block on the merged tokens and unmerges its *update*, so every token
+keeps its own residual. Shape letters: B batch, S tokens, C width, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+from usv_kernels import norm_rope
+from usv_kernels.token_merge import MergeLayout, MergeMap, gather_kept, match, merge, unmerge
+
+from usv.attention import AttentionStats, sparse_attention
+from usv.grid import Tile, TileLayout, TokenGrid, tile_layout
+from usv.plan import LayerPlan, Rung, layer_plan, merged_tokens
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A layer that runs two rungs and mixes their updates, so that a decision has a gradient.
+
+    update = (1 − mix) · update(rung) + mix · update(other). With mix = 1/2 the derivative of the loss with respect to mix
+    equals loss(other) − loss(rung) for a loss quadratic in the update; at an end of the segment it would miss the
+    quadratic term, which is all there is near a minimum.
+    """
+
+    other: Rung
+    mix: torch.Tensor
+
+
+@dataclass
+class Sequence3D:
+    """What the blocks of one forward share: layout, RoPE tables (S, D) fp32 in tile-major order, text, modulation."""
+
+    layout: TileLayout
+    cos: torch.Tensor
+    sin: torch.Tensor
+    text: torch.Tensor
+    modulation: torch.Tensor  # (B, 6, C), or (B, S, 6, C) per token (Wan2.2 TI2V)
+
+
+class SparseWan(nn.Module):
+    """A WanTransformer3DModel and the coarse gates of its layers.
+
+    Args:
+        transformer: the network; its weights are used, not copied.
+        tile: tokens of a tile along (t, h, w); a tile is a block of attention.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel, tile: Tile):
+        super().__init__()
+        self.transformer, self.tile = transformer, tile
+        config = transformer.config
+        dim = config.num_attention_heads * config.attention_head_dim
+        self.gates = nn.ModuleList(nn.Linear(dim, config.num_attention_heads) for _ in transformer.blocks)
+        for gate in self.gates:
+            nn.init.zeros_(gate.weight)
+            nn.init.zeros_(gate.bias)
+
+    @property
+    def config(self):
+        return self.transformer.config
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.transformer.blocks)
+
+    def grid_of(self, latents_shape: Sequence[int]) -> TokenGrid:
+        """The token grid of latents (B, C, T, H, W). ValueError where the patch does not divide them."""
+        sides, patch = tuple(latents_shape[-3:]), tuple(self.config.patch_size)
+        if any(side % p for side, p in zip(sides, patch)):
+            raise ValueError(f"latents: got (T, H, W) = {sides}, expected multiples of the patch {patch}")
+        return TokenGrid(*(side // p for side, p in zip(sides, patch)))
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        rungs: Sequence[Rung] | None = None,
+        probes: Mapping[int, Probe] | None = None,
+        impl: str = "auto",
+    ) -> tuple[torch.Tensor, dict[int, AttentionStats]]:
+        """Velocity at (latents, timestep).
+
+        Args:
+            latents: (B, C, T, H, W). timestep: (B,) or per token (B, S). text: (B, L, text_dim).
+            rungs: one for each layer; None is dense.
+            probes: layer -> Probe, in training.
+            impl: how the attention kernel runs.
+
+        Returns:
+            (B, C, T, H, W) and the statistics of the sparse layers.
+        """
+        model = self.transformer
+        rungs = (Rung(),) * self.num_layers if rungs is None else tuple(rungs)
+        if len(rungs) != self.num_layers:
+            raise ValueError(f"rungs: got {len(rungs)}, expected one for each of the {self.num_layers} layers")
+        layout = tile_layout(self.grid_of(latents.shape), self.tile, str(latents.device))
+        x = model.patch_embedding(latents).flatten(2).transpose(1, 2)[:, layout.order]
+        temb, sequence = self._condition(x, latents, timestep, text, layout)
+        stats: dict[int, AttentionStats] = {}
+        for index, block in enumerate(model.blocks):
+            probe = None if probes is None else probes.get(index)
+            args = (block, self.gates[index], x, sequence, rungs[index], probe, impl)
+            if torch.is_grad_enabled() and model.gradient_checkpointing:
+                x, layer_stats = torch.utils.checkpoint.checkpoint(_run_layer, *args, use_reentrant=False)
+            else:
+                x, layer_stats = _run_layer(*args)
+            if layer_stats is not None:
+                stats[index] = layer_stats
+        return self._head(x[:, layout.inverse], temb, latents.shape), stats
+
+    def _condition(self, x, latents, timestep, text, layout: TileLayout) -> tuple[torch.Tensor, Sequence3D]:
+        """Time embedding and everything the blocks share; per-token timesteps are put in tile-major order."""
+        model, length = self.transformer, None
+        if timestep.ndim == 2:
+            length = timestep.shape[1]
+            timestep = timestep.flatten()
+        temb, modulation, text, _ = model.condition_embedder(timestep, text, None, timestep_seq_len=length)
+        modulation = modulation.unflatten(-1, (6, -1))
+        if length is not None:
+            modulation = modulation[:, layout.order]
+        cos, sin = _rope_tables(model.rope, latents, layout)
+        return temb, Sequence3D(layout, cos, sin, text, modulation)
+
+    def _head(self, x: torch.Tensor, temb: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        model, (p_t, p_h, p_w) = self.transformer, self.config.patch_size
+        batch, _, frames, height, width = shape
+        table = model.scale_shift_table.to(temb.device)
+        if temb.ndim == 3:
+            shift, scale = (table[None] + temb[:, :, None]).unbind(2)
+        else:
+            shift, scale = (table + temb[:, None]).chunk(2, dim=1)
+        x = model.proj_out((model.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+        x = x.view(batch, frames // p_t, height // p_h, width // p_w, p_t, p_h, p_w, -1)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, frames, height, width)
+
+
+@torch.no_grad()
+def _rope_tables(rope: nn.Module, latents: torch.Tensor, layout: TileLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """(S, D) fp32 cos and sin in tile-major order, from diffusers' own rope; fp64 tables would make q and k fp64."""
+    key = (layout.grid, layout.tile, str(latents.device))
+    cache = rope.__dict__.setdefault("_usv_tables", {})
+    if key not in cache:
+        cos, sin = rope(latents)
+        cache[key] = tuple(t.reshape(t.shape[1], t.shape[3])[layout.order].float() for t in (cos, sin))
+    return cache[key]
+
+
+def _run_layer(block, gate, x, sequence: Sequence3D, rung: Rung, probe: Probe | None, impl: str):
+    """One block under its rung, or under two rungs mixed."""
+    out, stats = _run_rung(block, gate, x, sequence, rung, impl)
+    if probe is not None:
+        other, _ = _run_rung(block, gate, x, sequence, probe.other, impl)
+        out = out + probe.mix.to(x.dtype) * (other - out)
+    return out, stats
+
+
+def _run_rung(block, gate, x, sequence: Sequence3D, rung: Rung, impl: str):
+    plan = layer_plan(rung, sequence.layout.num_blocks)
+    if plan is None:
+        rotary = (sequence.cos[None, :, None], sequence.sin[None, :, None])
+        return block(x, sequence.text, sequence.modulation, rotary), None
+    if plan.merged_fraction == 0:
+        layout = sequence.layout
+        return _sparse_block(block, gate, x, sequence, plan, (layout.starts, layout.sizes), None, impl)
+    # Descriptor: the block's normalised input. The paper takes the mean key, which would cost a key projection of all
+    # tokens before any is merged; a merge must pay for itself (docs/log.md).
+    merge_map = match(block.norm1(x.float()), _merge_layout(sequence.layout, plan.merged_fraction))
+    kept = merge(x, merge_map)
+    blocks = (merge_map.layout.kept_starts, merge_map.layout.kept_sizes)
+    out, stats = _sparse_block(block, gate, kept, sequence, plan, blocks, merge_map, impl)
+    return x + unmerge(out - kept, merge_map), stats
+
+
+@lru_cache(maxsize=64)
+def _merge_layout(layout: TileLayout, fraction: float) -> MergeLayout:
+    counts = merged_tokens(LayerPlan(1, fraction), layout)
+    return MergeLayout.build(layout.cells.cpu(), layout.sizes.cpu(), counts, device=layout.order.device)
+
+
+def _sparse_block(
+    block, gate, x, sequence: Sequence3D, plan: LayerPlan, blocks, merge_map: MergeMap | None, impl: str
+) -> tuple[torch.Tensor, AttentionStats]:
+    """The equations of diffusers' WanTransformerBlock with sparse self-attention, on original or merged tokens."""
+    modulation = block.scale_shift_table + sequence.modulation.float()
+    if modulation.ndim == 4:
+        if merge_map is not None:
+            modulation = gather_kept(modulation, merge_map)
+        shift, scale, gate_msa, c_shift, c_scale, c_gate = modulation.unbind(2)
+    else:
+        shift, scale, gate_msa, c_shift, c_scale, c_gate = modulation.chunk(6, dim=1)
+    positions = None if merge_map is None else merge_map.kept_index
+    key_bias = None if merge_map is None else merge_map.log_sizes()[:, None]
+
+    hidden = (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
+    attn = block.attn1
+    query, key = (
+        norm_rope(project(hidden), norm.weight, norm.eps, sequence.cos, sequence.sin, positions)
+        for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
+    )
+    value = attn.to_v(hidden).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+    coarse_gate = gate(hidden).transpose(1, 2)[..., None]
+    out, stats = sparse_attention(query, key, value, *blocks, plan.num_kept, coarse_gate, key_bias, impl)
+    x = (x.float() + attn.to_out[0](out.transpose(1, 2).flatten(2)) * gate_msa).type_as(x)
+
+    x = x + block.attn2(block.norm2(x.float()).type_as(x), sequence.text, None, None)
+    hidden = (block.norm3(x.float()) * (1 + c_scale) + c_shift).type_as(x)
+    x = (x.float() + block.ffn(hidden).float() * c_gate).type_as(x)
+    return x, stats

@@ -1,0 +1,57 @@
+"""Policies: how sparse each layer runs at each timestep, behind one protocol.
+
+    static   one rung everywhere                                   nothing is learned
+    entropy  layers with concentrated attention run sparser        the paper's, from measured entropies
+    gumbel   categorical over the ladders per (timestep, layer)    learned with the student
+
+A policy decides *how much*; which blocks is decided by scores inside the attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from usv.plan import DENSITY_LADDER, MERGE_LADDER, Rung, SparsityPlan
+
+AXES = {"density": len(DENSITY_LADDER), "merge": len(MERGE_LADDER)}
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """In `layer`, also run `other`, one step away on `axis` from the decided rung."""
+
+    layer: int
+    axis: str
+    other: Rung
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What one training forward runs: a rung for every layer, and the probes whose derivatives the policy asks for."""
+
+    bin: int
+    rungs: tuple[Rung, ...]
+    probes: tuple[ProbeRequest, ...] = ()
+
+
+class SparsityPolicy(Protocol):
+    """What the trainer needs of a policy."""
+
+    def decide(self, bin: int, generator: torch.Generator) -> Decisions:
+        """Rungs for a forward in one timestep bin."""
+
+    def observe(self, decisions: Decisions, damages: Mapping[int, float], entropies: Mapping[int, float]) -> None:
+        """Results of that forward: d loss / d mix of each probed layer, coarse entropy of each sparse layer."""
+
+    def loss(self, target: float) -> torch.Tensor | None:
+        """What the policy's parameters minimise at this budget, or None when it has nothing to learn."""
+
+    def decode(self, target: float) -> SparsityPlan:
+        """The exact plan whose mean cost (fraction of dense FLOPs) does not exceed `target`."""
+
+    def summary(self) -> dict[str, float]:
+        """Scalars for the log."""

@@ -1,0 +1,150 @@
+"""The learned policy: a categorical over the ladders for every (timestep bin, layer), sampled by Gumbel-max.
+
+    logits[t, l, axis] = time[t] + layer[l] + cell[t, l] + content · entropy[t, l]      p = softmax(logits / tau)
+    minimise  mean over cells of  Σ_r p_r · damage_r   +   λ1 · Δ + λ2 · Δ²  −  β · H(p),     Δ = E[cost] − target
+
+A hard choice gives the rungs that did not run no gradient. So in each forward a few layers also run a neighbouring rung and mix
+both updates half and half; d loss / d mix is then loss(other) − loss(rung) for a loss quadratic in the update. A cell is probed
+once in tens of steps, so these differences are remembered: `damage` is their running mean per (bin, layer, axis, pair),
+and its cumulative sum along the ladder is what p is averaged over at *every* step. The budget is an augmented Lagrangian
+on the exact expected cost; λ1 follows the violation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, SparsityPlan
+from usv.policy import AXES, Decisions, ProbeRequest, knapsack
+
+
+class GumbelPolicy(nn.Module):
+    """See the module. `costs` are those of `plan.RUNGS`, as fractions of the dense block."""
+
+    def __init__(
+        self,
+        edges: Sequence[float],
+        num_layers: int,
+        costs: Sequence[float],
+        probes: int = 2,
+        tau: float = 1.0,
+        entropy_bonus: float = 0.01,
+        memory: float = 0.1,
+        budget_quadratic: float = 20.0,
+        budget_rate: float = 0.02,
+        init_keep: float = 3.0,
+    ):
+        super().__init__()
+        self.edges, self.num_layers, self.probes, self.tau = tuple(edges), num_layers, probes, tau
+        self.entropy_bonus, self.memory = entropy_bonus, memory
+        self.budget_quadratic, self.budget_rate = budget_quadratic, budget_rate
+        bins, width = len(self.edges), sum(AXES.values())
+        self.time = nn.Parameter(torch.zeros(bins, 1, width))
+        self.layer = nn.Parameter(torch.zeros(1, num_layers, width))
+        self.cell = nn.Parameter(torch.zeros(bins, num_layers, width))
+        self.content = nn.Parameter(torch.zeros(width))
+        keep = torch.zeros(width)
+        keep[0] = keep[AXES["density"]] = init_keep
+        self.register_buffer("start", keep)
+        self.register_buffer("costs", torch.tensor(costs).view(AXES["merge"], AXES["density"]))
+        self.register_buffer("damage", torch.zeros(bins, num_layers, width))  # [..., r]: step from rung r − 1 to r
+        self.register_buffer("seen", torch.zeros(bins, num_layers, width))
+        self.register_buffer("entropy", torch.full((bins, num_layers), 0.5))
+        self.register_buffer("multiplier", torch.tensor(0.0))
+
+    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(bins, layers, 6) of density and (bins, layers, 4) of merging."""
+        total = self.start + self.time + self.layer + self.cell + self.content * (self.entropy[..., None] - 0.5)
+        return total.split(list(AXES.values()), dim=-1)
+
+    def probabilities(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple((axis / self.tau).softmax(-1) for axis in self.logits())
+
+    @torch.no_grad()
+    def decide(self, bin: int, generator: torch.Generator) -> Decisions:
+        picks = []
+        for axis in self.logits():
+            uniform = torch.rand(axis[bin].shape, generator=generator).clamp_min(1e-9)
+            picks.append((axis[bin] / self.tau - (-uniform.log()).log()).argmax(-1).tolist())
+        rungs = tuple(Rung(d, m) for d, m in zip(*picks))
+        order = torch.randperm(self.num_layers, generator=generator)[: self.probes].tolist()
+        return Decisions(bin, rungs, tuple(self._probe(layer, rungs[layer], generator) for layer in order))
+
+    def _probe(self, layer: int, rung: Rung, generator: torch.Generator) -> ProbeRequest:
+        axis = ("density", "merge")[int(torch.randint(2, (1,), generator=generator))]
+        position, length = getattr(rung, axis), AXES[axis]
+        step = 1 if int(torch.randint(2, (1,), generator=generator)) else -1
+        step = 1 if position == 0 else -1 if position == length - 1 else step
+        fields = {"density": rung.density, "merge": rung.merge, axis: position + step}
+        return ProbeRequest(layer, axis, Rung(**fields))
+
+    @torch.no_grad()
+    def observe(self, decisions: Decisions, damages: Mapping[int, float], entropies: Mapping[int, float]) -> None:
+        """`damages` are d loss / d mix relative to the loss (1 = the loss doubles)."""
+        for probe in decisions.probes:
+            here, there = getattr(decisions.rungs[probe.layer], probe.axis), getattr(probe.other, probe.axis)
+            value = damages[probe.layer] if there > here else -damages[probe.layer]
+            slot = max(here, there) + (0 if probe.axis == "density" else AXES["density"])
+            cell = (decisions.bin, probe.layer, slot)
+            self.seen[cell] += 1
+            rate = max(self.memory, 1 / float(self.seen[cell]))
+            self.damage[cell] += rate * (value - self.damage[cell])
+        for layer, value in entropies.items():
+            self.entropy[decisions.bin, layer] += 0.05 * (value - self.entropy[decisions.bin, layer])
+
+    def filled_damage(self) -> torch.Tensor:
+        """`damage`, with cells not probed yet taken from their layer's, then their slot's mean."""
+        weight = self.seen.clamp_max(8)
+        prior = torch.zeros_like(self.damage)
+        for dims in ((0, 1), (0,)):
+            total = weight.sum(dims, keepdim=True)
+            mean = (self.damage * weight).sum(dims, keepdim=True)
+            prior = (mean + 2 * prior) / (total + 2)
+        return (self.damage * weight + 2 * prior) / (weight + 2)
+
+    def rung_damage(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expected loss increase of every rung over the first, (bins, layers, 6) and (bins, layers, 4)."""
+        return tuple(axis.cumsum(-1) for axis in self.filled_damage().split(list(AXES.values()), dim=-1))
+
+    def expected_cost(self) -> torch.Tensor:
+        """E[cost] over bins and layers as a fraction of dense, exact and differentiable."""
+        density, merge = self.probabilities()
+        return torch.einsum("tlm,md,tld->tl", merge, self.costs, density).mean()
+
+    def gate_entropy(self) -> torch.Tensor:
+        """Mean entropy of the two categoricals, 1 = uniform."""
+        parts = [-(p * p.clamp_min(1e-9).log()).sum(-1).mean() / np.log(p.shape[-1]) for p in self.probabilities()]
+        return sum(parts) / len(parts)
+
+    def loss(self, target: float) -> torch.Tensor:
+        excess = self.expected_cost() - target
+        damage = sum((p * d).sum(-1).mean() for p, d in zip(self.probabilities(), self.rung_damage()))
+        with torch.no_grad():
+            self.multiplier.add_(self.budget_rate * excess.detach()).clamp_(min=0)
+        budget = self.multiplier * excess + self.budget_quadratic * excess.clamp_min(0) ** 2
+        return damage + budget - self.entropy_bonus * self.gate_entropy()
+
+    @torch.no_grad()
+    def decode(self, target: float) -> SparsityPlan:
+        """Knapsack over log p, with the price that the Lagrangian put into p taken out: λ·cost is linear in the chosen."""
+        density, merge = (axis.double().log_softmax(-1) for axis in self.logits())
+        values = (merge[..., :, None] + density[..., None, :]).flatten(2).flatten(0, 1).cpu().numpy()
+        costs = self.costs.flatten().double().cpu().numpy()
+        chosen = knapsack.choose(values, costs, target)
+        rows = [tuple(RUNGS[i] for i in row) for row in chosen.reshape(len(self.edges), self.num_layers)]
+        return SparsityPlan(self.edges, tuple(rows))
+
+    def summary(self) -> dict[str, float]:
+        density, merge = self.probabilities()
+        return {
+            "gate_entropy": float(self.gate_entropy()),
+            "temperature": float(self.tau),
+            "expected_cost": float(self.expected_cost()),
+            "expected_density": float((density * density.new_tensor(DENSITY_LADDER)).sum(-1).mean()),
+            "expected_merged": float((merge * merge.new_tensor(MERGE_LADDER)).sum(-1).mean()),
+            "budget_multiplier": float(self.multiplier),
+        }
