@@ -1,8 +1,8 @@
 """How an operation runs: resolves `impl` and refuses what cannot run. Shared by all operations but attention.
 
-`impl` is `reference` (plain torch, any device, any floating dtype, the oracle of the tests), `cpu` (faster, CPU tensors),
-`triton` (GPU tensors, or CPU tensors in Triton's interpreter) or `auto`. `auto` says in the log what it chose; an explicit
-choice never falls back to another one.
+`impl` is `reference` (plain torch, any device, any floating dtype, the oracle of the tests), `cpu` (faster, CPU
+tensors), `triton` (GPU tensors, or CPU tensors in Triton's interpreter) or `auto`. `auto` says in the log what it
+chose; an explicit choice never falls back to another one.
 """
 
 import logging
@@ -22,7 +22,11 @@ def resolve(op: str, impl: str, x: Tensor, available: tuple[str, ...]) -> str:
     """The implementation to run `op` with for `x`; `available` holds the op's own ones."""
     require(impl in ("auto", *available), "impl", repr(impl), f"one of {('auto', *available)}")
     if impl == "auto":
-        on_gpu = x.device.type == "cuda" and "triton" in available and (not x.is_floating_point() or x.dtype in TRITON_DTYPES)
+        on_gpu = (
+            x.device.type == "cuda"
+            and "triton" in available
+            and (not x.is_floating_point() or x.dtype in TRITON_DTYPES)
+        )
         on_cpu = x.device.type == "cpu" and "cpu" in available
         impl = "triton" if on_gpu else "cpu" if on_cpu else "reference"
         if not torch.compiler.is_compiling() and (op, impl) not in _announced:
@@ -50,7 +54,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def require_triton(x: Tensor) -> None:
-    """Called inside a Triton-backed op: a CPU tensor needs the interpreter, which is chosen before triton is imported."""
+    """Called inside a Triton-backed op: a CPU tensor needs the interpreter, chosen before triton is imported."""
     if x.device.type != "cuda":
         import triton
 

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from companion_checks import (
-    DEVICE, DTYPES, IMPLS, SCALES, assert_as_good_as_eager, assert_compiles, gradients, poisoned, ragged_layout,
+    DEVICE,
+    DTYPES,
+    IMPLS,
+    SCALES,
+    assert_as_good_as_eager,
+    assert_compiles,
+    gradients,
+    poisoned,
+    ragged_layout,
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -15,7 +15,8 @@ SHARED_LIMIT = {80: 101376, 90: 232448, 100: 232448}
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_machine_code(arch):
-    # A process of its own: in this one triton may have been imported for its interpreter, where nothing can be compiled.
+    # A process of its own: in this one triton may have been imported for its interpreter, where nothing can be
+    # compiled.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     run = subprocess.run([sys.executable, str(SCRIPT), str(arch)], env=environment, capture_output=True, text=True)

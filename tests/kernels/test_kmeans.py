@@ -37,7 +37,9 @@ def assert_nearest(assignment, x, centroids):
 def assert_means(clusters, x, before):
     """Error of the means at most twice that of eager float32 sums; clusters without tokens keep their centroid."""
     index = clusters.assignment[..., None].expand(x.shape)
-    counts = torch.zeros_like(clusters.counts).scatter_add_(2, clusters.assignment, torch.ones_like(clusters.assignment))
+    counts = torch.zeros_like(clusters.counts).scatter_add_(
+        2, clusters.assignment, torch.ones_like(clusters.assignment)
+    )
     assert torch.equal(clusters.counts, counts) and (counts.sum(-1) == x.shape[2]).all()
 
     def means(dtype):

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from companion_checks import (
-    DEVICE, DTYPES, IMPLS, SCALES, assert_as_good_as_eager, assert_compiles, gradients, poisoned,
+    DEVICE,
+    DTYPES,
+    IMPLS,
+    SCALES,
+    assert_as_good_as_eager,
+    assert_compiles,
+    gradients,
+    poisoned,
 )  # fmt: skip
 from diffusers.models.transformers import transformer_wan
 from hypothesis import given, settings
@@ -36,7 +43,6 @@ def eager(x, weight, eps, cos, sin, positions):
 
 
 def check(impl, device, dtype, scale, heads, dim, length, gathered, batch=2, weight_dtype=None):
-    # fp16 cannot square 16-fold normal channels in eager mode without losing its reference role: it is scaled after all.
     x = (torch.randn(batch, length, heads * dim, device=device) * scale).to(dtype).requires_grad_()
     weight = (1 + 0.1 * torch.randn(heads * dim, device=device)).to(weight_dtype or dtype).requires_grad_()
     cos, sin = tables(length + 3 if gathered else length, dim, device)

@@ -78,7 +78,8 @@ def test_registration(impl, device):
 def test_refusals():
     x, index = torch.randn(1, 2, 8, 4), torch.arange(8)
     for bad, name in (
-        ((x[0], index), "x"), ((x, index[:7]), "index"), ((x, index.float()), "index"), ((x, index.expand(2, 8)), "index"),
+        ((x[0], index), "x"), ((x, index[:7]), "index"), ((x, index.float()), "index"),
+        ((x, index.expand(2, 8)), "index"),
         ((x, index, "flex"), "impl"), ((x.double(), index, "triton"), "impl"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name}: got .*, expected "):

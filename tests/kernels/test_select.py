@@ -1,4 +1,4 @@
-"""select: every row against a list sorted by hand, ties, forbidden blocks, floors, the mass that top-p keeps, refusals."""
+"""select: every row against a list sorted by hand, ties, forbidden blocks, floors, the mass top-p keeps, refusals."""
 
 import pytest
 import torch
@@ -73,7 +73,8 @@ def test_counts_per_head_and_row(impl, device):
     per_row = torch.arange(12, device=device).view(2, 3, 2) % 6
     selection = select_top_k(scores, per_row, *layout(scores), capacity=5, impl=impl)
     assert selection.kv_indices.shape[-1] == 5
-    expected = [[[ranked(row)[: max(int(n), 1)] for row, n in zip(*head, strict=True)] for head in zip(*batch, strict=True)]
+    expected = [[[ranked(row)[: max(int(n), 1)] for row, n in zip(*head, strict=True)] for head in zip(*batch,
+    strict=True)]
                 for batch in zip(scores.tolist(), per_row.tolist(), strict=True)]  # fmt: skip
     assert_rows(selection, expected)
 

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 from companion_checks import (
-    DEVICE, DTYPES, IMPLS, SCALES, assert_as_good_as_eager, assert_compiles, gradients, poisoned,
+    DEVICE,
+    DTYPES,
+    IMPLS,
+    SCALES,
+    assert_as_good_as_eager,
+    assert_compiles,
+    gradients,
+    poisoned,
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +33,7 @@ def cosine(a, b):
 
 
 def check_map(merge_map, descriptor, cells, sizes, counts):
-    """Rebuilds what the map must say, in float64 and Python lists; where similarities tie to rounding, compares them."""
+    """Rebuilds what the map must say, in float64 and Python lists; where choices may tie, compares similarities."""
     descriptor, slack = descriptor.double().cpu(), 8 * descriptor.shape[-1] * torch.finfo(torch.float32).eps
     for b in range(descriptor.shape[0]):
         kept, slots = merge_map.kept_index[b].tolist(), merge_map.token_slot[b].tolist()

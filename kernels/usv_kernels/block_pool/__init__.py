@@ -3,8 +3,8 @@
     out[b, h, m] = 1 / sizes[m] * sum of x[b, h, s] over starts[m] <= s < starts[m] + sizes[m],   0 for an empty block
 
 These are the coarse queries, keys and values of VSA (https://arxiv.org/abs/2505.13389). Partial blocks are divided by
-their real size. Limits: blocks must not overlap (as in `BlockSelection`), they need not cover the sequence; the layout is
-shared by batch and heads; differentiable once in x.
+their real size. Limits: blocks must not overlap (as in `BlockSelection`), they need not cover the sequence; the layout
+is shared by batch and heads; differentiable once in x.
 """
 
 import torch

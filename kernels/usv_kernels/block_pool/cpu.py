@@ -10,12 +10,14 @@ def _uniform(starts_M: Tensor, sizes_M: Tensor) -> int:
     """The common size of consecutive equal non-empty blocks, else 0."""
     starts, sizes = starts_M.tolist(), sizes_M.tolist()
     size = sizes[0] if sizes else 0
-    consecutive = all(n == size and s == starts[0] + i * size for i, (s, n) in enumerate(zip(starts, sizes, strict=True)))
+    consecutive = all(
+        n == size and s == starts[0] + i * size for i, (s, n) in enumerate(zip(starts, sizes, strict=True))
+    )
     return size if consecutive else 0
 
 
 def _groups(starts_M: Tensor, sizes_M: Tensor):
-    """Blocks of each distinct positive size: (block indices (m,), token indices (m, size)). Tiles have at most 8 sizes."""
+    """For each distinct positive size its blocks (m,) and their tokens (m, size). Tiles have at most 8 sizes."""
     for size in sizes_M.unique().tolist():
         if size > 0:
             blocks = (sizes_M == size).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""Block means in plain torch: every token is added to the block that owns it. Any floating dtype, autograd's own gradient."""
+"""Block means in plain torch: every token is added to the block that owns it. Autograd's own gradient."""
 
 import torch
 from torch import Tensor

@@ -34,7 +34,9 @@ def _backward_kernel(
     block, head_of_batch = pid % blocks, pid // blocks
     start, size = tl.load(starts_ptr + block).to(tl.int64), tl.load(sizes_ptr + block)
     d = tl.arange(0, BLOCK_D)
-    share = tl.load(grad_ptr + pid * dim + d, mask=d < dim, other=0.0).to(tl.float32) / tl.maximum(size, 1).to(tl.float32)
+    share = tl.load(grad_ptr + pid * dim + d, mask=d < dim, other=0.0).to(tl.float32) / tl.maximum(size, 1).to(
+        tl.float32
+    )
     rows = out_ptr + head_of_batch * length * dim + start * dim
     for first in range(0, size, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)

@@ -3,10 +3,10 @@
     assign   a_s = argmin_k |x_s - c_k|^2, ties to the lower index
     update   c_k = mean of the x_s with a_s = k; a cluster without tokens keeps its centroid
 
-SVG2 (https://arxiv.org/abs/2505.18875) clusters queries and keys with it: many iterations once, then two from the cached
-centroids of the previous step. `assignment.argsort(stable=True)` is the permutation that makes clusters contiguous, `counts`
-their sizes. No gradient: x is detached. Distances exist for a chunk of tokens at a time, never S x K at once.
-Limits: Triton needs D <= 128.
+SVG2 (https://arxiv.org/abs/2505.18875) clusters queries and keys with it: many iterations once, then two from the
+cached centroids of the previous step. `assignment.argsort(stable=True)` is the permutation that makes clusters
+contiguous, `counts` their sizes. No gradient: x is detached. Distances exist for a chunk of tokens at a time, never
+S x K at once. Limits: Triton needs D <= 128.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ __all__ = ["Clusters", "kmeans"]
 
 
 class Clusters(NamedTuple):
-    """assignment (B, H, S) int64; centroids (B, H, K, D) float32 (float64 for float64 input); counts (B, H, K) int64."""
+    """assignment (B, H, S) int64; centroids (B, H, K, D) float32, or float64 as the input; counts (B, H, K) int64."""
 
     assignment: Tensor
     centroids: Tensor
@@ -40,7 +40,7 @@ def kmeans(x: Tensor, k: int, iters: int, init: Tensor | None = None, impl: str 
         impl: auto | reference | cpu | triton.
 
     Returns:
-        Clusters. The assignment is the last one made and centroids are the means of that assignment (unless iters is 0).
+        Clusters. The assignment is the last one made, and with iters > 0 centroids are the means of that assignment.
 
     Raises:
         ValueError: k not in 1..S, iters negative, or 0 without init, wrong shape, dtype, device or impl.

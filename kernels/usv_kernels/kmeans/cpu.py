@@ -9,7 +9,7 @@ LIMIT = 1 << 24  # scores that exist at one time: 64 MB in float32
 
 
 def assign(x_BHSD: Tensor, centroids_BHKD: Tensor) -> Tensor:
-    """argmin |x - c|^2 = argmax (x.c - |c|^2 / 2). Shifted by the mean centroid, so that a common offset does not cancel."""
+    """argmin |x - c|^2 = argmax (x.c - |c|^2 / 2), of tokens and centroids less the mean centroid: no cancellation."""
     batch, heads, length, dim = x_BHSD.shape
     acc = accumulator(x_BHSD.dtype)
     centroids = centroids_BHKD.to(acc).flatten(0, 1)

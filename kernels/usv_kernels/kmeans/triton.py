@@ -1,4 +1,4 @@
-"""The two halves of a k-means iteration in Triton: tensor-core distances, and sums over sorted tokens without atomics."""
+"""The two halves of a k-means iteration in Triton: tensor-core distances, sums over sorted tokens, no atomics."""
 
 import torch
 import triton
@@ -73,10 +73,10 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     batch, heads, length, dim = x.shape
     clusters = centroids.shape[2]
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        # Triton's interpreter (3.7) multiplies the bit patterns of bfloat16 as integers; in float32 the values are the same.
+        # Triton's interpreter (3.7) multiplies the bits of bfloat16 as integers; float32 holds the same values.
         x = x.float()
-    # argmin |x - c|^2 = argmax x.(c - o) - (c - o).(c + o) / 2 for any o: with the mean centroid as o the terms that are
-    # common to all clusters, and would swamp the differences between them, are gone before anything is rounded.
+    # argmin |x - c|^2 = argmax x.(c - o) - (c - o).(c + o) / 2 for any o: with the mean centroid as o the terms that
+    # are common to all clusters, and would swamp the differences between them, are gone before anything is rounded.
     offset = centroids.mean(2, keepdim=True)
     centred = centroids - offset
     bias = -0.5 * (centred * (centroids + offset)).sum(-1)

@@ -4,8 +4,9 @@
     out[2i]     = y[2i] cos[i] - y[2i+1] sin[i]                              per head, i < D / 2
     out[2i + 1] = y[2i] sin[i] + y[2i+1] cos[i]
 
-This is what Wan's attention does to q and k (`WanAttnProcessor` of diffusers 0.42.1), with one rounding at the end instead
-of one per step. Gradients in x and weight, not in the tables. Limits: Triton holds a token in registers, H * D <= 16384.
+This is what Wan's attention does to q and k (`WanAttnProcessor` of diffusers 0.42.1), with one rounding at the end
+instead of one per step. Gradients in x and weight, not in the tables. Limits: Triton holds a token in registers, H * D
+<= 16384.
 """
 
 import torch
@@ -33,7 +34,8 @@ def norm_rope(
         x: (B, S, H * D) floating, channels of one head together.
         weight: (H * D,) floating, the norm's weight.
         eps: added to the mean square.
-        freqs_cos, freqs_sin: (1, T, 1, D) as `WanRotaryPosEmbed` returns them, or (T, D): every angle stands twice in a row.
+        freqs_cos, freqs_sin: (1, T, 1, D) as `WanRotaryPosEmbed` returns them, or (T, D): every angle stands twice in a
+            row.
         positions: (B, S) int32 or int64 in 0..T-1, the table row of every token, e.g. after merging; the values are not
             looked at. Default: token s uses row s, and T must equal S.
         impl: auto | reference | cpu | triton.
@@ -50,7 +52,9 @@ def norm_rope(
     cos, sin = _table("freqs_cos", freqs_cos, x), _table("freqs_sin", freqs_sin, x)
     check_shape("freqs_sin", sin, tuple(cos.shape), "the shape of freqs_cos")
     dim = cos.shape[1]
-    require(dim % 2 == 0 and channels % dim == 0, "freqs_cos", f"D = {dim}", f"an even divisor of x's {channels} channels")
+    require(
+        dim % 2 == 0 and channels % dim == 0, "freqs_cos", f"D = {dim}", f"an even divisor of x's {channels} channels"
+    )
     if positions is None:
         require(cos.shape[0] == length, "freqs_cos", f"{cos.shape[0]} rows", f"{length}, x's tokens, or give positions")
     else:

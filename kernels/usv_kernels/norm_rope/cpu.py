@@ -34,11 +34,11 @@ def backward(grad_BHSD, x_BSC, weight_C, cos_TP, sin_TP, positions_BS, rstd_BS) 
     acc, pairs = accumulator(x_BSC.dtype), cos_TP.shape[1]
     grad = torch.empty(x_BSC.shape, dtype=acc)
     grad.unflatten(-1, (grad_BHSD.shape[1], -1)).copy_(grad_BHSD.transpose(1, 2))
-    # Writes through: the complex tensor is a view of grad. The angle is negated, not the product conjugated: conj() is a
-    # lazy flag, which torch 2.13 ignores inside an operator that runs below a compiled graph.
+    # Writes through: the complex tensor is a view of grad. The angle is negated, not the product conjugated: conj() is
+    # a lazy flag, which torch 2.13 ignores inside an operator that runs below a compiled graph.
     _complex(grad, pairs).mul_(_turn(cos_TP, -sin_TP, positions_BS, acc).unsqueeze(-2))
     unit = x_BSC.to(acc) * rstd_BS[..., None]
-    grad_weight = torch.einsum("bsc,bsc->c", grad, unit)
+    grad_weight = (grad * unit).sum((0, 1))  # einsum takes twelve times as long: it batches over the channels
     grad.mul_(weight_C.to(acc))
     along = torch.linalg.vecdot(grad, unit).div_(unit.shape[-1])
     grad_x = grad.sub_(unit.mul_(along[..., None])).mul_(rstd_BS[..., None])

@@ -6,7 +6,9 @@ from torch import Tensor
 from .._impl import accumulator
 
 
-def norm_rope(x_BSC: Tensor, weight_C: Tensor, eps: float, cos_TP: Tensor, sin_TP: Tensor, positions_BS: Tensor) -> Tensor:
+def norm_rope(
+    x_BSC: Tensor, weight_C: Tensor, eps: float, cos_TP: Tensor, sin_TP: Tensor, positions_BS: Tensor
+) -> Tensor:
     """T rows of a table of P = D / 2 angles; positions_BS names the row of every token."""
     acc = accumulator(x_BSC.dtype)
     x = x_BSC.to(acc)

@@ -1,7 +1,7 @@
 """RMSNorm and RoPE in Triton: a token is read once, normalised, rotated and written straight into attention layout.
 
-Channels are loaded contiguously and split into even and odd in registers. The backward walks a fixed set of programs over
-the tokens, each with its own partial weight gradient, so there are no atomics and runs are bit-equal.
+Channels are loaded contiguously and split into even and odd in registers. The backward walks a fixed set of programs
+over the tokens, each with its own partial weight gradient, so there are no atomics and runs are bit-equal.
 """
 
 import torch
@@ -57,7 +57,9 @@ def _backward_kernel(
         source = b * length * channels + (head.to(tl.int64) * length + s) * (2 * PAIRS) + d
         grad = tl.load(grad_ptr + source, mask=c < channels, other=0.0).to(tl.float32)
         even, odd = tl.split(tl.reshape(grad, [BLOCK_P, 2]))
-        cos, sin = _angles(cos_ptr, sin_ptr, positions_ptr, row, s, stride_row, stride_col, PAIRS, HAS_POSITIONS, BLOCK_P)
+        cos, sin = _angles(
+            cos_ptr, sin_ptr, positions_ptr, row, s, stride_row, stride_col, PAIRS, HAS_POSITIONS, BLOCK_P
+        )
         grad = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [2 * BLOCK_P])
         x = tl.load(x_ptr + b * stride_b + s * stride_s + c, mask=c < channels, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)

@@ -1,4 +1,4 @@
-"""Row permutation in Triton: whole rows are read in index order and written contiguously, from any (B, H, S) strides."""
+"""Row permutation in Triton: rows are read in index order, from any (B, H, S) strides, and written contiguously."""
 
 import torch
 import triton

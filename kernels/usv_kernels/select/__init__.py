@@ -1,14 +1,14 @@
 """From coarse scores to the blocks each query block attends to.
 
     top-k:  the num_kept highest scores of a row
-    top-p:  with m = softmax(scores), in descending order, every block that has less than p of the mass before it, that is
+    top-p:  with m = softmax(scores), in descending order, every block that has less than p of the mass before it:
             up to and including the block that crosses p; and never fewer than ceil(floor * N) blocks
 
 Ties: of equal scores the lower block index wins. A score of -inf, or an empty key block, forbids a block: it is never
 listed, not even to fill a count. NaN ranks highest, so that it shows in the result instead of vanishing. Lists ascend.
-Sources: top-k tiles of VSA (https://arxiv.org/abs/2505.13389), top-p clusters of SVG2 (https://arxiv.org/abs/2505.18875;
-scores there are c_q.c_k / sqrt(D) + log(size_k), formed by the caller). A choice has no gradient: scores are detached.
-Limits: the Triton kernel holds a row in registers, N <= 8192.
+Sources: top-k tiles of VSA (https://arxiv.org/abs/2505.13389), top-p clusters of SVG2
+(https://arxiv.org/abs/2505.18875; scores there are c_q.c_k / sqrt(D) + log(size_k), formed by the caller). A choice has
+no gradient: scores are detached. Limits: the Triton kernel holds a row in registers, N <= 8192.
 """
 
 import math
@@ -38,8 +38,8 @@ def select_top_k(
 
     Args:
         scores: (B, H, M, N) floating.
-        num_kept: blocks per row in 1..N: one integer, or an integer tensor (H,) or (B, H, M), whose values are clamped to
-            1..capacity (looking at them would stall a GPU).
+        num_kept: blocks per row in 1..N: one integer, or an integer tensor (H,) or (B, H, M), whose values are clamped
+            to 1..capacity (looking at them would stall a GPU).
         q_starts, q_sizes: (M,) or (B, H, M) int32, layout of the query blocks. kv_starts, kv_sizes: (N,) or (B, H, N).
         capacity: slots of each list. Default num_kept if it is an integer, else N.
         impl: auto | reference | cpu | triton.
@@ -57,7 +57,12 @@ def select_top_k(
         require(1 <= num_kept <= num_kv, "num_kept", num_kept, f"an integer in 1..{num_kv}")
     else:
         shapes = ((heads,), (batch, heads, blocks))
-        require(tuple(num_kept.shape) in shapes, "num_kept", f"shape {tuple(num_kept.shape)}", f"(H,) or (B, H, M): {shapes}")
+        require(
+            tuple(num_kept.shape) in shapes,
+            "num_kept",
+            f"shape {tuple(num_kept.shape)}",
+            f"(H,) or (B, H, M): {shapes}",
+        )
         require(not num_kept.is_floating_point(), "num_kept", num_kept.dtype, "integers")
     capacity = (num_kept if fixed else num_kv) if capacity is None else capacity
     least = num_kept if fixed else 1
@@ -110,13 +115,20 @@ def _prepare(scores: Tensor, kv_sizes: Tensor) -> Tensor:
     check_float("scores", scores, 4, "(B, H, M, N)")
     require(scores.dtype in FLOAT_DTYPES and scores.shape[-1] > 0, "scores", f"shape {tuple(scores.shape)}", "N >= 1")
     expected = ((scores.shape[-1],), (*scores.shape[:2], scores.shape[-1]))
-    require(tuple(kv_sizes.shape) in expected, "kv_sizes", f"shape {tuple(kv_sizes.shape)}", f"{expected[0]} or {expected[1]}")
+    require(
+        tuple(kv_sizes.shape) in expected,
+        "kv_sizes",
+        f"shape {tuple(kv_sizes.shape)}",
+        f"{expected[0]} or {expected[1]}",
+    )
     empty = (kv_sizes == 0).unsqueeze(-2) if kv_sizes.dim() == 3 else kv_sizes == 0
     return scores.detach().masked_fill(empty, float("-inf"))
 
 
 @torch.library.custom_op("usv_kernels::select", mutates_args=())
-def _select(scores: Tensor, rows: Tensor, fixed: int, p: float, floor: int, capacity: int, impl: str) -> tuple[Tensor, Tensor]:
+def _select(
+    scores: Tensor, rows: Tensor, fixed: int, p: float, floor: int, capacity: int, impl: str
+) -> tuple[Tensor, Tensor]:
     """Top-k where p > 1 (`fixed` is the one count of all rows, or 0 where `rows` differ), top-p otherwise."""
     if impl == "triton":
         require_triton(scores)

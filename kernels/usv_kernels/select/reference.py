@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._impl import accumulator
+
 
 def _descending(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Sorted scores and the block at every rank. Stable: among equal scores the lower block index comes first."""
@@ -21,7 +23,7 @@ def top_p_mask(scores_BHMN: Tensor, p: float, floor: int) -> Tensor:
     """True for the blocks, in descending order, that still have less than p of the softmax mass before them."""
     sorted_scores, order = _descending(scores_BHMN)
     # A row that is -inf throughout gives NaN here; comparing NaN gives False and the row stays empty below.
-    mass = torch.softmax(sorted_scores.to(torch.float64 if scores_BHMN.dtype == torch.float64 else torch.float32), dim=-1)
+    mass = torch.softmax(sorted_scores.to(accumulator(scores_BHMN.dtype)), dim=-1)
     before = mass.cumsum(-1) - mass
     rank = torch.arange(scores_BHMN.shape[-1], device=order.device)
     ranked = (before < p) | (rank < floor) if p < 1.0 else torch.ones_like(before, dtype=torch.bool)

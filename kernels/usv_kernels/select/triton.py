@@ -1,8 +1,8 @@
 """Block choice in Triton without a sort: one program a row finds the threshold score bit by bit.
 
-Scores become integers that order like them. The threshold is the largest integer t for which the blocks at or above t are
-enough, in number (top-k) or in number and mass (top-p); both only shrink as t grows, so 32 counts find it. Blocks equal to
-t are then admitted by ascending index, which is the tie rule.
+Scores become integers that order like them. The threshold is the largest integer t for which the blocks at or above t
+are enough, in number (top-k) or in number and mass (top-p); both only shrink as t grows, so 32 counts find it. Blocks
+equal to t are then admitted by ascending index, which is the tie rule.
 """
 
 import torch
@@ -72,7 +72,7 @@ def _select_kernel(
 
 
 def select(scores: Tensor, rows: Tensor, p: float, capacity: int) -> tuple[Tensor, Tensor]:
-    """Top-p where p <= 1 (p = 1 keeps every block that is not forbidden), top-k otherwise; rows are the least counts."""
+    """Top-p where p <= 1 (1 keeps every block that is not forbidden), top-k otherwise; rows are the least counts."""
     num_kv = scores.shape[-1]
     if num_kv > MAX_BLOCKS:
         raise ValueError(f"scores: got N = {num_kv}, expected at most {MAX_BLOCKS} for impl='triton'")

@@ -4,10 +4,10 @@
     merge    z_dst <- (z_dst + sum of its merged z_src) / (1 + count)
     unmerge  every merged src receives its dst's update (not its state: the src keeps its own residual)
 
-Source: USV (https://arxiv.org/abs/2512.05754). Counts per tile are fixed, so every shape is static and a tile of T tokens
-stays one block of T - num_merged. Ties in similarity go to the lower position; a zero descriptor has similarity 0. A merged
-key carries + log(size) in attention logits: `MergeMap.log_sizes`. Matching has no gradient; merge and unmerge have, once.
-Limits: Triton's `match` holds a tile in registers, at most 256 tokens.
+Source: USV (https://arxiv.org/abs/2512.05754). Counts per tile are fixed, so every shape is static and a tile of T
+tokens stays one block of T - num_merged. Ties in similarity go to the lower position; a zero descriptor has similarity
+0. A merged key carries + log(size) in attention logits: `MergeMap.log_sizes`. Matching has no gradient; merge and
+unmerge have, once. Limits: Triton's `match` holds a tile in registers, at most 256 tokens.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ class MergeMap:
     """Which tokens stay and where each one went.
 
     Attributes:
-        layout: the `MergeLayout` it was matched with. Kept tokens stay in tile-major order; tile i of the merged sequence is
-            `layout.kept_starts[i]` .. + `layout.kept_sizes[i]`.
+        layout: the `MergeLayout` it was matched with. Kept tokens stay in tile-major order; tile i of the merged
+            sequence is `layout.kept_starts[i]` .. + `layout.kept_sizes[i]`.
         kept_index: (B, S_kept) int64, positions of the kept tokens in the original sequence, ascending.
         token_slot: (B, S) int64, for each original token its row of the merged sequence.
         sizes: (B, S_kept) int32, original tokens in each row, >= 1.
@@ -95,8 +95,18 @@ def unmerge(update: Tensor, merge_map: MergeMap, impl: str = "auto") -> Tensor:
 def gather_kept(x: Tensor, merge_map: MergeMap) -> Tensor:
     """(B or 1, S, ...) -> (B, S_kept, ...): the kept tokens' own rows, not averaged, e.g. positions or RoPE tables."""
     index = merge_map.kept_index
-    require(x.dim() >= 2 and x.shape[0] in (1, index.shape[0]), "x", f"shape {tuple(x.shape)}", f"({index.shape[0]} or 1, S, ...)")
-    check_shape("x", x[0].flatten(1)[:, 0] if x.dim() > 2 else x[0], (merge_map.layout.num_tokens,), "S of the layout, second dimension")
+    require(
+        x.dim() >= 2 and x.shape[0] in (1, index.shape[0]),
+        "x",
+        f"shape {tuple(x.shape)}",
+        f"({index.shape[0]} or 1, S, ...)",
+    )
+    check_shape(
+        "x",
+        x[0].flatten(1)[:, 0] if x.dim() > 2 else x[0],
+        (merge_map.layout.num_tokens,),
+        "S of the layout, second dimension",
+    )
     batch = torch.arange(index.shape[0], device=index.device)[:, None] if x.shape[0] > 1 else 0
     return x[batch, index]
 
@@ -151,7 +161,7 @@ def _sum(grad: Tensor, kept_index: Tensor, token_slot: Tensor, members: Tensor, 
 
 @torch.library.custom_op("usv_kernels::token_unmerge", mutates_args=())
 def _unmerge(update: Tensor, kept_index: Tensor, token_slot: Tensor, members: Tensor, impl: str) -> Tensor:
-    """The rows of `update` at token_slot; kept_index and members serve the backward, as the gradient sums those rows."""
+    """The rows of `update` at token_slot; kept_index and members serve the backward, which sums those rows."""
     if impl == "cpu":
         return cpu.take_rows(update, token_slot)
     require_triton(update)

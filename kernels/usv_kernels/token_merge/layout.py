@@ -11,11 +11,13 @@ from .._checks import require
 
 @dataclass(frozen=True)
 class MergeLayout:
-    """Who may merge into whom, and how many do. Built once per (grid, count) by `MergeLayout.build`; holds no token data.
+    """Who may merge into whom, and how many do; holds no token data. Built once per (grid, count) by `build`.
 
     Attributes:
-        dst: (S,) int64, for each token the destination of its cell; its own position for destinations and for tokens of no cell.
-        members: (S, L) int64, for each destination the sources of its cell, filled up with -1; -1 throughout for others.
+        dst: (S,) int64, for each token the destination of its cell; its own position for destinations and for tokens of
+            no cell.
+        members: (S, L) int64, for each destination the sources of its cell, filled up with -1; -1 throughout for
+            others.
         tile_starts, tile_sizes, num_merged: (num_tiles,) int32, before merging.
         kept_starts, kept_sizes: (num_tiles,) int32, the tiles after merging.
         num_tokens, num_kept_tokens, max_tile: S, S_kept = S - sum of num_merged, and the largest tile: Python integers.
@@ -43,12 +45,14 @@ class MergeLayout:
         """Plain Python on the host; not for use inside a compiled graph.
 
         Args:
-            cells: (num_cells, cell_size) positions within a tile, or (num_tiles, num_cells, cell_size) where tiles differ.
-                The first present position of a cell is its dst, the others are its src. Negative entries, and positions
-                not below the tile's size, are absent: in a partial tile a cell shrinks. Cells of one tile are disjoint.
+            cells: (num_cells, cell_size) positions within a tile, or (num_tiles, num_cells, cell_size) where tiles
+                differ. The first present position of a cell is its dst, the others are its src. Negative entries, and
+                positions not below the tile's size, are absent: in a partial tile a cell shrinks. Cells of one tile are
+                disjoint.
             tile_sizes: (num_tiles,) tokens of each tile; tiles are consecutive.
-            num_merged: tokens merged in each tile: (num_tiles,), or one integer for all. At most the tile's number of src
-                (for one integer, partial tiles merge floor(num_merged * their size / largest size), at most their src).
+            num_merged: tokens merged in each tile: (num_tiles,), or one integer for all. At most the tile's number of
+                src (for one integer, partial tiles merge floor(num_merged * their size / largest size), at most their
+                src).
             device: where the tensors live. Default: the CPU.
 
         Raises:
@@ -110,5 +114,7 @@ def _count(num_merged, tile: int, size: int, largest: int, num_src: int, num_til
     else:
         require(len(num_merged) == num_tiles, "num_merged", f"{len(num_merged)} counts", f"one per tile, {num_tiles}")
         count = int(num_merged[tile])
-    require(0 <= count <= num_src, "num_merged", f"{count} in tile {tile}", f"0..{num_src}, the tile's number of src tokens")
+    require(
+        0 <= count <= num_src, "num_merged", f"{count} in tile {tile}", f"0..{num_src}, the tile's number of src tokens"
+    )
     return count

@@ -10,7 +10,7 @@ from .._impl import accumulator
 def match(
     descriptor_BSC: Tensor, dst: Tensor, tile_starts: Tensor, tile_sizes: Tensor, num_merged: Tensor, num_kept: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """kept_index (B, S_kept), token_slot (B, S), both int64, and sizes (B, S_kept) int32. Arguments as in `MergeLayout`."""
+    """kept_index (B, S_kept), token_slot (B, S), int64, sizes (B, S_kept) int32; arguments as in `MergeLayout`."""
     merged_BS = _merged_tokens(descriptor_BSC, dst, tile_starts, tile_sizes, num_merged)
     batch, length = merged_BS.shape
     kept_BS = ~merged_BS
@@ -24,8 +24,10 @@ def match(
     return kept_index, token_slot, sizes
 
 
-def _merged_tokens(descriptor_BSC: Tensor, dst: Tensor, tile_starts: Tensor, tile_sizes: Tensor, num_merged: Tensor) -> Tensor:
-    """(B, S) bool: the num_merged src tokens of each tile that are most similar to their dst; ties: the lower position."""
+def _merged_tokens(
+    descriptor_BSC: Tensor, dst: Tensor, tile_starts: Tensor, tile_sizes: Tensor, num_merged: Tensor
+) -> Tensor:
+    """(B, S) bool: in each tile the num_merged src most similar to their dst; ties: the lower position."""
     acc = accumulator(descriptor_BSC.dtype)
     unit = F.normalize(descriptor_BSC.to(acc), dim=-1, eps=1e-12)
     similarity_BS = (unit * unit[:, dst]).sum(-1)

@@ -1,4 +1,4 @@
-"""Token merging in Triton. One program matches a tile; one program forms a merged row from its cell: no atomics anywhere."""
+"""Token merging in Triton: one program matches a tile, one forms a merged row from its cell; no atomics."""
 
 import torch
 import triton

@@ -1,0 +1,86 @@
+"""Shows that the tests of the companion operations can fail: plants one bug at a time in a copy and runs the tests on it.
+
+Usage: python tests/kernels/mutate_companions.py
+Exits with an error if a bug survives. Not part of the test suite: it takes minutes.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Operation, file, what stands there, the bug, and which of the operation's tests run (an expression for pytest -k).
+BUGS = [
+    ("block_pool", "triton", "mask = (t < size)[:, None] &", "mask = (t <= size)[:, None] &", "layouts and triton"),
+    ("block_pool", "triton", "tl.maximum(size, 1).to", "tl.maximum(BLOCK_T, 1).to", "layouts and triton"),
+    ("block_pool", "cpu", "(grad_BHMD / size)", "grad_BHMD", "layouts and cpu"),
+    ("block_pool", "cpu", "mean(3, dtype=acc)", "mean(3, dtype=x_BHSD.dtype).mul(1.01)", "scales and cpu"),
+    ("select", "triton", "num_above + before < least", "num_above + before <= least", "ties and triton"),
+    ("select", "triton", "key > threshold), allowed", "key >= threshold), allowed", "ties and triton"),
+    ("select", "triton", "tl.where(x == 0.0, 0.0, x)", "x", "ties and triton"),
+    ("select", "cpu", "at.cumsum(-1) <= room", "at.flip(-1).cumsum(-1).flip(-1) <= room", "ties and cpu"),
+    ("select", "reference", "before = mass.cumsum(-1) - mass", "before = mass.cumsum(-1)", "top_p and cpu"),
+    ("select", "__init__", "round(floor * num_kv, 9)", "floor * num_kv", "floor"),
+    ("token_merge", "triton", "t[:, None] < t[None, :]", "t[:, None] > t[None, :]", "ties and triton"),
+    ("token_merge", "triton", "row_j - own", "row_j", "merge_and_unmerge and triton"),
+    ("token_merge", "triton", "here = slot == own_slot", "here = member >= 0", "merge_and_unmerge and triton"),
+    ("token_merge", "cpu", "div_(sizes[..., None])", "div_(sizes[..., None] - 1 + (sizes[..., None] == 1))", "merge"),
+    ("token_merge", "__init__", "(grad / sizes[..., None])", "grad", "merge_and_unmerge and cpu"),
+    ("token_merge", "layout", "present = [p for p in cell if 0 <= p < size]", "present = list(cell)", "match and cpu"),
+    ("permute", "__init__", "inverse_permutation(index.contiguous())", "index.contiguous()", "rows and cpu"),
+    ("permute", "triton", "b * index_b + h * index_h", "b * index_b", "rows and triton"),
+    ("kmeans", "cpu", "mul(-0.5)", "mul(-1.0)", "iteration and cpu"),
+    ("kmeans", "cpu", "centroids = centroids - offset", "offset = offset * 0", "offset and cpu"),
+    ("kmeans", "triton", "here > best", "here >= best", "ties and triton or random and triton or duplicates"),
+    ("kmeans", "triton", "tl.dot(x, high) + tl.dot(x, low)", "tl.dot(x, high)", "iteration and triton"),
+    ("kmeans", "triton", "tl.where(count > 0,", "tl.where(count >= 0,", "iteration and triton"),
+    ("norm_rope", "triton", "unit * along", "unit", "gradients and triton"),
+    ("norm_rope", "triton", "odd * cos - even * sin", "odd * cos + even * sin", "gradients and triton"),
+    ("norm_rope", "triton", "load(positions_ptr + row)", "load(positions_ptr + s)", "gradients and triton"),
+    ("norm_rope", "cpu", "-sin_TP", "sin_TP", "gradients and cpu"),
+    ("norm_rope", "__init__", "sin[:, 1::2]", "cos[:, 1::2]", "diffusers and cpu"),
+]
+
+
+def survives(folder: pathlib.Path, op: str, name: str, old: str, new: str, tests: str) -> bool:
+    path = folder / "kernels" / "usv_kernels" / op / f"{name}.py"
+    source = path.read_text()
+    assert old in source, f"{path}: {old!r} is not there"
+    path.write_text(source.replace(old, new))
+    environment = {**os.environ, "PYTHONPATH": str(folder / "kernels")}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qx",
+        "-p",
+        "no:cacheprovider",
+        f"tests/kernels/test_{op}.py",
+        "-k",
+        tests,
+    ]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    path.write_text(source)
+    assert run.returncode in (0, 1), run.stdout[-2000:] + run.stderr[-2000:]
+    return run.returncode == 0
+
+
+def main() -> int:
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for part in ("kernels", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for bug in BUGS:
+            alive = survives(folder, *bug)
+            survivors += alive
+            print("SURVIVED" if alive else "caught  ", f"{bug[0]}/{bug[1]}.py: {bug[2]!r} -> {bug[3]!r}", flush=True)
+    print(f"{len(BUGS) - survivors} of {len(BUGS)} bugs caught")
+    return min(survivors, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
