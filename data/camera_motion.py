@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Clip:
     motion: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def photo(subject: str) -> torch.Tensor:
     """The photo of one subject, (3, H, W) float32 in [0, 1], short side 320 px."""
     package, name = PHOTOS[subject]

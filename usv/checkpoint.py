@@ -1,0 +1,148 @@
+"""A student on disk: config.json (model shape, plan, sampler) and student.safetensors (weights and gates), nothing pickled.
+
+A folder is written beside its name and renamed when complete. Loading refuses what was made for another model or grid.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from usv.grid import Tile
+from usv.models.wan import SparseWan
+from usv.plan import SparsityPlan
+
+FORMAT = "usv-student-1"
+SHAPE_KEYS = (
+    "patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim",
+    "ffn_dim", "num_layers",
+)  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+@dataclass
+class Student:
+    """A sparse network, the plan it runs, and how it is sampled (height, width, num_frames, num_inference_steps, …)."""
+
+    model: SparseWan
+    plan: SparsityPlan
+    sampling: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+
+
+def atomic_folder(path: Path, write) -> None:
+    """Fill a temporary sibling by `write(folder)`, then put it in the place of `path`; the old one stands until then."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        write(fresh)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(fresh, path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_student(path: str | Path, student: Student) -> None:
+    """Write a student folder."""
+    config = dict(student.model.config)
+    record = {
+        "format": FORMAT,
+        "transformer": {key: config[key] for key in SHAPE_KEYS},
+        "tile": [student.model.tile.t, student.model.tile.h, student.model.tile.w],
+        "plan": student.plan.to_dict(),
+        "sampling": student.sampling,
+        "training": student.training,
+    }
+
+    def write(folder: Path) -> None:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in student.model.state_dict().items()}
+        save_file(tensors, folder / "student.safetensors")
+        (folder / "config.json").write_text(json.dumps(record, indent=1))
+
+    atomic_folder(Path(path), write)
+
+
+def read_config(path: str | Path) -> dict:
+    """config.json of a student folder. CheckpointError where it is missing or something else."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint; give a folder written by train.py, e.g. ckpt=outputs/usv_mini/student")
+    file = path / "config.json"
+    if not file.exists():
+        inner = sorted(p.parent.name for p in path.glob("*/config.json"))
+        hint = f"; it contains {', '.join(inner)}" if inner else ""
+        raise CheckpointError(f"{path}: not a student folder (no config.json){hint}; give one written by train.py")
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not readable ({error}); the checkpoint is damaged, use another") from None
+    if record.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: a {record.get('_class_name', 'foreign')} folder with format {record.get('format')!r}, expected "
+            f"{FORMAT!r}; give a student folder written by train.py"
+        )
+    return record
+
+
+def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
+    """A student for the model `base` belongs to. CheckpointError when shapes differ or a file is damaged."""
+    path, record = Path(path), read_config(path)
+    wanted = {key: _plain(dict(base.config)[key]) for key in SHAPE_KEYS}
+    differing = [f"{k}: {record['transformer'].get(k)} against {v}" for k, v in wanted.items() if record["transformer"].get(k) != v]
+    if differing:
+        raise CheckpointError(
+            f"{path}: made for another model ({'; '.join(differing)}, checkpoint against model); load it beside the model "
+            "it was trained from, or train one for this model"
+        )
+    transformer = WanTransformer3DModel.from_config(base.config)
+    model = SparseWan(transformer, Tile(*record["tile"]))
+    try:
+        tensors = load_file(path / "student.safetensors")
+        model.load_state_dict(tensors)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path}/student.safetensors: damaged or incomplete ({error}); use another checkpoint") from None
+    plan = SparsityPlan.from_dict(record["plan"])
+    reference = next(base.parameters())
+    model = model.to(device=reference.device, dtype=reference.dtype).eval().requires_grad_(False)
+    return Student(model, plan, record["sampling"], record["training"])
+
+
+def check_grid(student_sampling: dict, height: int, width: int, num_frames: int) -> None:
+    """Refuse to run at another size than the student was trained for. CheckpointError."""
+    trained = tuple(student_sampling.get(k) for k in ("height", "width", "num_frames"))
+    if None not in trained and trained != (height, width, num_frames):
+        raise CheckpointError(
+            f"the student was trained at height, width, num_frames = {trained}, got {(height, width, num_frames)}; its plan "
+            "counts blocks of that grid: ask for that size, or train at this one"
+        )
+
+
+def _plain(value):
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def save_file_atomic(path: Path, obj) -> None:
+    """torch.save to a temporary name, then rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        torch.save(obj, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""Prompts to videos through a WanPipeline, dense or enabled, with the time of each stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import WanPipeline
+
+from usv.config import ModelConfig, SettingError
+from usv.pipeline import frames_argument
+
+
+@dataclass
+class Generation:
+    """videos (N, T, 3, H, W) float in [0, 1]; seconds by stage over all of them; forwards of one video."""
+
+    videos: torch.Tensor
+    seconds: dict[str, float]
+    forwards: int
+
+
+def load_pipeline(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> WanPipeline:
+    """A Wan-format folder or hub id as a WanPipeline. SettingError when it cannot be had."""
+    try:
+        pipe = WanPipeline.from_pretrained(path, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            f"model.path={path}: no Wan pipeline could be loaded ({str(error).splitlines()[0][:200]}); give a diffusers folder or a "
+            "reachable hub id, or use the embedded default model.path=data/wan-mini"
+        ) from None
+    if pipe.vae.dtype != torch.float32:
+        pipe.vae.to(torch.float32)
+    rope = pipe.transformer.rope  # fp64 tables would make every query and key of the dense model fp64
+    rope.freqs_cos, rope.freqs_sin = rope.freqs_cos.float(), rope.freqs_sin.float()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@torch.no_grad()
+def generate(
+    pipe: WanPipeline,
+    model: ModelConfig,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int = 4,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    progress=None,
+) -> Generation:
+    """One video for each (prompt, seed); the start noise depends on the seed alone, not on batching or method.
+
+    guidance_scale None: the model's own for a dense pipeline, 1 for an enabled one.
+    """
+    enabled = hasattr(pipe, "_usv")
+    scale = guidance_scale if guidance_scale is not None else 1.0 if enabled else model.guidance_scale
+    steps = num_inference_steps or model.num_inference_steps
+    seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
+    videos = []
+    for start in range(0, len(prompts), batch_size):
+        texts, numbers = list(prompts[start : start + batch_size]), seeds[start : start + batch_size]
+        begun = time.perf_counter()
+        embeds, negative = pipe.encode_prompt(
+            texts, "", scale > 1, max_sequence_length=model.max_sequence_length, device=pipe.device
+        )
+        encoded = time.perf_counter()
+        latents = pipe(
+            prompt_embeds=embeds, negative_prompt_embeds=negative, height=model.height, width=model.width,
+            num_frames=frames_argument(pipe, model.num_frames), num_inference_steps=steps, guidance_scale=scale,
+            generator=[torch.Generator().manual_seed(int(n)) for n in numbers], output_type="latent",
+            max_sequence_length=model.max_sequence_length,
+        ).frames  # fmt: skip
+        denoised = time.perf_counter()
+        videos.append(decode(pipe, latents))
+        seconds["text"] += encoded - begun
+        seconds["denoise"] += denoised - encoded
+        seconds["decode"] += time.perf_counter() - denoised
+        if progress is not None:
+            progress.update(len(texts))
+    return Generation(torch.cat(videos), seconds, steps * (2 if scale > 1 else 1))
+
+
+def decode(pipe: WanPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents (B, C, T, h, w) -> (B, T, 3, H, W) in [0, 1], as WanPipeline does it."""
+    vae = pipe.vae
+    mean, std = (torch.tensor(x, device=latents.device).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+    video = vae.decode(latents.to(vae.dtype) * std + mean, return_dict=False)[0]
+    return (video.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+

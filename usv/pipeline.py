@@ -1,0 +1,157 @@
+"""One reversible line on a stock diffusers pipeline:
+
+    usv.enable(pipe, "outputs/usv_mini/student")     pipe(prompt) now runs the sparse student
+    usv.summary(pipe)                                what ran: plan, density, merging, forwards, seconds
+    usv.disable(pipe)                                the pipeline is what it was
+
+The student is a second transformer with its own weights; the pipeline's own is kept aside, untouched.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from usv.checkpoint import CheckpointError, Student, check_grid, load_student
+from usv.models.wan import SparseWan
+from usv.plan import MERGE_LADDER, SparsityPlan
+
+
+@dataclass
+class Record:
+    """What the enabled transformer has executed since `enable` or `reset`."""
+
+    forwards: int = 0
+    seconds: float = 0.0
+    densities: list[float] = field(default_factory=list)
+    merged: list[float] = field(default_factory=list)
+
+    def reset(self) -> None:
+        self.forwards, self.seconds = 0, 0.0
+        self.densities.clear()
+        self.merged.clear()
+
+    def mean_density(self) -> float:
+        """Executed block pairs / all block pairs of the tokens that merging left, mean over layers and forwards."""
+        return sum(self.densities) / len(self.densities) if self.densities else 1.0
+
+    def mean_merged(self) -> float:
+        return sum(self.merged) / len(self.merged) if self.merged else 0.0
+
+
+@dataclass
+class Enabled:
+    """State that `enable` hangs on a pipeline and `disable` removes."""
+
+    original: torch.nn.Module
+    original_class: type
+    student: Student
+    record: Record
+
+
+def enable(pipe: WanPipeline, checkpoint: str | Path | Student, impl: str = "auto") -> WanPipeline:
+    """Let `pipe` run a sparse student. Returns the same pipeline.
+
+    Guidance is folded into the student: `pipe(prompt)` then defaults to guidance_scale 1 and to the size, steps and text
+    length of the checkpoint; asking for guidance is refused.
+
+    Raises CheckpointError: a missing, damaged or foreign checkpoint, or one made for another model. Enabling twice replaces.
+    """
+    if not isinstance(pipe, WanPipeline):
+        raise CheckpointError(f"enable: got a {type(pipe).__name__}, accepted: a diffusers WanPipeline")
+    disable(pipe)
+    student = checkpoint if isinstance(checkpoint, Student) else load_student(checkpoint, pipe.transformer)
+    record = Record()
+    state = Enabled(pipe.transformer, type(pipe), student, record)
+    pipe.transformer = planned(student.model, student.plan, record, impl)
+    pipe.__class__ = _student_pipeline(type(pipe), student.sampling)
+    pipe._usv = state
+    return pipe
+
+
+def disable(pipe: WanPipeline) -> WanPipeline:
+    """Undo `enable`; harmless when nothing is enabled."""
+    state = getattr(pipe, "_usv", None)
+    if state is not None:
+        del state.student.model.transformer.forward  # the instance's override, not the class's method
+        pipe.__class__ = state.original_class
+        pipe.transformer = state.original
+        del pipe._usv
+    return pipe
+
+
+def summary(pipe: WanPipeline) -> str:
+    """A few lines that a person can read: what is enabled and what it has executed."""
+    state = getattr(pipe, "_usv", None)
+    if state is None:
+        return "usv: not enabled; the pipeline runs its own dense transformer"
+    plan, record = state.student.plan, state.record
+    merged = plan.merged()
+    lines = [
+        f"usv: sparse student, {plan.num_layers} layers × {len(plan.edges)} timestep bins, {merged:.0%} of tokens merged by plan",
+        f"executed: {record.forwards} forwards, {record.seconds:.2f} s in the transformer, attention density "
+        f"{record.mean_density():.3f} of the tokens left, {record.mean_merged():.0%} merged",
+        "timestep   density rung by layer",
+    ]
+    for edge, row in zip(plan.edges, plan.rungs):
+        cells = " ".join(f"1/{2**r.density}{'' if not r.merge else f'·{MERGE_LADDER[r.merge]:.2f}m'}" for r in row)
+        lines.append(f"  ≤ {edge:5.0f}  {cells}")
+    return "\n".join(lines)
+
+
+def planned(model: SparseWan, plan: SparsityPlan | None, record: Record, impl: str = "auto") -> torch.nn.Module:
+    """`model.transformer` with its forward replaced by the sparse one under a plan (None: dense), as a pipeline calls it."""
+    transformer = model.transformer
+
+    def forward(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image=None, return_dict=True, **_):
+        begun = time.perf_counter()
+        rungs = None if plan is None else plan.at(float(timestep.flatten()[0]))
+        velocity, stats = model(hidden_states, timestep, encoder_hidden_states, rungs, impl=impl)
+        record.seconds += time.perf_counter() - begun
+        record.forwards += 1
+        layers = range(model.num_layers)
+        record.densities += [float(stats[i].density) if i in stats else 1.0 for i in layers]
+        record.merged += [0.0 if rungs is None else MERGE_LADDER[rungs[i].merge] for i in layers]
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    transformer.forward = forward
+    return transformer
+
+
+def _student_pipeline(base: type, sampling: dict) -> type:
+    """A subclass of the pipeline whose call has the student's defaults."""
+
+    def call(self, *args, **kwargs):
+        if kwargs.get("guidance_scale", 1.0) != 1.0:
+            raise CheckpointError(
+                f"guidance_scale: got {kwargs['guidance_scale']}, accepted: 1.0; guidance is folded into the student's weights"
+            )
+        defaults = {"guidance_scale": 1.0}
+        for key in ("height", "width", "num_inference_steps", "max_sequence_length"):
+            if sampling.get(key) is not None:
+                defaults[key] = sampling[key]
+        if sampling.get("num_frames") is not None:
+            defaults["num_frames"] = frames_argument(self, sampling["num_frames"])
+        kwargs = {**defaults, **kwargs}
+        if sampling.get("num_frames") is not None:
+            frames = frames_result(self, kwargs["num_frames"])
+            check_grid(sampling, kwargs.get("height"), kwargs.get("width"), frames)
+        return base.__call__(self, *args, **kwargs)
+
+    return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
+
+
+def frames_result(pipe: WanPipeline, num_frames: int) -> int:
+    """Frames that `pipe(num_frames=…)` really makes: diffusers rounds to k · factor + 1, also at factor 1."""
+    factor = pipe.vae_scale_factor_temporal
+    return num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1
+
+
+def frames_argument(pipe: WanPipeline, num_frames: int) -> int:
+    """The argument that makes `num_frames` frames."""
+    return num_frames - 1 if pipe.vae_scale_factor_temporal == 1 else num_frames

@@ -1,0 +1,57 @@
+"""Videos to files: mp4 (H.264, plays in browsers) and contact sheets, each written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+
+def _uint8(video: torch.Tensor) -> np.ndarray:
+    """(T, 3, H, W) in [0, 1] -> (T, H, W, 3) uint8."""
+    return (video.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def write_mp4(path: Path, video: torch.Tensor, fps: int = 8, scale: int = 1) -> None:
+    """Write (T, 3, H, W) in [0, 1]. `scale` enlarges small clips by pixel repetition. Sides are cropped to even."""
+    frames = _uint8(video).repeat(scale, 1).repeat(scale, 2)
+    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    try:
+        with av.open(str(temporary), "w", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps))
+            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+            stream.options = {"crf": "16"}
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def contact_sheet(path: Path, rows: list[tuple[str, torch.Tensor]], columns: int = 5) -> None:
+    """One row a video: its label, then `columns` evenly spaced frames. rows: (label, (T, 3, H, W) in [0, 1])."""
+    height, width = rows[0][1].shape[-2:]
+    bar = 16
+    sheet = Image.new("RGB", (columns * (width + 2), len(rows) * (height + bar)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (label, video) in enumerate(rows):
+        top = r * (height + bar)
+        draw.text((3, top + 2), label, fill="black")
+        picks = np.linspace(0, len(video) - 1, columns).round().astype(int)
+        for c, frame in enumerate(_uint8(video[torch.from_numpy(picks)])):
+            sheet.paste(Image.fromarray(frame), (c * (width + 2), top + bar))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp.png")
+    try:
+        sheet.save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
