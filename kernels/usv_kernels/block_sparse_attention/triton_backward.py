@@ -29,23 +29,28 @@ def delta_kernel(out_ptr, grad_ptr, grad_lse_ptr, delta_ptr, H, q_len, out_strid
 
 
 @triton.jit
-def load_lse2(lse_base, start, count, ROWS: tl.constexpr):
-    """Base-2 lse of rows; +inf for rows past count and rows without keys, whose probabilities become exp2(-inf) = 0."""
+def load_lse(lse_base, start, count, ROWS: tl.constexpr):
+    """lse of rows; +inf for rows past count and rows without keys, whose probabilities become exp2(-inf) = 0."""
     row = tl.arange(0, ROWS)
     lse = tl.load(lse_base + start + row, mask=row < count, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
-def dq_tile(dq, gate_sum, q, grad, lse2, delta, k_base, v_base, k_stride, v_stride, bias_base, gate, start, offset, size,
-            scale2, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+def probabilities(dot, scale, column, lse):
+    """exp(dot * scale + column - lse); the score is rounded exactly as in the forward, so that its error cancels."""
+    return tl.exp2((dot * scale + column - lse) * LOG2E)
+
+
+@triton.jit
+def dq_tile(dq, gate_sum, q, grad, lse, delta, k_base, v_base, k_stride, v_stride, bias_base, gate, start, offset, size,
+            scale, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
             DP: tl.constexpr):  # fmt: skip
     """Adds the part of BN keys to dQ (without the scale) and to the block sum of dS."""
     k = load_rows(k_base, k_stride, start + offset, size - offset, BN, D, DP)
     v = load_rows(v_base, v_stride, start + offset, size - offset, BN, D, DP)
     column = column_bias(bias_base, gate, start, offset, size, HAS_BIAS, BN)
-    s2 = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 + column[None, :]
-    p = tl.exp2(s2 - lse2[:, None])
+    p = probabilities(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, column[None, :], lse[:, None])
     ds = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     if HAS_GATE:
@@ -80,7 +85,7 @@ def dq_kernel(
     q = load_rows(q_ptr + batch * q_stride_b + head * q_stride_h, q_stride_s, start_q, rows, BM, D, DP)
     grad = load_rows(grad_ptr + batch * grad_stride_b + head * grad_stride_h, grad_stride_s, start_q, rows, BM, D, DP)
     row = tl.arange(0, BM)
-    lse2 = load_lse2(lse_ptr + bh * q_len, start_q, rows, BM)
+    lse = load_lse(lse_ptr + bh * q_len, start_q, rows, BM)
     delta = tl.load(delta_ptr + bh * q_len + start_q + row, mask=row < rows, other=0.0)
     k_base = k_ptr + batch * k_stride_b + head * k_stride_h
     v_base = v_ptr + batch * v_stride_b + head * v_stride_h
@@ -90,7 +95,6 @@ def dq_kernel(
     dgate_base = dgate_ptr
     if HAS_GATE:
         dgate_base = dgate_ptr + (bh * tiles + tile) * K
-    scale2 = scale * LOG2E
 
     dq = tl.zeros([BM, DP], tl.float32)
     gate, gate_sum = 0.0, 0.0
@@ -98,11 +102,11 @@ def dq_kernel(
         for slot in range(count):
             start, size = listed_block(list_ptr, starts_ptr, sizes_ptr, slot, count)
             if HAS_GATE:
-                gate = tl.load(gate_ptr + block * K + slot) * LOG2E
+                gate = tl.load(gate_ptr + block * K + slot)
                 gate_sum = 0.0
             for offset in range(0, size, BN):
-                dq, gate_sum = dq_tile(dq, gate_sum, q, grad, lse2, delta, k_base, v_base, k_stride_s, v_stride_s, bias_base,
-                                       gate, start, offset, size, scale2, HAS_BIAS, HAS_GATE, BN, D, DP)  # fmt: skip
+                dq, gate_sum = dq_tile(dq, gate_sum, q, grad, lse, delta, k_base, v_base, k_stride_s, v_stride_s, bias_base,
+                                       gate, start, offset, size, scale, HAS_BIAS, HAS_GATE, BN, D, DP)  # fmt: skip
             if HAS_GATE:
                 tl.store(dgate_base + slot, gate_sum)
     else:
@@ -111,10 +115,10 @@ def dq_kernel(
             slot = step // KV_TILES
             next_start, next_size = listed_block(list_ptr, starts_ptr, sizes_ptr, (step + 1) // KV_TILES, count)
             if HAS_GATE:
-                gate = tl.load(gate_ptr + block * K + slot) * LOG2E
+                gate = tl.load(gate_ptr + block * K + slot)
                 gate_sum = tl.where(step % KV_TILES == 0, 0.0, gate_sum)
-            dq, gate_sum = dq_tile(dq, gate_sum, q, grad, lse2, delta, k_base, v_base, k_stride_s, v_stride_s, bias_base,
-                                   gate, start, step % KV_TILES * BN, size, scale2, HAS_BIAS, HAS_GATE, BN, D, DP)  # fmt: skip
+            dq, gate_sum = dq_tile(dq, gate_sum, q, grad, lse, delta, k_base, v_base, k_stride_s, v_stride_s, bias_base,
+                                   gate, start, step % KV_TILES * BN, size, scale, HAS_BIAS, HAS_GATE, BN, D, DP)  # fmt: skip
             if HAS_GATE:
                 tl.store(dgate_base + slot, gate_sum)
             start, size = next_start, next_size
@@ -123,15 +127,14 @@ def dq_kernel(
 
 @triton.jit
 def dkv_tile(dk, dv, dbias, k, v, column, q_base, grad_base, q_stride, grad_stride, lse_base, delta_base, start, offset, size,
-             gate, scale2, HAS_BIAS: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+             gate, scale, HAS_BIAS: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
     """Adds the part of BM query rows to dK (without the scale), dV and the key bias; scores are held transposed."""
     q = load_rows(q_base, q_stride, start + offset, size - offset, BM, D, DP)
     row = tl.arange(0, BM)
-    lse2 = load_lse2(lse_base, start + offset, size - offset, BM)
+    lse = load_lse(lse_base, start + offset, size - offset, BM)
     delta = tl.load(delta_base + start + offset + row, mask=row < size - offset, other=0.0)
     grad = load_rows(grad_base, grad_stride, start + offset, size - offset, BM, D, DP)
-    s2 = tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 + (column + gate)[:, None]
-    p = tl.exp2(s2 - lse2[None, :])
+    p = probabilities(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, (column + gate)[:, None], lse[None, :])
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
     ds = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -184,7 +187,6 @@ def dkv_kernel(
     q_base = q_ptr + batch * q_stride_b + head * q_stride_h
     grad_base = grad_ptr + batch * grad_stride_b + head * grad_stride_h
     lse_base, delta_base = lse_ptr + bh * q_len, delta_ptr + bh * q_len
-    scale2 = scale * LOG2E
 
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DP], tl.float32)
@@ -194,19 +196,19 @@ def dkv_kernel(
         for position in range(first, end):
             entry, start, size = entry_block(entries, starts_ptr, sizes_ptr, position, end, K)
             if HAS_GATE:
-                gate = tl.load(gates + entry) * LOG2E
+                gate = tl.load(gates + entry)
             for offset in range(0, size, BM):
                 dk, dv, dbias = dkv_tile(dk, dv, dbias, k, v, column, q_base, grad_base, q_stride_s, grad_stride_s, lse_base,
-                                         delta_base, start, offset, size, gate, scale2, HAS_BIAS, BM, D, DP)  # fmt: skip
+                                         delta_base, start, offset, size, gate, scale, HAS_BIAS, BM, D, DP)  # fmt: skip
     else:
         entry, start, size = entry_block(entries, starts_ptr, sizes_ptr, first, end, K)
         for step in range((end - first) * Q_TILES):
             ahead = first + (step + 1) // Q_TILES
             next_entry, next_start, next_size = entry_block(entries, starts_ptr, sizes_ptr, ahead, end, K)
             if HAS_GATE:
-                gate = tl.load(gates + entry) * LOG2E
+                gate = tl.load(gates + entry)
             dk, dv, dbias = dkv_tile(dk, dv, dbias, k, v, column, q_base, grad_base, q_stride_s, grad_stride_s, lse_base,
-                                     delta_base, start, step % Q_TILES * BM, size, gate, scale2, HAS_BIAS, BM, D,
+                                     delta_base, start, step % Q_TILES * BM, size, gate, scale, HAS_BIAS, BM, D,
                                      DP)  # fmt: skip
             entry, start, size = next_entry, next_start, next_size
     store_rows(dk_ptr + batch * dk_stride_b + head * dk_stride_h, dk_stride_s, start_k, rows, dk * scale, BN, D, DP)
