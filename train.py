@@ -19,6 +19,7 @@ from pathlib import Path
 import hydra
 import torch
 from accelerate import Accelerator
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from usv.tracking import Tracker
 from usv.training import Run, budget_at, build, log_step, precision, resume, save, temperature_at, validate
 
 ROOT = Path(__file__).resolve().parent
+ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
 def train(config: TrainConfig) -> Path:

@@ -47,9 +47,9 @@ class Stage:
 
 
 STAGES = [
-    Stage("few frames, half size", 48, 2, 14, 32, 1.5e-3, 2.0),
-    Stage("all frames, half size", 48, 1, 22, 24, 1.2e-3, 2.0),
-    Stage("full grid", 96, 1, 44, 8, 1.0e-3, 3.0, cooldown=True),
+    Stage("few frames, half size", 48, 2, 25, 32, 2.0e-3, 4.0),
+    Stage("all frames, half size", 48, 1, 12, 24, 1.5e-3, 4.0),
+    Stage("full grid", 96, 1, 44, 8, 1.2e-3, 4.0, cooldown=True),
 ]
 NUM_CLIPS = {48: 16_320, 96: 5_760}
 SHARD = 480
@@ -150,6 +150,31 @@ def sigma_with_shift(u: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
+class Optimizers:
+    """Muon for the matrices of the blocks, AdamW for the rest. Muon's step has AdamW's size, so one learning rate serves."""
+
+    def __init__(self, model, params):
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in params if id(p) not in chosen]
+        muon = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        self.parts = [muon, torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+
+    def step(self, lr: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list) -> None:
+        for part, state in zip(self.parts, states):
+            part.load_state_dict(state)
+
+
 def train_teacher(folder: Path, out: Path, work: Path) -> None:
     """Flow matching on the curriculum; resumes from `work/teacher.pt`, which is written every minute."""
     from transformers import T5TokenizerFast
@@ -158,10 +183,7 @@ def train_teacher(folder: Path, out: Path, work: Path) -> None:
     tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer")
     model, encoder = parts.make_transformer(), parts.make_text_encoder(len(tokenizer))
     params = [*model.parameters(), *encoder.parameters()]
-    decay = [p for p in params if p.ndim > 1]
-    no_decay = [p for p in params if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": 0.01}, {"params": no_decay, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
+    optimizer = Optimizers(model, params)
     ema = [p.detach().clone() for p in params]
     state = {"stage": 0, "seconds": 0.0, "step": 0, "clips": 0}
     checkpoint = work / "teacher.pt"
@@ -219,10 +241,7 @@ def run_stage(stage: Stage, modules, params, ema, state, tokenizer, out: Path, w
         lr = stage.lr * min(1.0, (state["step"] + 1) / 200)
         if stage.cooldown:
             lr *= 0.02 + 0.98 * min(1.0, 0.5 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(lr)
         torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(0.998, state["step"] / (state["step"] + 20)))
         now = time.monotonic()
         spent, last = min(now - last, 30.0), now  # a paused process is not charged

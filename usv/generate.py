@@ -25,7 +25,7 @@ class Generation:
 def load_pipeline(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> WanPipeline:
     """A Wan-format folder or hub id as a WanPipeline. SettingError when it cannot be had."""
     try:
-        pipe = WanPipeline.from_pretrained(path, torch_dtype=dtype)
+        pipe = WanPipeline.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise SettingError(
             f"model.path={path}: no Wan pipeline could be loaded ({str(error).splitlines()[0][:200]}); give a diffusers folder or a "

@@ -1,0 +1,45 @@
+# make demo    sets everything up and runs the main job: train a sparse student of the embedded model, generate, compare
+# make test    passes the tests
+# Both need Python 3.11+ and nothing else: no GPU, no account, no downloads besides Python packages.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN     = $(VENV)/bin
+LAUNCH  = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: setup demo test lint wan-mini kernels-report bench-gpu
+
+setup: $(VENV)/.ready
+
+# torch is named first: an open range would bring gigabytes of CUDA packages to a laptop
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+data/shards/camera/index.json: | setup
+	$(BIN)/python data/prepare.py --camera-motion 960 --seed 1 --split val=0.05 --model data/wan-mini --out data/shards/camera
+
+demo: setup data/shards/camera/index.json
+	$(LAUNCH) train.py optim.steps=120 output_dir=outputs/demo
+	$(BIN)/python -m usv.evaluate --ckpt student=outputs/demo/student --clips 30 --out outputs/demo/results.json --videos outputs/demo/videos
+	@echo "Videos dense | student: outputs/demo/videos; your own: $(BIN)/python infer.py ckpt=outputs/demo/student prompt='\"a cat, the camera pans left\"'"
+
+lint: setup
+	$(BIN)/ruff check .
+
+test: lint
+	$(BIN)/python -m pytest
+
+# the embedded model from nothing; resumable
+wan-mini: setup
+	$(BIN)/python data/build_wan_mini.py
+
+kernels-report: setup
+	$(BIN)/python -m usv_kernels.compile_report
+
+bench-gpu: setup
+	$(BIN)/python -m usv_kernels.bench --gpu

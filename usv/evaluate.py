@@ -1,0 +1,219 @@
+"""Quality and speed of students against the dense model, at the same prompts and seeds, in one process.
+
+    python -m usv.evaluate --ckpt outputs/usv_mini/student --clips 120 --out data/results/usv_mini.json
+
+Prompts are CameraMotion captions, every subject with every motion in turn. Batches of the methods are interleaved, so that a
+noisy machine hurts all alike. Quality: subject and motion accuracy against the prompt, Fréchet distance to real clips,
+consistency, flicker, warp error, with 95% intervals where there are enough clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import usv
+from usv.config import ModelConfig, SettingError
+from usv.cost import ModelShape, plan_cost
+from usv.cpu import keep_freed_memory
+from usv.generate import Generation, generate, load_pipeline
+from usv.grid import tile_layout
+from usv.metrics import build_prototypes, evaluate_videos, features
+from usv.training import commit
+from usv.video import contact_sheet, write_mp4
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_SEED = 3  # neither the teacher's training clips (1) nor the codec's held-out ones (2)
+
+
+def camera_motion():
+    """The module data/camera_motion.py, which is no part of the installed package."""
+    if str(ROOT / "data") not in sys.path:
+        sys.path.insert(0, str(ROOT / "data"))
+    import camera_motion
+
+    return camera_motion
+
+
+def requests(count: int) -> tuple[list[str], list[int], list[int]]:
+    """`count` captions with their labels. 120 cover every subject with every motion; fewer still cover all subjects."""
+    world = camera_motion()
+    subjects, motions = len(world.SUBJECTS), len(world.MOTIONS)
+    pairs = [(i % subjects, (i + i // subjects) % motions) for i in range(count)]
+    return [world.caption(s, m) for s, m in pairs], [s for s, _ in pairs], [m for _, m in pairs]
+
+
+def real_clips(model: ModelConfig, count: int) -> tuple[torch.Tensor, list[int]]:
+    """Real clips (N, T, 3, H, W) in [0, 1] and their subjects: the reference of the Fréchet distance and the prototypes."""
+    world = camera_motion()
+    clips = [world.sample_clip(i, REAL_SEED, model.num_frames, model.height) for i in range(count)]
+    return torch.stack([c.frames for c in clips]).float() / 255, [c.subject for c in clips]
+
+
+def generate_all(pipe, model: ModelConfig, methods: dict, prompts: list[str], seeds: list[int], batch_size: int) -> dict:
+    """{name: Generation} with batches of all methods interleaved. `methods`: name -> checkpoint or None for dense."""
+    parts: dict[str, list[Generation]] = {name: [] for name in methods}
+    executed: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+    with tqdm(total=len(prompts) * len(methods), unit="video") as bar:
+        for start in range(0, len(prompts), batch_size):
+            for name, checkpoint in methods.items():
+                bar.set_description(name)
+                steps = None
+                if checkpoint is not None:
+                    usv.enable(pipe, checkpoint)
+                    steps = pipe._usv.student.sampling["num_inference_steps"]
+                part = slice(start, start + batch_size)
+                parts[name].append(generate(pipe, model, prompts[part], seeds[part], batch_size, steps, progress=bar))
+                if checkpoint is not None:
+                    executed[name].append((pipe._usv.record.mean_density(), pipe._usv.record.mean_merged()))
+                    usv.disable(pipe)
+    result = {}
+    for name, generations in parts.items():
+        seconds = {k: sum(g.seconds[k] for g in generations) for k in generations[0].seconds}
+        runs = executed[name] or [(1.0, 0.0)]
+        density, merged = (sum(column) / len(runs) for column in zip(*runs))
+        result[name] = (Generation(torch.cat([g.videos for g in generations]), seconds, generations[0].forwards), density, merged)
+    return result
+
+
+def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, repeats: int = 7) -> dict[str, dict[str, float]]:
+    """Seconds of one forward of one clip, quantiles over interleaved repeats, averaged over the sampler's timesteps."""
+    shape = (batch_size, pipe.transformer.config.in_channels, model.num_frames, *(side // pipe.vae_scale_factor_spatial for side in (model.height, model.width)))  # fmt: skip
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(batch_size, model.max_sequence_length, pipe.transformer.config.text_dim)
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for repeat in range(repeats + 1):
+        for name, checkpoint in methods.items():
+            if checkpoint is not None:
+                usv.enable(pipe, checkpoint)
+            timesteps = [1000.0]
+            if checkpoint is not None:
+                edges = pipe._usv.student.plan.edges
+                timesteps = [(low + high) / 2 for low, high in zip((0.0, *edges), edges)]
+            begun = time.perf_counter()
+            with torch.no_grad():
+                for timestep in timesteps:
+                    pipe.transformer(latents, torch.full((batch_size,), timestep), text, return_dict=False)
+            if repeat:
+                times[name].append((time.perf_counter() - begun) / len(timesteps) / batch_size)
+            usv.disable(pipe)
+    return {
+        name: {f"p{q}": float(torch.tensor(values).quantile(q / 100)) for q in (10, 50, 90)} for name, values in times.items()
+    }
+
+
+def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_size: int, videos: Path | None = None) -> dict:
+    """The report: machine, commit, and one row of quality, speed and executed sparsity for each method."""
+    keep_freed_memory()
+    pipe = load_pipeline(model.path)
+    methods = {"dense": None, **checkpoints}
+    prompts, subjects, motions = requests(clips)
+    seeds = list(range(clips))
+    real, real_subjects = real_clips(model, 240)
+    prototypes, reference = build_prototypes(real, real_subjects), features(real)
+    timing = forward_seconds(pipe, model, methods, batch_size)
+    rows = {}
+    generated = generate_all(pipe, model, methods, prompts, seeds, batch_size)
+    for name, (generation, density, merged) in generated.items():
+        quality = evaluate_videos(
+            generation.videos, subjects, motions, reference if clips >= 16 else None, prototypes=prototypes, intervals=clips >= 32
+        )
+        rows[name] = {
+            "forwards": generation.forwards, "seconds_per_forward": timing[name], "attention_density": density, "merged": merged,
+            "denoise_seconds": generation.seconds["denoise"] / clips, "decode_seconds": generation.seconds["decode"] / clips,
+            "flops_ratio": _flops_ratio(pipe, model, methods[name]), **{k: round(v, 5) for k, v in quality.items()},
+        }  # fmt: skip
+    for row in rows.values():
+        row["forward_speedup"] = rows["dense"]["seconds_per_forward"]["p50"] / row["seconds_per_forward"]["p50"]
+        row["denoise_speedup"] = rows["dense"]["denoise_seconds"] / row["denoise_seconds"]
+    if videos is not None:
+        show(videos, prompts, {name: g.videos for name, (g, _, _) in generated.items()})
+    machine = {"device": _device(), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    return {"commit": commit(), "machine": machine, "clips": clips, "checkpoints": checkpoints, "methods": rows}
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def _flops_ratio(pipe, model: ModelConfig, checkpoint) -> float:
+    """FLOPs of the blocks, dense / student, from the cost model."""
+    if checkpoint is None:
+        return 1.0
+    usv.enable(pipe, checkpoint)
+    student = pipe._usv.student
+    shape = ModelShape.of(student.model.config, model.max_sequence_length)
+    side = pipe.vae_scale_factor_spatial
+    grid = student.model.grid_of((model.num_frames, model.height // side, model.width // side))
+    ratio = 1 / plan_cost(student.plan, shape, tile_layout(grid, student.model.tile))
+    usv.disable(pipe)
+    return ratio
+
+
+def show(folder: Path, prompts: list[str], videos: dict[str, torch.Tensor], count: int = 6) -> None:
+    """A contact sheet and side-by-side mp4s (dense | students) of the first prompts."""
+    rows = []
+    for index in range(min(count, len(prompts))):
+        rows += [(f"{name}: {prompts[index]}", clips[index]) for name, clips in videos.items()]
+        write_mp4(folder / f"{index:02d}.mp4", torch.cat([clips[index] for clips in videos.values()], dim=-1), scale=2)
+    contact_sheet(folder / "contact_sheet.png", rows)
+
+
+def table(report: dict) -> str:
+    """The report as a table, one column a method."""
+    lines = [("", "forwards", "s/forward", "speed-up", "density", "merged", "FLOPs ratio", "subject", "motion", "Fréchet", "denoise s", "denoise ×")]
+    for name, r in report["methods"].items():
+        lines.append((
+            name, f"{r['forwards']}", f"{r['seconds_per_forward']['p50']:.4f}", f"{r['forward_speedup']:.2f}×",
+            f"{r['attention_density']:.3f}", f"{r['merged']:.0%}", f"{r['flops_ratio']:.2f}×", f"{r['subject_accuracy']:.3f}",
+            f"{r['motion_accuracy']:.3f}", f"{r.get('frechet_distance', float('nan')):.1f}", f"{r['denoise_seconds']:.2f}",
+            f"{r['denoise_speedup']:.2f}×",
+        ))  # fmt: skip
+    return "\n".join("".join(f"{cell:>13}" for cell in row) for row in zip(*lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", action="append", default=[], help="[name=]student folder; repeat for several")
+    parser.add_argument("--model", default=str(ROOT / "data" / "wan-mini"))
+    parser.add_argument("--clips", type=int, default=120)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--guidance", type=float, default=None)
+    parser.add_argument("--steps", type=int, default=None, help="sampling steps of the dense model")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--videos", type=Path, help="folder for side-by-side videos and a contact sheet")
+    args = parser.parse_args()
+    model = ModelConfig(path=args.model)
+    if args.guidance is not None:
+        model.guidance_scale = args.guidance
+    if args.steps is not None:
+        model.num_inference_steps = args.steps
+    named = {}
+    for entry in args.ckpt:
+        name, _, path = entry.rpartition("=")
+        named[name or Path(path).resolve().parent.name] = path
+    try:
+        report = evaluate(model, named, args.clips, args.batch_size, args.videos)
+    except (SettingError, ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    report["command"] = "python -m usv.evaluate " + " ".join(sys.argv[1:])
+    print(table(report))
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(args.out)
+
+
+if __name__ == "__main__":
+    main()
