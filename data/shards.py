@@ -1,8 +1,8 @@
 """Shards: tar files of samples `<key>.safetensors` (latents, text) and `<key>.json` (caption and labels).
 
-A shard is written beside its name and renamed when complete, so whatever stands under its name is whole. webdataset reads
-them as they are; the last member, `__shard__`, which webdataset passes over, is the report of what was left out and why:
-samples and report become visible in one rename.
+A shard is written beside its name and renamed when complete, so whatever stands under its name is whole. webdataset
+reads them as they are; the last member, `__shard__`, which webdataset passes over, is the report of what was left out
+and why: samples and report become visible in one rename.
 """
 
 from __future__ import annotations

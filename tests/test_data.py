@@ -90,7 +90,7 @@ def test_every_sample_once_an_epoch_and_another_order_each(folder):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
 def test_order_does_not_depend_on_the_number_of_ranks(folder, world_size):
-    """Global batches of 6 over 14 samples straddle epochs; their union over ranks, in rank order, is always the same."""
+    """Global batches of 6 over 14 samples straddle epochs; their union, in rank order, is always the same."""
     reference = take(ShardDataset(folder, 6, seed=5, drop_text=0.5), 7)
     ranks = [
         take(ShardDataset(folder, 6 // world_size, seed=5, drop_text=0.5, rank=r, world_size=world_size), 7)

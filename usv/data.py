@@ -1,11 +1,11 @@
 """Batches of latents and text embeddings from shards, in an order that is a pure function of (seed, epoch).
 
 Sample number n of the endless stream is `permutation(seed, n // N)[n % N]`. A global batch is the next batch_size ·
-world_size numbers and rank r takes its r-th run of batch_size, so the union over ranks is the same for any number of ranks,
-and a position is enough to go on from. Caption dropping is drawn per (seed, epoch, sample), not per batch.
+world_size numbers and rank r takes its r-th run of batch_size, so the union over ranks is the same for any number of
+ranks, and a position is enough to go on from. Caption dropping is drawn per (seed, epoch, sample), not per batch.
 
-A folder of shards is what data/prepare.py writes: tars of `<key>.safetensors` and `<key>.json`, an `index.json` that names
-the model the latents belong to, and `empty.safetensors`, the embedding of the empty prompt.
+A folder of shards is what data/prepare.py writes: tars of `<key>.safetensors` and `<key>.json`, an `index.json` that
+names the model the latents belong to, and `empty.safetensors`, the embedding of the empty prompt.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ class ShardDataset:
         latent_shape: (C, T, h, w) that the caller needs; anything else is refused.
         shuffle: False keeps the order of the shards.
         repeat: True: an endless stream that begins at `state_dict()`'s position and whose batches may straddle epochs.
-            False: every `iter()` is the same single pass from the start, of len(self) batches; the incomplete last global
-            batch is left out. For validation.
+            False: every `iter()` is the same single pass from the start, of len(self) batches; the incomplete last
+            global batch is left out. For validation.
         cache_bytes: decoded samples are kept in memory up to this size.
 
-    A batch is a dict: `latents` (B, C, T, h, w) float32, normalised as the transformer takes them; `text` (B, L, D) float32,
-    zero rows beyond each caption's end; `captions`, list of B, "" where dropped; `index` (B,) int64, number of each sample;
-    `subject`, `motion` (B,) int64 where all of the batch have them. `text` is missing where data was made without it.
+    A batch is a dict: `latents` (B, C, T, h, w) float32, normalised as the transformer takes them; `text` (B, L, D)
+    float32, zero rows beyond each caption's end; `captions`, list of B, "" where dropped; `index` (B,) int64, number of
+    each sample; `subject`, `motion` (B,) int64 where all of the batch have them. `text` is missing where data was made
+    without it.
 
     Raises DataError: nothing found, unfinished folder, unknown split, other model or latent shape, damaged shard.
     """
@@ -127,8 +128,8 @@ class ShardDataset:
         """Go on from a state, also one saved with another number of ranks. DataError where data or seed are others."""
         for name, now in (("num_samples", self.num_samples), ("seed", self.seed)):
             if state.get(name, now) != now:
-                raise DataError(f"cannot continue the data order: {name} was {state[name]} when the state was saved and is "
-                                f"{now} now; use the same data and seed, or start a new run")  # fmt: skip
+                raise DataError(f"cannot continue the data order: {name} was {state[name]} when the state was saved "
+                                f"and is {now} now; use the same data and seed, or start a new run")  # fmt: skip
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 
     def order(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,8 +251,8 @@ def _common_form(indices: dict[Path, dict]) -> tuple[tuple[int, ...], int, int |
     for name in ("latent_shape", "max_sequence_length", "text_dim", "model"):
         for other in others:
             if indices[first][name] != indices[other][name]:
-                raise DataError(f"{first} and {other} cannot be mixed: {name} is {indices[first][name]} in one and "
-                                f"{indices[other][name]} in the other; prepare both with the same settings")  # fmt: skip
+                raise DataError(f"{first} and {other} cannot be mixed: {name} is {indices[first][name]} in one "
+                                f"and {indices[other][name]} in the other; prepare both with the same settings")  # fmt: skip
     index = indices[first]
     return tuple(index["latent_shape"]), index["max_sequence_length"], index["text_dim"]
 
@@ -266,15 +267,15 @@ def _check_use(indices: dict[Path, dict], found: tuple, model: str | Path | None
     written, used = indices[folder]["model"], model_identity(model)
     wrong = [part for part, value in used.items() if value and written.get(part) and value != written[part]]
     if wrong:
-        raise DataError(f"{folder} was written for another model: its {' and '.join(wrong)} differ from those in {model}; "
-                        f"prepare the data again with --model {model}, or train the model it was made for")  # fmt: skip
+        raise DataError(f"{folder} was written for another model: its {' and '.join(wrong)} differ from those in "
+                        f"{model}; prepare the data again with --model {model}, or train the model it was made for")  # fmt: skip
 
 
 def model_identity(folder: str | Path) -> dict[str, str | None]:
     """What latents and text embeddings depend on, as hashes: `vae` and `text_encoder` (None where the folder has none).
 
-    A hash covers the configuration (latents_mean and latents_std are in the VAE's) and, of every weight file, its size and
-    first and last MiB: enough to tell two trainings apart without reading 20 GB.
+    A hash covers the configuration (latents_mean and latents_std are in the VAE's) and, of every weight file, its size
+    and first and last MiB: enough to tell two trainings apart without reading 20 GB.
     """
     folder = Path(folder)
     parts = {"vae": ["vae"], "text_encoder": ["text_encoder", "tokenizer"]}
