@@ -40,13 +40,14 @@ def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int) -
     and sm_100 (`python -m usv_kernels.compile_report`), not yet from timings."""
     if dtype == torch.float32:
         # fp32 products run on the scalar units: small tiles, and at D 128 more warps, keep the operands in registers.
-        large = dim > 64 and kernel != "forward"
-        bm = 16 if dim > 64 and kernel == "dkv" else 32
-        return Config(_tile(q_max, bm), _tile(kv_max, 32), 8 if large else 4, 2)
-    wide = kernel == "forward" and q_max > 64
-    bm, bn = _tile(q_max, 128 if wide else 64), _tile(kv_max, 64)
-    warps = 8 if bm == 128 or (kernel == "dkv" and dim > 64 and bn == 64) else 4
-    return Config(bm, bn, warps, 3 if kernel == "forward" else 2)
+        bm, warps = (32, 4) if dim <= 64 else (16, 4 if kernel == "forward" else 8)
+        return Config(_tile(q_max, bm), _tile(kv_max, 32), warps, 2)
+    nested = dim > 64 and (q_max if kernel == "dkv" else kv_max) == 0
+    bm, bn = _tile(q_max, 128 if kernel == "forward" and q_max > 64 else 64), _tile(kv_max, 64)
+    if nested and kernel == "dkv":
+        bm = min(bm, 32)  # the nested loop needs a few registers more, which a tile of 64 rows would spill
+    warps = 8 if bm == 128 or nested or (kernel == "dkv" and dim > 64 and bn == 64) else 4
+    return Config(bm, bn, warps, 3 if kernel == "forward" and not nested else 2)
 
 
 def tiles_per_block(largest: int, tile: int) -> int:
