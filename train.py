@@ -94,11 +94,11 @@ def step(run: Run, batch: dict, accelerator: Accelerator):
     # 4. one backward for both
     accelerator.backward(loss if policy_loss is None else loss + policy_loss)
     norm = accelerator.clip_grad_norm_(run.student.parameters(), config.optim.grad_clip)
-    if not math.isfinite(float(loss) + float(norm)):
-        run.fail(f"loss {float(loss)}, gradient norm {float(norm)} at step {run.step}, timestep bin {decisions.bin}")
-    run.observe(decisions, probes, stats, float(loss))
+    if not math.isfinite(loss.item() + float(norm)):
+        run.fail(f"loss {loss.item()}, gradient norm {float(norm)} at step {run.step}, timestep bin {decisions.bin}")
+    run.observe(decisions, probes, stats, loss.item())
     run.optimizer_step(policy_loss)
-    record.fill(loss=float(loss), norm=float(norm), decisions=decisions, stats=stats, target_cost=target_cost)
+    record.fill(loss=loss.item(), norm=float(norm), decisions=decisions, stats=stats, target_cost=target_cost)
     return record
 
 

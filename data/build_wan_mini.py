@@ -47,11 +47,11 @@ class Stage:
 
 
 STAGES = [
-    Stage("few frames, half size", 48, 2, 25, 32, 2.0e-3, 4.0),
-    Stage("all frames, half size", 48, 1, 12, 24, 1.5e-3, 4.0),
-    Stage("full grid", 96, 1, 44, 8, 1.2e-3, 4.0, cooldown=True),
+    Stage("few frames, half size", 48, 2, 10, 32, 2.0e-3, 3.0),
+    Stage("all frames, half size", 48, 1, 15, 24, 2.0e-3, 3.0),
+    Stage("full grid", 96, 1, 45, 8, 1.5e-3, 3.0, cooldown=True),
 ]
-NUM_CLIPS = {48: 16_320, 96: 5_760}
+NUM_CLIPS = {48: 3_840, 96: 2_400}
 SHARD = 480
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 

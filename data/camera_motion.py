@@ -38,7 +38,7 @@ PHOTOS = {
 SUBJECTS = list(PHOTOS)
 MOTIONS = ["pans left", "pans right", "tilts up", "tilts down", "zooms in", "zooms out", "rolls left", "rolls right"]
 # speed word -> share of the full travel that the clip covers
-SPEEDS = {"slowly": (0.45, 0.6), "": (0.6, 0.8), "quickly": (0.8, 1.0)}
+SPEEDS = {"slowly": (0.47, 0.53), "": (0.7, 0.78), "quickly": (0.94, 1.0)}
 SHORT_SIDE = 320  # photos are kept at this short side: a view is then about one photo pixel per supersampled pixel
 MAX_PAN, MAX_ZOOM, MAX_ROLL = 0.5, math.log(1.7), math.radians(32)
 
@@ -115,9 +115,11 @@ def make_clip(subject: int, motion: int, speed: str, generator: torch.Generator,
     shift, log_scale, angle = camera_path(motion, low + (high - low) * float(r[0]), num_frames)
     image = photo(SUBJECTS[subject])
     height, width = image.shape[1:]
-    half = (0.60 + 0.10 * float(r[1])) * SHORT_SIDE / 2  # half view in photo pixels
-    centre = torch.tensor([width / 2, height / 2]) + (r[2:4] - 0.5) * 0.14 * SHORT_SIDE
-    scale, tilt = half * log_scale.exp(), angle + (float(r[4]) - 0.5) * 0.1
+    # Views vary by a few percent: a small world, in which what is asked (subject, motion, speed) decides what is seen. With
+    # views free by ±7% and 60–70% zoom the teacher learned textures but no motion in 45,000 clips (docs/log.md).
+    half = (0.64 + 0.02 * float(r[1])) * SHORT_SIDE / 2  # half view in photo pixels
+    centre = torch.tensor([width / 2, height / 2]) + (r[2:4] - 0.5) * 0.03 * SHORT_SIDE
+    scale, tilt = half * log_scale.exp(), angle + (float(r[4]) - 0.5) * 0.02
     cos, sin = torch.cos(tilt) * scale, torch.sin(tilt) * scale
     origin = centre + shift * half
     # photo pixel = origin + R · x · scale, then to grid_sample's [-1, 1]

@@ -128,7 +128,8 @@ def _match(
         from . import triton as backend
 
         return backend.match(descriptor, dst, tile_starts, tile_sizes, num_merged, kept_starts, num_kept, max_tile)
-    return reference.match(descriptor, dst, tile_starts, tile_sizes, num_merged, num_kept)
+    regular = cpu.match(descriptor, dst, tile_sizes, num_merged, num_kept) if impl == "cpu" and len(tile_sizes) else None
+    return regular or reference.match(descriptor, dst, tile_starts, tile_sizes, num_merged, num_kept)
 
 
 @_match.register_fake

@@ -19,6 +19,29 @@ def take_rows(x_BSC: Tensor, index: Tensor) -> Tensor:
     return rows.view(*index.shape, -1)
 
 
+def match(
+    descriptor_BSC: Tensor, dst: Tensor, tile_sizes: Tensor, num_merged: Tensor, num_kept: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`reference.match` for equal tiles with equal counts, else None: rows of one tile are sorted instead of sequences."""
+    tile, count = int(tile_sizes[0]), int(num_merged[0])
+    if not (bool((tile_sizes == tile).all()) and bool((num_merged == count).all())):
+        return None
+    batch, length, _ = descriptor_BSC.shape
+    x = descriptor_BSC.to(accumulator(descriptor_BSC.dtype))
+    norm_BS = torch.linalg.vector_norm(x, dim=-1).clamp_min_(1e-12)
+    dot_BS = torch.linalg.vecdot(x, x.index_select(1, dst))
+    similarity_BS = dot_BS.div_(norm_BS).div_(norm_BS.index_select(1, dst))
+    position = torch.arange(length)
+    similarity_BS.masked_fill_(dst == position, float("-inf"))
+    order = torch.sort(similarity_BS.view(-1, tile), dim=1, descending=True, stable=True).indices[:, :count]
+    kept_BS = torch.ones(similarity_BS.numel() // tile, tile, dtype=torch.bool).scatter_(1, order, False).view(batch, length)
+    kept_index = kept_BS.flatten().nonzero().view(batch, num_kept) % length
+    target = torch.where(kept_BS, position, dst)
+    token_slot = (kept_BS.cumsum(1) - 1).gather(1, target)
+    sizes = torch.zeros(batch, num_kept, dtype=torch.int32)
+    return kept_index, token_slot, sizes.scatter_add_(1, token_slot, torch.ones_like(token_slot, dtype=torch.int32))
+
+
 def _merged(kept_index: Tensor, length: int) -> Tensor:
     """(B, S - S_kept) ascending positions of the tokens that are not kept."""
     batch = kept_index.shape[0]
