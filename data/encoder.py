@@ -78,7 +78,7 @@ class Encoder:
             listed = read_json(model / "model_index.json")
             unused = {name: None for name in ("transformer", "transformer_2") if name in listed}
             dtypes = {"text_encoder": text_dtype, "default": torch.float32}
-            self.pipe = WanPipeline.from_pretrained(model, torch_dtype=dtypes, **unused).to(self.device)
+            self.pipe = WanPipeline.from_pretrained(model, dtype=dtypes, **unused).to(self.device)
             self.vae = self.pipe.vae
         else:
             self.vae = AutoencoderKLWan.from_pretrained(model / "vae").to(self.device)

@@ -27,6 +27,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -57,6 +58,7 @@ def start_worker(settings: Settings, plan: dict) -> None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
         torch.set_num_threads(1)
     keep_freed_memory()
+    disable_progress_bar()
     dtype = getattr(torch, settings.text_dtype)
     encoder = Encoder(settings.model, settings.max_sequence_length, dtype, settings.device, settings.text)
     _worker.update(settings=settings, plan=plan, encoder=encoder)
@@ -107,8 +109,8 @@ def clips(job: Job, skipped: list[dict]) -> Iterator[tuple[int, torch.Tensor, di
             yield number, clip.frames, {"caption": clip.caption, **labels, **source}
         return
     size = settings.height, settings.width
-    for index, group in groupby(job.clips, key=lambda clip: clip[1]):
-        source, group = plan["sources"][index], list(group)
+    for index, entries in groupby(job.clips, key=lambda clip: clip[1]):
+        source, group = plan["sources"][index], list(entries)
         numbers = {clip: number for number, _, clip in group}
         path, first, stop = settings.videos / source["file"], group[0][2], group[-1][2] + 1
         for clip, frames in videos.read_clips(

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import av
@@ -141,7 +141,7 @@ def read_clips(
     try:
         frames = _shown(_decode(path, start, first * num_frames / fps), fps, first * num_frames)
         for clip in range(first, stop):
-            pictures = [_picture(frame, size) for frame, _ in zip(frames, range(num_frames), strict=False)]
+            pictures = [_picture(frame, size) for frame in islice(frames, num_frames)]
             if len(pictures) < num_frames:
                 raise Unusable(f"corrupt: it ends after {len(pictures)} of this clip's {num_frames} frames")
             if any(picture is None for picture in pictures):
