@@ -10,7 +10,6 @@ fp32.
 from dataclasses import dataclass, replace
 
 import torch
-
 from usv_kernels import BlockSelection, block_sparse_attention
 
 GPU = torch.cuda.is_available()

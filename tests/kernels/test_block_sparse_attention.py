@@ -5,7 +5,6 @@ import torch
 from attention_cases import GPU, assert_close, assert_same_bits, dense, make_case, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from usv_kernels import BlockSelection, block_sparse_attention
 
 IMPLS = ("reference", "cpu", "triton")
@@ -181,10 +180,10 @@ def test_any_shape(impl, examples):
 
 def test_batching_of_ragged_rows_on_the_cpu(monkeypatch):
     """Many batches with padding inside each: the limits are lowered until the small case needs them."""
-    from usv_kernels.block_sparse_attention import cpu
+    from usv_kernels.block_sparse_attention import cpu_plan
 
-    monkeypatch.setattr(cpu, "BATCH_ELEMENTS", 3000)
-    monkeypatch.setattr(cpu, "MAX_ROWS", 20)
+    monkeypatch.setattr(cpu_plan, "BATCH_ELEMENTS", 3000)
+    monkeypatch.setattr(cpu_plan, "MAX_ROWS", 20)
     for layout in (dict(q_sizes=[50, 9, 31, 18], kv_sizes=[40, 3, 25, 12], per_head=True), dict(q_sizes=[12] * 7 + [5], kv_sizes=[10] * 6 + [3])):
         case = make_case(**layout, batch=2, heads=3, bias_heads=3)
         assert_close(run(case, "cpu"), case, torch.float32)

@@ -50,9 +50,7 @@ def backward_op(
 
 @backward_op.register_fake
 def _(grad_out, grad_lse, q, k, v, out, lse, key_bias, block_gate, *rest):
-    absent = q.new_empty(0)
-    bias = absent if key_bias is None else key_bias.new_empty(key_bias.shape)
-    gate = absent if block_gate is None else block_gate.new_empty(block_gate.shape)
+    bias, gate = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (key_bias, block_gate))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias, gate
 
 

@@ -38,15 +38,19 @@ def _tile(largest: int, top: int) -> int:
 def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int) -> Config:
     """The tile shape of `forward`, `dq` or `dkv`. Chosen from register and shared-memory use as compiled for sm_80, sm_90
     and sm_100 (`python -m usv_kernels.compile_report`), not yet from timings."""
+    wide = dim > 64
+    nested = (q_max if kernel == "dkv" else kv_max) == 0
     if dtype == torch.float32:
         # fp32 products run on the scalar units: small tiles, and at D 128 more warps, keep the operands in registers.
-        bm, warps = (32, 4) if dim <= 64 else (16, 4 if kernel == "forward" else 8)
-        return Config(_tile(q_max, bm), _tile(kv_max, 32), warps, 2)
-    nested = dim > 64 and (q_max if kernel == "dkv" else kv_max) == 0
+        bm, bn = (16, 16 if nested and kernel == "dq" else 32) if wide else (32, 32)
+        return Config(_tile(q_max, bm), _tile(kv_max, bn), 8 if wide and bn == 32 else 4, 2)
     bm, bn = _tile(q_max, 128 if kernel == "forward" and q_max > 64 else 64), _tile(kv_max, 64)
-    if nested and kernel == "dkv":
-        bm = min(bm, 32)  # the nested loop needs a few registers more, which a tile of 64 rows would spill
-    warps = 8 if bm == 128 or nested or (kernel == "dkv" and dim > 64 and bn == 64) else 4
+    # Loops over blocks of unknown or several tiles need registers that the full tile would spill.
+    if kernel == "dkv" and (nested or (wide and q_max > 64)):
+        bm = min(bm, 32)
+    if kernel == "dq" and nested and wide:
+        bn = min(bn, 32)
+    warps = 8 if bm == 128 or (wide and (nested or kernel == "dkv" and bn == 64)) else 4
     return Config(bm, bn, warps, 3 if kernel == "forward" and not nested else 2)
 
 

@@ -1,0 +1,120 @@
+"""Deliberate bugs in block_sparse_attention, each of which a test must catch: `python tests/kernels/mutations.py`.
+
+Every bug is one textual change applied to a copy of the package; the named tests then run against the copy and have to fail,
+and they have to pass against an unchanged copy. Exits with 1 if a bug survives or a change no longer applies.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = HERE.parents[1] / "kernels" / "usv_kernels"
+ATTENTION = "block_sparse_attention/"
+FORWARD, BACKWARD, LAUNCH, CPU, PLAN = (
+    ATTENTION + f for f in ("triton_forward.py", "triton_backward.py", "triton_launch.py", "cpu.py", "cpu_plan.py")
+)
+
+# Tests by short name: file and -k expression.
+MAIN = "test_block_sparse_attention.py"
+SUITES = {
+    "tiles": (MAIN, "test_layouts_with_every_gradient and partial and triton"),
+    "two tiles": (MAIN, "test_layouts_with_every_gradient and two and triton"),
+    "clusters": (MAIN, "test_layouts_with_every_gradient and clusters and triton"),
+    "scales": (MAIN, "test_head_sizes_precisions_and_activation_scales and 128-16.0-bf16-triton"),
+    "halves": (MAIN, "test_head_sizes_precisions_and_activation_scales and 96-4.0 and triton"),
+    "poison": (MAIN, "test_unused_slots_are_never_read and triton"),
+    "closed": (MAIN, "test_closed_gates_and_closed_keys and triton"),
+    "unbounded": (MAIN, "test_without_known_bounds and triton"),
+    "lse": (MAIN, "test_only_lse_or_only_out_is_differentiated and triton"),
+    "far": (MAIN, "test_rows_more_than_two_billion_elements_apart"),
+    "cpu": (MAIN, "cpu and not hypothesis and not bit_equal"),
+    "interface": ("test_block_sparse_attention_interface.py", "refusals or selection_round or inverted or tile_tables or bounds"),
+    "outside": (MAIN, "test_tokens_outside_every_block and triton"),
+}
+
+# name, file, text, replacement, suite that must fail
+MUTATIONS = [
+    ("forward: key bias dropped", FORWARD, "mask=inside, other=0.0) + gate", "mask=inside, other=0.0) * 0 + gate", "tiles"),
+    ("forward: gate dropped", FORWARD, "            acc, top, total = attend_tile(acc, top, total, q, k_base, v_base, k_stride_s, v_stride_s, bias_base, gate,\n                                          start, step",
+     "            acc, top, total = attend_tile(acc, top, total, q, k_base, v_base, k_stride_s, v_stride_s, bias_base, 0.0,\n                                          start, step", "tiles"),
+    ("forward: off-by-one tail", FORWARD, "inside = offset + column < size", "inside = offset + column <= size", "tiles"),
+    ("forward: scale before the dot, rounded", FORWARD, 's = tl.dot(q, tl.trans(k), input_precision="ieee") * scale', 's = tl.dot((q * scale).to(q.dtype), tl.trans(k), input_precision="ieee")', "scales"),
+    ("forward: no rescaling of the accumulator", FORWARD, "acc * shrink[:, None]", "acc", "tiles"),
+    ("forward: no guard of rows without keys", FORWARD, 'tl.where(new_top == float("-inf"), 0.0, new_top)', "new_top", "closed"),
+    ("forward: key block taken from the slot", FORWARD, "block = tl.load(list_ptr + slot, mask=slot < count, other=0)", "block = slot", "tiles"),
+    ("forward: unused slot read ahead", FORWARD, "mask=slot < count, other=0)", "mask=slot < 1 << 30, other=0)", "poison"),
+    ("forward: offset of a second tile lost", FORWARD, "start, step % KV_TILES * BN, size", "start, 0, size", "two tiles"),
+    ("forward: nested loop skips a partial tile", FORWARD, "for offset in range(0, size, BN):", "for offset in range(0, size - BN + 1, BN):", "clusters"),
+    ("forward: lse in base 2", FORWARD, "tl.log2(total) * LN2", "tl.log2(total)", "tiles"),
+    ("forward: row start in 32 bits", FORWARD, "first = base + start.to(tl.int64) * stride", "first = base + start * stride", "far"),
+    ("forward: rows past the block stored", FORWARD, "inside = (tl.arange(0, ROWS) < count)[:, None] & (tl.arange(0, DP) < D)[None, :]\n    tl.store", "inside = (tl.arange(0, ROWS) < ROWS)[:, None] & (tl.arange(0, DP) < D)[None, :]\n    tl.store", "clusters"),
+    ("forward: padded channels read", FORWARD, "    if DP != D:\n        inside = inside & (tl.arange(0, DP) < D)[None, :]\n", "", "halves"),
+    ("dq: delta forgotten", BACKWARD, 'tl.trans(v), input_precision="ieee") - delta[:, None]', 'tl.trans(v), input_precision="ieee")', "tiles"),
+    ("dq: scale forgotten", BACKWARD, "rows, dq * scale, BM", "rows, dq, BM", "tiles"),
+    ("dq: gate sum not reset between blocks", BACKWARD, "gate_sum = tl.where(step % KV_TILES == 0, 0.0, gate_sum)", "gate_sum = gate_sum + 0.0", "tiles"),
+    ("dgate: last tile of a block forgotten", BACKWARD, "for tile in range(first, last):", "for tile in range(first, last - 1):", "unbounded"),
+    ("dkv: gate dropped", BACKWARD, "(column + gate)[:, None]", "column[:, None]", "tiles"),
+    ("dkv: size of another query block", BACKWARD, "tl.load(sizes_ptr + entry // K)", "tl.load(sizes_ptr + entry % K)", "clusters"),
+    ("dkv: last entry forgotten", BACKWARD, "for step in range((end - first) * Q_TILES):", "for step in range((end - first - 1) * Q_TILES):", "tiles"),
+    ("dkv: gate of another entry", BACKWARD, "            entry, start, size = next_entry, next_start, next_size", "            start, size = next_start, next_size", "tiles"),
+    ("dkv: key bias gradient overwritten", BACKWARD, "dbias += tl.sum(ds, 1)", "dbias = tl.sum(ds, 1)", "tiles"),
+    ("delta: gradient of lse ignored", BACKWARD, "delta -= tl.load(grad_lse_ptr", "delta -= 0 * tl.load(grad_lse_ptr", "lse"),
+    ("launch: rows outside blocks uninitialised", LAUNCH, "out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)\n    lse", "out = torch.full(q.shape, 7.0, dtype=q.dtype, device=q.device)\n    lse", "outside"),
+    ("launch: bias of head 0 for all heads", LAUNCH, "bias.stride(1) if bias.shape[1] == heads and heads > 1 else 0", "0", "tiles"),
+    ("launch: key layout of head 0 for all heads", LAUNCH, "return 0 if x.dim() == 1 else x.shape[-1]", "return 0", "clusters"),
+    ("cpu: key bias dropped", CPU, "column = bias_units.index_select(0, b.kv_index).view(n, length)", "column = bias_units.index_select(0, b.kv_index).view(n, length) * 0", "cpu"),
+    ("cpu: partial last tile unmasked", PLAN, "tail = (partial.unsqueeze(-1) & (torch.arange(tile) >= layout.kv_rest))", "tail = (partial.unsqueeze(-1) & (torch.arange(tile) > layout.kv_rest))", "cpu"),
+    ("cpu: padded slots unmasked", PLAN, "invalid = None if unused is None else unused.repeat_interleave(tile, 1)", "invalid = None", "cpu"),
+    ("cpu: padding rows write their own gradient", CPU, "_first_valid(dq_npD, b).reshape", "dq_npD.reshape", "cpu"),
+    ("cpu: later batch overwrites dK", CPU, "dk.index_add_(0", "dk.index_copy_(0", "cpu"),
+    ("selection: transpose keeps the starts", "selection.py", "self.kv_starts, self.kv_sizes, self.q_starts,\n                              self.q_sizes, self.kv_max", "self.q_starts, self.q_sizes, self.kv_starts,\n                              self.kv_sizes, self.kv_max", "interface"),
+    ("checks: index N accepted", "_checks.py", "(lists < num_kv)", "(lists <= num_kv)", "interface"),
+]  # fmt: skip
+
+
+def fails(package_parent: Path, suite: str) -> bool:
+    """Whether the suite fails against the package found there (or is killed, by a wild address, say); an error in
+    collecting tests is no catch."""
+    file, expression = SUITES[suite]
+    environment = os.environ | {"PYTHONPATH": str(package_parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(HERE / file), "-k", expression]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1) and done.returncode > 0:
+        raise SystemExit(f"suite {suite!r} did not run: {done.stdout[-1500:]}{done.stderr[-1500:]}")
+    return done.returncode != 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="mutations whose name contains this")
+    args = parser.parse_args()
+    chosen = [m for m in MUTATIONS if args.only in m[0]]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "usv_kernels"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        for suite in dict.fromkeys(m[4] for m in chosen):
+            if fails(Path(folder), suite):
+                raise SystemExit(f"suite {suite!r} fails without any mutation")
+        survivors = []
+        for name, file, text, replacement, suite in chosen:
+            target, begin = copy / file, time.monotonic()
+            original = target.read_text()
+            if original.count(text) < 1:
+                raise SystemExit(f"{name}: the text to change is not in {file}; update the list")
+            target.write_text(original.replace(text, replacement))
+            caught = fails(Path(folder), suite)
+            target.write_text(original)
+            print(f"{'caught' if caught else 'SURVIVED'}  {name}  ({suite}, {time.monotonic() - begin:.0f} s)", flush=True)
+            survivors += [] if caught else [name]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations caught")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
