@@ -267,21 +267,22 @@ def test_resume_writes_what_is_missing_to_the_same_bytes(model, clips, tmp_path,
 
 
 def test_survives_kill_with_workers(model, tmp_path):
-    """kill -9 as soon as the first of 80 shards stands: workers die too, and the rest comes out as if nothing happened."""
+    """kill -9 as soon as the first of 60 shards stands: workers die too, and the rest comes out as if nothing happened."""
     out, reference = tmp_path / "out", tmp_path / "reference"
-    wanted = settings(model, reference, camera_motion=80, shard_size=1)
+    wanted = settings(model, reference, camera_motion=60, shard_size=1)
     prepare.run(wanted)
-    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "--camera-motion", "80", "--model", str(model)]
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "--camera-motion", "60", "--model", str(model)]
     command += ["--out", str(out), "--shard-size", "1", "--workers", "2", *ARGS]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400  # two workers import torch: 10 s, minutes on a busy machine
     while not list(out.glob("*.tar")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.002)
+    assert process.poll() is None, process.communicate()[1].decode()
     process.send_signal(signal.SIGKILL)
     stderr = process.communicate(timeout=60)[1].decode()  # returns only when no worker holds the pipe any more
     assert process.returncode == -signal.SIGKILL, stderr
     finished = bytes_of(out)
-    assert 1 <= len(finished) < 80 and not (out / "index.json").exists()
+    assert 1 <= len(finished) < 60 and not (out / "index.json").exists()
     prepare.run(replace(wanted, out=out))
     assert bytes_of(out) == bytes_of(reference) and finished.items() <= bytes_of(out).items()
 
