@@ -98,13 +98,24 @@ def test_random_shapes(impl, device, data, length, dim):
 
 @pytest.mark.parametrize(("impl", "device"), ALL)
 def test_duplicates_and_ties(impl, device):
-    x = torch.ones(1, 1, 12, 16, device=device)
-    found = kmeans(x, 12, 2, impl=impl)  # as many clusters as tokens, all equal
-    assert found.assignment.eq(0).all() and found.counts[0, 0].tolist() == [12] + [0] * 11
-    assert torch.equal(found.centroids, torch.ones(1, 1, 12, 16, device=device))
+    x = torch.ones(1, 1, 70, 16, device=device)
+    found = kmeans(x, 70, 2, impl=impl)  # as many clusters as tokens, all equal, and more than one Triton block of them
+    assert found.assignment.eq(0).all() and found.counts[0, 0].tolist() == [70] + [0] * 69
+    assert torch.equal(found.centroids, x)
     halfway = torch.zeros(1, 1, 12, 16, device=device)
     centroids = torch.stack([halfway[0, 0, 0] + 2, halfway[0, 0, 0] + 1, halfway[0, 0, 0] - 1])[None, None]
     assert kmeans(halfway, 3, 0, centroids, impl=impl).assignment.eq(1).all()
+
+
+@pytest.mark.parametrize(("impl", "device"), ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_centroids_finer_than_the_tokens_dtype(impl, device, dtype):
+    """1000 and 1000.24 are one number in 16 bits, and yet their distances to 3072 differ by 994."""
+    x = torch.zeros(1, 1, 2, 16, device=device)
+    x[..., 0] = torch.tensor([3072.0, -3072.0])
+    init = torch.zeros(1, 1, 4, 16, device=device)
+    init[..., 0] = torch.tensor([1000.0, 1000.24, -1000.0, -1000.24])
+    assert kmeans(x.to(dtype).repeat(1, 1, 2, 1), 4, 0, init, impl=impl).assignment.flatten().tolist() == [1, 3, 1, 3]
 
 
 @pytest.mark.parametrize(("impl", "device"), ALL)

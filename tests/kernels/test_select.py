@@ -46,7 +46,7 @@ def test_top_k_with_ties(impl, device, dtype, num_kept, poisoned):
     torch.manual_seed(0)
     scores = torch.randint(-2, 3, (2, 2, 2, 9), device=device).to(dtype)  # five values for nine blocks
     scores[0, 0, 0] = 0.0
-    scores[0, 0, 0, 5] = -0.0  # equal to 0, so the index decides
+    scores[0, 0, 0, 0] = -0.0  # equal to 0, so the index decides and block 0 comes first
     scores[0, 1, 1, 2:] = -INF
     selection = select_top_k(scores, num_kept, *layout(scores), impl=impl)
     assert selection.kv_indices.shape[-1] == num_kept
@@ -145,11 +145,11 @@ def test_top_p_crossing_and_ties(impl, device):
 
 
 def test_floor_is_not_off_by_a_rounding():
-    scores = torch.zeros(1, 1, 1, 30)
+    scores = torch.zeros(1, 1, 1, 100)
     scores[..., 0] = 50.0
     for impl in ("reference", "cpu"):
-        counts = select_top_p(scores, 0.5, 0.1, *layout(scores), impl=impl).kv_num_blocks
-        assert counts.item() == 3  # 0.1 * 30 is 3.0000000000000004
+        counts = select_top_p(scores, 0.5, 0.07, *layout(scores), impl=impl).kv_num_blocks
+        assert counts.item() == 7  # 0.07 * 100 is 7.000000000000001
 
 
 def test_no_gradient_and_float64():

@@ -102,7 +102,7 @@ def select_top_p(
     require(0.0 < p <= 1.0, "p", p, "a fraction in (0, 1]")
     require(0.0 <= floor <= 1.0, "floor", floor, "a fraction in [0, 1]")
     num_kv = scores.shape[-1]
-    # Rounding first keeps 0.1 * 30 = 3.0000000000000004 from becoming 4.
+    # Rounding first keeps 0.07 * 100 = 7.000000000000001 from becoming 8.
     least = max(1, math.ceil(round(floor * num_kv, 9)))
     impl = resolve("select_top_p", impl, scores, ("reference", "cpu", "triton"))
     rows = torch.full(scores.shape[:3], least, dtype=torch.int32, device=scores.device)
