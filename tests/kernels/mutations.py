@@ -71,7 +71,7 @@ MUTATIONS = [
     ("cpu: key bias dropped", CPU, "column = bias_units.index_select(0, b.kv_index).view(n, length)", "column = bias_units.index_select(0, b.kv_index).view(n, length) * 0", "cpu"),
     ("cpu: partial last tile unmasked", PLAN, "tail = (partial.unsqueeze(-1) & (torch.arange(tile) >= layout.kv_rest))", "tail = (partial.unsqueeze(-1) & (torch.arange(tile) > layout.kv_rest))", "cpu"),
     ("cpu: padded slots unmasked", PLAN, "invalid = None if unused is None else unused.repeat_interleave(tile, 1)", "invalid = None", "cpu"),
-    ("cpu: padding rows write their own gradient", CPU, "_first_valid(dq_npD, b).reshape", "dq_npD.reshape", "cpu"),
+    ("cpu: padding rows write their own gradient", CPU, "_first_valid(dq_npD, b))", "dq_npD)", "cpu"),
     ("cpu: later batch overwrites dK", CPU, "dk.index_add_(0", "dk.index_copy_(0", "cpu"),
     ("selection: transpose keeps the starts", "selection.py", "self.kv_starts, self.kv_sizes, self.q_starts,\n                              self.q_sizes, self.kv_max", "self.q_starts, self.q_sizes, self.kv_starts,\n                              self.kv_sizes, self.kv_max", "interface"),
     ("checks: index N accepted", "_checks.py", "(lists < num_kv)", "(lists <= num_kv)", "interface"),

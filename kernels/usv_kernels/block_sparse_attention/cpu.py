@@ -47,13 +47,15 @@ class Scratch:
         rows = self(name, len(index), units.shape[1])
         return torch.index_select(units, 0, index, out=rows).view(shape)
 
+    def place(self, name: str, units: Tensor, index, *shape: int) -> Tensor:
+        """Where to compute rows `index` of `units`: in place if they are consecutive, else a buffer for `_put`."""
+        return units[index].view(shape) if isinstance(index, slice) else self(name, *shape)
+
 
 def _put(units: Tensor, index, values: Tensor) -> None:
-    """Writes rows; padding rows repeat the last valid one and write the same value again."""
-    if isinstance(index, slice):
-        units[index] = values
-    else:
-        units.index_copy_(0, index, values)
+    """Writes rows computed in a buffer of `Scratch.place`; padding rows repeat the last valid one and write it again."""
+    if not isinstance(index, slice):
+        units.index_copy_(0, index, values.reshape(-1, units.shape[1]).to(units.dtype))
 
 
 def _column_bias(b: Batch, layout: Layout, bias_units: Tensor | None, gate: Tensor | None, dtype) -> Tensor | None:
@@ -95,8 +97,10 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     layout = make_plan(selection_tensors, q_len, k.shape[2])
     q_units, k_units, v_units, bias, gate = _inputs(q, k, v, key_bias, block_gate, layout, dtype)
-    out = torch.zeros_like(q_units)
-    lse = torch.full((q_units.shape[0], layout.q_tile), float("-inf"), dtype=dtype)
+    # Written in q's dtype batch by batch while in cache; with uniform counts every row is written, so no zeros are needed.
+    out = (torch.empty if layout.uniform else torch.zeros)(q_units.shape, dtype=q.dtype)
+    # lse = tops + log(totals): rows that no batch writes keep log(0) = -inf.
+    tops, totals = torch.zeros(2, q_units.shape[0], layout.q_tile, dtype=dtype)
     scratch = Scratch(dtype)
     for first, last in layout.batches:
         b = make_batch(layout, first, last)
@@ -105,17 +109,20 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
         k_nLD = scratch.take("k", k_units, b.kv_index, n, length, dim)
         column = _column_bias(b, layout, bias, gate, dtype)
         s = _scores(q_npD, k_nLD, column, scale, scratch("s", n, p, length))
-        top = s.amax(-1, keepdim=True)
+        top = torch.amax(s, -1, keepdim=True, out=scratch.place("top", tops, b.q_index, n, p, 1))
         if column is not None:
-            top = torch.where(top == float("-inf"), 0.0, top)
+            top.masked_fill_(top == float("-inf"), 0.0)
         torch.exp(s.sub_(top), out=s)
-        total = s.sum(-1, keepdim=True)
+        total = torch.sum(s, -1, keepdim=True, out=scratch.place("total", totals, b.q_index, n, p, 1))
         # K is no longer needed: V takes its buffer, which is still in cache.
         v_nLD = scratch.take("k", v_units, b.kv_index, n, length, dim)
-        o_npD = torch.bmm(s, v_nLD, out=scratch("o", n, p, dim)).div_(total if column is None else torch.where(total == 0, 1.0, total))
-        _put(out, b.q_index, o_npD.view(-1, out.shape[1]))
-        _put(lse, b.q_index, (top + total.log()).view(-1, lse.shape[1]))
-    out = out.view(batch, heads, -1, dim)[:, :, :q_len].to(q.dtype)
+        o_npD = torch.bmm(s, v_nLD, out=scratch("o", n, p, dim))
+        divisor = total if column is None else torch.where(total == 0, 1.0, total)
+        o_npD = torch.div(o_npD, divisor, out=scratch.place("o", out, b.q_index, n, p, dim))
+        for units, values in ((out, o_npD), (tops, top), (totals, total)):
+            _put(units, b.q_index, values)
+    lse = tops + totals.log_()
+    out = out.view(batch, heads, -1, dim)[:, :, :q_len]
     return out.contiguous(), lse.view(batch, heads, -1)[:, :, :q_len].contiguous()
 
 
@@ -157,8 +164,8 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
         ds = torch.bmm(go_npD, v_nLD.transpose(1, 2), out=scratch("ds", n, p, length)).sub_(delta_np1).mul_(s)
         if bias is not None or gate is not None:
             _add_column_gradient(ds.sum(1), b, layout, dbias, dgate)
-        dq_npD = torch.bmm(ds, k_nLD, out=scratch("o", n, p, dim))
-        _put(dq, b.q_index, _first_valid(dq_npD, b).reshape(-1, dq.shape[1]))
+        dq_npD = torch.bmm(ds, k_nLD, out=scratch.place("o", dq, b.q_index, n, p, dim))
+        _put(dq, b.q_index, _first_valid(dq_npD, b))
         dk.index_add_(0, b.kv_index, torch.bmm(ds.transpose(1, 2), q_npD, out=part_nLD).view(-1, dk.shape[1]))
 
     def shaped(x: Tensor, length: int, factor: float, like: Tensor) -> Tensor:

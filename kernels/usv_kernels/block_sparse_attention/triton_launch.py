@@ -43,7 +43,8 @@ def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int) -
     if dtype == torch.float32:
         # fp32 products run on the scalar units: small tiles, and at D 128 more warps, keep the operands in registers.
         bm, bn = (16, 16 if nested and kernel == "dq" else 32) if wide else (32, 32)
-        return Config(_tile(q_max, bm), _tile(kv_max, bn), 8 if wide and bn == 32 else 4, 2)
+        warps = 4 if not wide or bn == 16 or (nested and kernel == "forward") else 8
+        return Config(_tile(q_max, bm), _tile(kv_max, bn), warps, 2)
     bm, bn = _tile(q_max, 128 if kernel == "forward" and q_max > 64 else 64), _tile(kv_max, 64)
     # Loops over blocks of unknown or several tiles need registers that the full tile would spill.
     if kernel == "dkv" and (nested or (wide and q_max > 64)):
