@@ -1,7 +1,7 @@
 """Offline video-quality metrics: nothing is downloaded, every network ships in a package.
 
-Rooms: `appearance` (EfficientNet: appearance, subjects, consistency, perceptual distance) · `frechet` (distance of sets,
-bootstrap) · `motion` (optical flow: camera motion, warp error) · `fidelity` (PSNR, SSIM, VMAF, flicker) · `summary`.
+Rooms: `appearance` (EfficientNet: subjects, consistency, perceptual distance) · `frechet` (distance of sets, intervals)
+· `motion` (optical flow: camera motion, warp error) · `fidelity` (PSNR, SSIM, VMAF, flicker) · `summary`.
 """
 
 from usv.metrics.appearance import (

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from usv.metrics.checks import check_twins, check_videos
 from usv.metrics.appearance import (
     Prototypes,
     check_subjects,
@@ -16,6 +15,7 @@ from usv.metrics.appearance import (
     lpips_like,
     pool_features,
 )
+from usv.metrics.checks import check_twins, check_videos
 from usv.metrics.fidelity import find_ffmpeg, flicker, psnr, ssim, vmaf
 from usv.metrics.frechet import MIN_CLIPS, bootstrap_ci, check_features, frechet_ci, frechet_distance
 from usv.metrics.motion import camera_motion, check_motions, classify_motion, flow_warp_error, optical_flow
