@@ -41,7 +41,7 @@ class Tile:
         return self.t * self.h * self.w
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: tensors have no truth value
 class TileLayout:
     """Tile-major order of one grid.
 
@@ -69,6 +69,7 @@ class TileLayout:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # kept for training too, which cannot save inference tensors
 def tile_layout(grid: TokenGrid, tile: Tile, device: str = "cpu") -> TileLayout:
     """The TileLayout of a grid. ValueError when a tile extent is not positive."""
     if min(tile.t, tile.h, tile.w) < 1:

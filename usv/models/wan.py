@@ -146,6 +146,7 @@ class SparseWan(nn.Module):
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, frames, height, width)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _rope_tables(rope: nn.Module, latents: torch.Tensor, layout: TileLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """(S, D) fp32 cos and sin in tile-major order, from diffusers' own rope; fp64 tables would make q and k fp64."""
@@ -184,6 +185,7 @@ def _run_rung(block, gate, x, sequence: Sequence3D, rung: Rung, impl: str):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _merge_layout(layout: TileLayout, fraction: float) -> MergeLayout:
     counts = merged_tokens(LayerPlan(1, fraction), layout)
     return MergeLayout.build(layout.cells.cpu(), layout.sizes.cpu(), counts, device=layout.order.device)

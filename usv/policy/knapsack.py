@@ -32,7 +32,8 @@ def choose(values: np.ndarray, costs: np.ndarray, mean_budget: float, resolution
         )
     weight = np.ceil(costs * resolution - 1e-9).astype(int)
     capacity = int(np.floor(mean_budget * cells * resolution + 1e-9))
-    capacity = max(capacity, int(np.where(np.isfinite(values), weight, 1 << 30).min(1).sum()))
+    if capacity < int(np.where(np.isfinite(values), weight, 1 << 30).min(1).sum()):  # only rounding stands between
+        return np.where(np.isfinite(values), costs, np.inf).argmin(1)
     best = np.full(capacity + 1, -np.inf)
     best[0] = 0.0
     taken = np.zeros((cells, capacity + 1), dtype=np.int16)
