@@ -1,6 +1,7 @@
 """One reversible line on a stock diffusers pipeline:
 
     usv.enable(pipe, "outputs/usv_mini/student")     pipe(prompt) now runs the sparse student
+    usv.enable(pipe, attention="svg2", top_p=0.9)    or, without training, a pattern (usv/patterns_pipeline.py)
     usv.summary(pipe)                                what ran: plan, density, merging, forwards, seconds
     usv.disable(pipe)                                the pipeline is what it was
 
@@ -19,6 +20,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from usv.checkpoint import CheckpointError, Student, check_grid, load_student
 from usv.models.wan import SparseWan
+from usv.patterns import make_pattern
+from usv.patterns_pipeline import EnabledPattern, disable_pattern, enable_pattern, pattern_summary
 from usv.plan import MERGE_LADDER, SparsityPlan
 
 
@@ -54,14 +57,30 @@ class Enabled:
     record: Record
 
 
-def enable(pipe: WanPipeline, checkpoint: str | Path | Student, impl: str = "auto") -> WanPipeline:
-    """Let `pipe` run a sparse student. Returns the same pipeline.
+def enable(
+    pipe: WanPipeline,
+    checkpoint: str | Path | Student | None = None,
+    impl: str = "auto",
+    attention: str | None = None,
+    **options,
+) -> WanPipeline:
+    """Let `pipe` run a sparse student, or with `attention` a training-free pattern. Returns the same pipeline.
 
     Guidance is folded into the student: `pipe(prompt)` then defaults to guidance_scale 1 and to the size, steps and text
     length of the checkpoint; asking for guidance is refused.
 
-    Raises CheckpointError: a missing, damaged or foreign checkpoint, or one made for another model. Enabling twice replaces.
+    Raises CheckpointError: a missing, damaged or foreign checkpoint, or one made for another model; ValueError: not exactly
+    one of checkpoint and attention, or wrong options of a pattern (see `usv.patterns_pipeline.enable_pattern`). Enabling
+    twice replaces.
     """
+    if (checkpoint is None) == (attention is None):
+        given = "neither" if checkpoint is None else "both"
+        raise ValueError(f"enable: got {given} of checkpoint and attention, accepted: exactly one of them")
+    if attention is not None:
+        make_pattern(attention, **{k: v for k, v in options.items() if k != "recall_rows"})  # refuses before it changes
+        return enable_pattern(disable(pipe), attention, impl, **options)
+    if options:
+        raise ValueError(f"{next(iter(options))}: got an option of a pattern, accepted: only together with attention=…")
     if not isinstance(pipe, WanPipeline):
         raise CheckpointError(f"enable: got a {type(pipe).__name__}, accepted: a diffusers WanPipeline")
     disable(pipe)
@@ -77,6 +96,8 @@ def enable(pipe: WanPipeline, checkpoint: str | Path | Student, impl: str = "aut
 def disable(pipe: WanPipeline) -> WanPipeline:
     """Undo `enable`; harmless when nothing is enabled."""
     state = getattr(pipe, "_usv", None)
+    if isinstance(state, EnabledPattern):
+        return disable_pattern(pipe)
     if state is not None:
         del state.student.model.transformer.forward  # the instance's override, not the class's method
         pipe.__class__ = state.original_class
@@ -90,6 +111,8 @@ def summary(pipe: WanPipeline) -> str:
     state = getattr(pipe, "_usv", None)
     if state is None:
         return "usv: not enabled; the pipeline runs its own dense transformer"
+    if isinstance(state, EnabledPattern):
+        return pattern_summary(state)
     plan, record = state.student.plan, state.record
     merged = plan.merged()
     lines = [
