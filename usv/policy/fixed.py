@@ -93,8 +93,11 @@ class EntropyPolicy:
         self.target = target
         self.cached = None
 
+    def _weight(self) -> torch.Tensor:
+        return (1 - self.entropy).clamp_min(1e-3) ** self.gamma
+
     def _plan(self, amount: float) -> SparsityPlan:
-        weight = (1 - self.entropy).clamp_min(1e-3) ** self.gamma
+        weight = self._weight()
         sparsity = (amount * weight / weight.mean()).clamp(0, 1 - DENSITY_LADDER[-1])
         merged = (self.merge_share * amount * weight / weight.mean()).clamp(0, MERGE_LADDER[-1])
         rows = []
@@ -112,8 +115,9 @@ class EntropyPolicy:
 
     def decode(self, target: float) -> SparsityPlan:
         if self.cached is None or self.cached[0] != target:
-            low, high = 0.0, 4.0
-            for _ in range(40):
+            weight = self._weight()  # at `high` even the layer of least weight is at the end of both ladders
+            low, high = 0.0, float(weight.mean() / weight.min()) * max(1.0, 1 / max(self.merge_share, 1e-3))
+            for _ in range(50):
                 middle = (low + high) / 2
                 low, high = (middle, high) if self._cost(self._plan(middle)) > target else (low, middle)
             self.cached = (target, self._plan(high))

@@ -138,6 +138,7 @@ class GumbelPolicy(nn.Module):
         rows = [tuple(RUNGS[i] for i in row) for row in chosen.reshape(len(self.edges), self.num_layers)]
         return SparsityPlan(self.edges, tuple(rows))
 
+    @torch.no_grad()
     def summary(self) -> dict[str, float]:
         density, merge = self.probabilities()
         return {
