@@ -1,0 +1,302 @@
+"""The three policies behind one protocol: budgets kept, damage remembered, sensitive layers spared, equal costs."""
+
+import math
+
+import pytest
+import torch
+
+from usv.cost import ModelShape, plan_cost, rung_costs
+from usv.grid import Tile, TokenGrid, tile_layout
+from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, timestep_bins
+from usv.policy import AXES, Decisions, ProbeRequest
+from usv.policy.fixed import EntropyPolicy, StaticPolicy, uniform_plan
+from usv.policy.gumbel import GumbelPolicy
+
+LAYERS, EDGES = 4, timestep_bins(3, 3.0)
+SHAPE = ModelShape(dim=128, num_heads=2, ffn_dim=448, num_layers=LAYERS, text_length=16)
+LAYOUT = tile_layout(TokenGrid(9, 12, 12), Tile(3, 4, 4))
+COSTS = rung_costs(SHAPE, LAYOUT)
+FLOOR = min(COSTS)
+BUDGETS = [FLOOR, FLOOR + 0.01, 0.2, 0.32, 0.5, 0.8, 1.0]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make(name):
+    kinds = {"static": StaticPolicy, "entropy": EntropyPolicy, "gumbel": GumbelPolicy}
+    return kinds[name](EDGES, LAYERS, COSTS)
+
+
+def uneven_entropy(policy):
+    """Entropies from one block to uniform: the weights of the entropy policy then differ a thousandfold."""
+    table = torch.linspace(0.0, 1.0, policy.entropy.numel()).view_as(policy.entropy)
+    for b in range(len(EDGES)):
+        policy.observe(Decisions(b, (Rung(1, 0),) * LAYERS), {}, {i: float(table[b, i]) for i in range(LAYERS)})
+    return policy
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", ["static", "entropy", "uneven entropy", "gumbel", "random gumbel"])
+def test_decode_never_exceeds_the_budget(name, budget):
+    """The decoded plan's cost is at most the budget; and a budget with room is used: less than one dense cell is left."""
+    torch.manual_seed(1)
+    policy = make(name.split()[-1])
+    if name == "uneven entropy":
+        policy = uneven_entropy(policy)
+    if name == "random gumbel":
+        torch.nn.init.normal_(policy.cell, std=3.0)
+    plan = policy.decode(budget)
+    assert (len(plan.edges), plan.num_layers) == (len(EDGES), LAYERS)
+    assert plan_cost(plan, SHAPE, LAYOUT) <= budget + 1e-9
+    if name in ("static", "gumbel"):
+        assert plan_cost(plan, SHAPE, LAYOUT) > budget - 0.1
+    if budget == FLOOR:
+        assert {r for row in plan.rungs for r in row} == {RUNGS[COSTS.index(FLOOR)]}
+
+
+def test_a_budget_of_one_is_dense():
+    for name in ("static", "entropy"):
+        assert {r for row in make(name).decode(1.0).rungs for r in row} == {Rung()}
+
+
+@pytest.mark.parametrize("name", ["static", "entropy", "gumbel"])
+def test_decide_gives_a_rung_a_layer_and_repeats(name):
+    policy = make(name)
+    policy.loss(0.4)
+    for b in range(len(EDGES)):
+        first, again = policy.decide(b, seeded(b)), policy.decide(b, seeded(b))
+        assert first == again and first.bin == b and len(first.rungs) == LAYERS and set(first.rungs) <= set(RUNGS)
+
+
+# ---- uniform plan ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [FLOOR, 0.13, 0.21, 0.32, 0.45, 0.61, 0.9, 1.0])
+def test_uniform_plan_has_the_cost_and_prefers_nobody(target):
+    """At most one cell's step below the target, never above; two rungs at most; shares of layers differ by one cell."""
+    edges, layers = timestep_bins(8, 3.0), 8
+    plan = uniform_plan(edges, layers, COSTS, target)
+    rungs = sorted({r for row in plan.rungs for r in row}, key=RUNGS.index)
+    assert len(rungs) <= 2
+    by_rung = dict(zip(RUNGS, COSTS))
+    step = max(by_rung[r] for r in rungs) - min(by_rung[r] for r in rungs)
+    cost = plan_cost(plan, SHAPE, LAYOUT)
+    reachable = max(c for c, r in zip(COSTS, RUNGS) if r.merge == rungs[0].merge)
+    assert min(target, reachable) - step / (8 * layers) - 1e-9 <= cost <= target + 1e-9
+    counts = [row.count(rungs[0]) for row in plan.rungs]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_uniform_plan_with_a_given_merge_keeps_it():
+    for merge in range(len(MERGE_LADDER)):
+        own = [c for c, r in zip(COSTS, RUNGS) if r.merge == merge]
+        target = 0.5 * (min(own) + max(own))
+        plan = uniform_plan(EDGES, LAYERS, COSTS, target, merge)
+        assert {r.merge for row in plan.rungs for r in row} == {merge}
+
+
+# ---- entropy ---------------------------------------------------------------------------------------------------------
+
+
+def test_entropy_policy_makes_concentrated_layers_sparser():
+    policy = make("entropy")
+    for b in range(len(EDGES)):
+        policy.observe(Decisions(b, (Rung(1, 0),) * LAYERS), {}, {0: 0.2, 1: 0.9, 2: 0.5, 3: 0.5})
+    by_rung = dict(zip(RUNGS, COSTS))
+    for budget in (0.3, 0.5, 0.7):
+        for row in policy.decode(budget).rungs:
+            costs = [by_rung[r] for r in row]
+            assert costs[0] <= costs[2] == costs[3] <= costs[1] and costs[0] < costs[1]
+
+
+def test_entropy_plan_gets_cheaper_with_the_amount():
+    """What the bisection stands on."""
+    policy = uneven_entropy(make("entropy"))
+    costs = [policy._cost(policy._plan(a)) for a in torch.logspace(-3, 4, 60).tolist()]
+    assert all(b <= a + 1e-12 for a, b in zip(costs, costs[1:])) and costs[0] == 1.0
+    assert costs[-1] == pytest.approx(FLOOR)
+
+
+def test_entropy_is_a_running_mean_of_what_is_measured():
+    policy = make("entropy")
+    values = [0.8, 0.4, 0.6]
+    for value in values:
+        policy.observe(Decisions(1, (Rung(),) * LAYERS), {}, {2: value})
+    assert float(policy.entropy[1, 2]) == pytest.approx(sum(values) / 3)
+    untouched = torch.ones_like(policy.entropy, dtype=torch.bool)
+    untouched[1, 2] = False
+    assert (policy.entropy[untouched] == 0.5).all()
+
+
+# ---- gumbel ----------------------------------------------------------------------------------------------------------
+
+
+def train(policy, damage_of, target, steps=400, lr=0.05):
+    """Runs a policy against a world in which damage_of(layer, rung) is the loss of a layer under a rung."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    generator = seeded(5)
+    for step in range(steps):
+        policy.tau = 0.2 ** (step / steps)
+        decisions = policy.decide(step % len(EDGES), generator)
+        damages = {p.layer: damage_of(p.layer, p.other) - damage_of(p.layer, decisions.rungs[p.layer]) for p in decisions.probes}
+        optimizer.zero_grad()
+        policy.loss(max(target, 1 - 2 * step / steps * (1 - target))).backward()
+        policy.observe(decisions, damages, {i: 0.5 for i in range(LAYERS)})
+        optimizer.step()
+    return policy
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A world in which layer 2 suffers ten times as much as the others from every step down either ladder."""
+
+    def damage_of(layer, rung):
+        return (0.2 if layer == 2 else 0.02) * (rung.density + rung.merge)
+
+    torch.manual_seed(0)
+    return train(make("gumbel"), damage_of, 0.35)
+
+
+def test_gumbel_spares_the_sensitive_layer(trained):
+    plan = trained.decode(0.35)
+    by_rung = dict(zip(RUNGS, COSTS))
+    layer_costs = [sum(by_rung[row[i]] for row in plan.rungs) / len(EDGES) for i in range(LAYERS)]
+    others = layer_costs[:2] + layer_costs[3:]
+    assert layer_costs[2] > 1.5 * max(others), layer_costs
+    assert plan_cost(plan, SHAPE, LAYOUT) <= 0.35 + 1e-9
+
+
+def test_gumbel_meets_the_budget_in_expectation_and_keeps_both_axes(trained):
+    """Neither dense everywhere nor at the bottom of the ladder: the expected cost is near the target from below."""
+    cost = trained.expected_cost().item()
+    assert 0.2 < cost < 0.45
+    assert trained.multiplier > 0
+    used = {r for row in trained.decode(0.35).rungs for r in row}
+    assert len(used) >= 2
+
+
+def test_gumbel_damage_estimates_the_world(trained):
+    """Cells probed often hold the true step of one rung; the sums along the ladder follow it."""
+    often = trained.seen >= 3
+    often[..., 0] = often[..., AXES["density"]] = False
+    assert often.any()
+    truth = torch.full_like(trained.damage, 0.02)
+    truth[:, 2] = 0.2
+    torch.testing.assert_close(trained.damage[often], truth[often], rtol=1e-4, atol=1e-5)
+    density, merge = trained.rung_damage()
+    assert (density[:, 2, -1] > 2 * density[:, [0, 1, 3], -1].amax(-1)).all()
+    assert not density[..., 0].any() and not merge[..., 0].any()  # the first rung is what damage is measured from
+
+
+def test_gumbel_every_parameter_has_a_gradient():
+    policy = make("gumbel")
+    policy.damage.normal_()
+    policy.seen.fill_(8)
+    policy.entropy.uniform_()
+    policy.loss(0.4).backward()
+    for name, parameter in policy.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+
+
+def test_gumbel_loss_is_what_it_says():
+    """Independent sums over rungs: damage + λ·Δ + 20·Δ² − bonus·entropy, with λ moved by the violation before."""
+    torch.manual_seed(2)
+    policy = make("gumbel")
+    torch.nn.init.normal_(policy.cell)
+    policy.damage.uniform_(0, 0.3)
+    policy.damage[..., [0, AXES["density"]]] = 0
+    policy.seen.fill_(1e9)  # damage as remembered, no prior
+    policy.tau = 0.7
+    policy.multiplier.fill_(0.3)
+    logits = policy.logits()
+    p = [[[softmax(logits[a][b, i], 0.7) for i in range(LAYERS)] for b in range(len(EDGES))] for a in range(2)]
+    cells = [(b, i) for b in range(len(EDGES)) for i in range(LAYERS)]
+    cost = sum(
+        p[0][b][i][r.density] * p[1][b][i][r.merge] * c for b, i in cells for r, c in zip(RUNGS, COSTS)
+    ) / len(cells)
+    memory = policy.filled_damage().split([AXES["density"], AXES["merge"]], -1)
+    damage = sum(
+        p[a][b][i][k] * float(memory[a][b, i, : k + 1].sum()) for a in range(2) for b, i in cells for k in range(len(p[a][b][i]))
+    ) / len(cells)
+    entropy = sum(
+        sum(-q * math.log(q) for q in p[a][b][i]) / math.log(len(p[a][b][i])) for a in range(2) for b, i in cells
+    ) / (2 * len(cells))
+    excess = cost - 0.4
+    expected = damage + (0.3 + 0.02 * excess) * excess + 20 * max(excess, 0) ** 2 - 0.01 * entropy
+    assert policy.expected_cost().item() == pytest.approx(cost, rel=1e-5)
+    assert policy.gate_entropy().item() == pytest.approx(entropy, rel=1e-5)
+    assert policy.loss(0.4).item() == pytest.approx(expected, rel=1e-4)
+
+
+def softmax(logits, tau):
+    weights = [math.exp(float(x) / tau) for x in logits]
+    return [w / sum(weights) for w in weights]
+
+
+def test_gumbel_samples_its_probabilities():
+    policy = make("gumbel")
+    with torch.no_grad():
+        policy.cell.normal_(generator=seeded(3))
+        policy.cell[..., [0, AXES["density"]]] -= 3.0
+    policy.tau = 0.8
+    generator, draws = seeded(0), 2000
+    counts = torch.zeros(LAYERS, AXES["density"])
+    for _ in range(draws):
+        for layer, rung in enumerate(policy.decide(1, generator).rungs):
+            counts[layer, rung.density] += 1
+    p = policy.probabilities()[0][1].detach()
+    bound = 5 * (p * (1 - p) / draws).sqrt() + 1e-3  # five standard deviations
+    assert ((counts / draws - p).abs() <= bound).all()
+
+
+def test_gumbel_starts_by_keeping_all():
+    density, merge = make("gumbel").probabilities()
+    assert (density[..., 0] > 0.75).all() and (merge[..., 0] > 0.85).all()
+
+
+def test_gumbel_probes_are_neighbours():
+    policy, generator = make("gumbel"), seeded(0)
+    with torch.no_grad():
+        policy.start.zero_()
+    seen = set()
+    for _ in range(200):
+        decisions = policy.decide(0, generator)
+        assert len({p.layer for p in decisions.probes}) == policy.probes
+        for probe in decisions.probes:
+            own = decisions.rungs[probe.layer]
+            moves = {"density": probe.other.density - own.density, "merge": probe.other.merge - own.merge}
+            assert abs(moves.pop(probe.axis)) == 1 and set(moves.values()) == {0} and probe.other in RUNGS
+            seen.add((probe.axis, probe.other.density if probe.axis == "density" else probe.other.merge))
+    assert len(seen) == len(DENSITY_LADDER) + len(MERGE_LADDER)  # every rung of both ladders gets looked at
+
+
+def test_gumbel_damage_has_one_sign_whichever_side_is_probed():
+    """damage is of the sparser of two rungs, over the denser: probing downwards gives −value."""
+    for here, there, value, expected in ((1, 2, 0.5, 0.5), (2, 1, 0.5, -0.5)):
+        policy = make("gumbel")
+        probe = ProbeRequest(3, "merge", Rung(0, there))
+        policy.observe(Decisions(1, (Rung(0, here),) * LAYERS, (probe,)), {3: value}, {})
+        slot = AXES["density"] + 2
+        assert float(policy.damage[1, 3, slot]) == expected and float(policy.damage.abs().sum()) == 0.5
+
+
+def test_gumbel_state_restores_exactly(trained):
+    other = make("gumbel")
+    other.load_state_dict(trained.state_dict())
+    other.tau = trained.tau
+    assert other.decode(0.35) == trained.decode(0.35)
+    assert other.decide(1, seeded(1)) == trained.decide(1, seeded(1))
+    assert torch.equal(other.loss(0.3), trained.loss(0.3))
+
+
+@pytest.mark.parametrize("name", ["static", "entropy"])
+def test_fixed_policies_restore_exactly(name):
+    policy, other = make(name), make(name)
+    if name == "entropy":
+        uneven_entropy(policy)
+    policy.loss(0.37)
+    other.load_state_dict(policy.state_dict())
+    assert all(other.decide(b, seeded()) == policy.decide(b, seeded()) for b in range(len(EDGES)))
+    assert other.decode(0.37) == policy.decode(0.37)
