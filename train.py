@@ -46,10 +46,9 @@ def train(config: TrainConfig) -> Path:
     signal.signal(signal.SIGINT, lambda *_: stop.update(asked=True))  # Ctrl-C: finish the step, save, leave
     bar = tqdm(total=config.optim.steps, initial=run.step, desc=run.folder.name, dynamic_ncols=True)
     saved = time.monotonic()
-    for batch in run.data:
-        if run.step >= config.optim.steps or stop["asked"]:
-            break
-        record = step(run, batch, accelerator)
+    batches = iter(run.data)
+    while run.step < config.optim.steps and not stop["asked"]:  # a batch taken is trained on: the data's position is saved
+        record = step(run, next(batches), accelerator)
         run.step += 1
         bar.update(1)
         bar.set_postfix(record.brief())

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from usv import distill, flow
-from usv.checkpoint import CheckpointError, Student, atomic_folder, save_file_atomic, save_student
+from usv.checkpoint import CheckpointError, Student, atomic_folder, save_file_atomic, save_student, settle
 from usv.config import SettingError, TrainConfig
 from usv.cost import ModelShape, plan_cost, rung_costs
 from usv.cpu import fast_dtype
@@ -176,11 +176,12 @@ class Run:
 
     def fail(self, what: str) -> None:
         """Stop on a non-finite step. The last checkpoint stands; a report says what was seen."""
+        last = "The last good checkpoint is in" if (self.folder / "state").exists() else "No checkpoint was written yet to"
         report = {"what": what, "step": self.step, "config": asdict(self.config)}
         path = self.folder / "failure.json"
         path.write_text(json.dumps(report, indent=1))
         raise FloatingPointError(
-            f"{what}. The last good checkpoint is in {self.folder}/state, the report in {path}. Lower optim.lr or "
+            f"{what}. {last} {self.folder}/state, the report in {path}. Lower optim.lr or "
             "optim.grad_clip and run again with runtime.resume=auto"
         )
 
@@ -282,6 +283,7 @@ def resume(run: Run) -> None:
     if wish == "never":
         return
     folder = run.folder / "state" if wish == "auto" else Path(wish)
+    settle(folder)
     file = folder / "trainer.pt"
     if not file.exists():
         if wish != "auto":
