@@ -45,6 +45,7 @@ def atomic_folder(path: Path, write) -> None:
     """Fill a temporary sibling by `write(folder)`, then put it in the place of `path`; the old one stands until then."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    settle(path)
     fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -55,8 +56,16 @@ def atomic_folder(path: Path, write) -> None:
             os.replace(path, old)
         os.replace(fresh, path)
     finally:
+        settle(path)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(path: Path) -> None:
+    """Put the old folder back where a kill or an error came between the two renames of `atomic_folder`."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
 
 
 def save_student(path: str | Path, student: Student) -> None:
@@ -82,6 +91,7 @@ def save_student(path: str | Path, student: Student) -> None:
 def read_config(path: str | Path) -> dict:
     """config.json of a student folder. CheckpointError where it is missing or something else."""
     path = Path(path)
+    settle(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint; give a folder written by train.py, e.g. ckpt=outputs/usv_mini/student")
     file = path / "config.json"
@@ -93,11 +103,15 @@ def read_config(path: str | Path) -> dict:
         record = json.loads(file.read_text())
     except ValueError as error:
         raise CheckpointError(f"{file}: not readable ({error}); the checkpoint is damaged, use another") from None
-    if record.get("format") != FORMAT:
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        record = record if isinstance(record, dict) else {}
         raise CheckpointError(
             f"{path}: a {record.get('_class_name', 'foreign')} folder with format {record.get('format')!r}, expected "
             f"{FORMAT!r}; give a student folder written by train.py"
         )
+    missing = [key for key in ("transformer", "tile", "plan", "sampling", "training") if key not in record]
+    if missing:
+        raise CheckpointError(f"{file}: lacks {', '.join(missing)}; the checkpoint is damaged, use another")
     return record
 
 
@@ -112,15 +126,24 @@ def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
             "it was trained from, or train one for this model"
         )
     transformer = WanTransformer3DModel.from_config(base.config)
-    model = SparseWan(transformer, Tile(*record["tile"]))
+    try:
+        plan, tile = SparsityPlan.from_dict(record["plan"]), Tile(*record["tile"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}/config.json: no usable plan or tile ({error}); use another checkpoint") from None
+    if plan.num_layers != len(transformer.blocks):
+        raise CheckpointError(
+            f"{path}/config.json: a plan of {plan.num_layers} layers for a model of {len(transformer.blocks)}; use another checkpoint"
+        )
+    model = SparseWan(transformer, tile)
     try:
         tensors = load_file(path / "student.safetensors")
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path}/student.safetensors: damaged or incomplete ({error}); use another checkpoint") from None
-    plan = SparsityPlan.from_dict(record["plan"])
-    reference = next(base.parameters())
-    model = model.to(device=reference.device, dtype=reference.dtype).eval().requires_grad_(False)
+    for mine, theirs in zip(transformer.parameters(), base.parameters()):  # a bf16 model keeps some parts in fp32
+        mine.data = mine.data.to(theirs.dtype)
+    model.gates.to(base.dtype)
+    model = model.to(device=base.device).eval().requires_grad_(False)
     return Student(model, plan, record["sampling"], record["training"])
 
 
