@@ -83,8 +83,12 @@ def enable(
         raise ValueError(f"{next(iter(options))}: got an option of a pattern, accepted: only together with attention=…")
     if not isinstance(pipe, WanPipeline):
         raise CheckpointError(f"enable: got a {type(pipe).__name__}, accepted: a diffusers WanPipeline")
-    disable(pipe)
-    student = checkpoint if isinstance(checkpoint, Student) else load_student(checkpoint, pipe.transformer)
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise CheckpointError("enable: got a pipeline of two transformers (Wan2.2-A14B), accepted: one transformer")
+    before = getattr(pipe, "_usv", None)
+    base = before.original if isinstance(before, Enabled) else pipe.transformer
+    student = checkpoint if isinstance(checkpoint, Student) else load_student(checkpoint, base)
+    disable(pipe)  # only now: what cannot be loaded leaves the pipeline as it was
     record = Record()
     state = Enabled(pipe.transformer, type(pipe), student, record)
     pipe.transformer = planned(student.model, student.plan, record, impl)
@@ -133,7 +137,7 @@ def planned(model: SparseWan, plan: SparsityPlan | None, record: Record, impl: s
 
     def forward(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image=None, return_dict=True, **_):
         begun = time.perf_counter()
-        rungs = None if plan is None else plan.at(float(timestep.flatten()[0]))
+        rungs = None if plan is None else plan.at(float(timestep.max()))  # per token (TI2V), given frames have 0
         velocity, stats = model(hidden_states, timestep, encoder_hidden_states, rungs, impl=impl)
         record.seconds += time.perf_counter() - begun
         record.forwards += 1
