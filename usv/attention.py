@@ -23,7 +23,7 @@ class AttentionStats:
 
     entropy: of the coarse attention map, 0 (one block) to 1 (uniform), mean over rows and heads.
     coarse_recall: share of the coarse map's mass on selected blocks, the cheap stand-in for attention recall.
-    density: executed token pairs / all pairs.
+    density: executed block pairs / all block pairs.
     """
 
     entropy: torch.Tensor

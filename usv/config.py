@@ -190,6 +190,13 @@ def typed(config: DictConfig, schema: type):
         raise SettingError(str(error).split("\n")[0]) from None
 
 
+IMPLS = ("auto", "reference", "cpu", "triton", "flex")
+
+
+def _ascending(pair: list[float]) -> bool:
+    return len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1
+
+
 def check_train(config: TrainConfig) -> None:
     """Values that types cannot check. SettingError names setting, got, accepted."""
     rules = [
@@ -197,6 +204,12 @@ def check_train(config: TrainConfig) -> None:
         ("policy.budget", config.policy.budget, 0 < config.policy.budget <= 1, "a fraction of the dense cost in (0, 1]"),
         ("policy.bins", config.policy.bins, config.policy.bins >= 1, "at least 1"),
         ("policy.freeze_at", config.policy.freeze_at, 0 < config.policy.freeze_at <= 1, "a share of the run in (0, 1]"),
+        ("policy.tau_end", config.policy.tau_end, 0 < config.policy.tau_end <= config.policy.tau_start, "above 0, at most tau_start"),
+        ("policy.warm_down", config.policy.warm_down, _ascending(config.policy.warm_down), "[from, to], shares of the run, 0 ≤ from ≤ to ≤ 1"),
+        ("attention.impl", config.attention.impl, config.attention.impl in IMPLS, " | ".join(IMPLS)),
+        ("data.validation_clips", config.data.validation_clips, config.data.validation_clips >= 1, "at least 1"),
+        ("logger.every", config.logger.every, config.logger.every >= 1, "at least 1"),
+        ("logger.validate_every", config.logger.validate_every, config.logger.validate_every >= 1, "at least 1"),
         ("optim.steps", config.optim.steps, config.optim.steps >= 1, "at least 1"),
         ("optim.batch_size", config.optim.batch_size, config.optim.batch_size >= 1, "at least 1"),
         ("model.tile", config.model.tile, len(config.model.tile) == 3 and min(config.model.tile) >= 1, "[t, h, w], each ≥ 1"),

@@ -86,7 +86,8 @@ def generate_all(pipe, model: ModelConfig, methods: dict, prompts: list[str], se
 
 def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, repeats: int = 7) -> dict[str, dict[str, float]]:
     """Seconds of one forward of one clip, quantiles over interleaved repeats, averaged over the sampler's timesteps."""
-    shape = (batch_size, pipe.transformer.config.in_channels, model.num_frames, *(side // pipe.vae_scale_factor_spatial for side in (model.height, model.width)))  # fmt: skip
+    frames = (model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
+    shape = (batch_size, pipe.transformer.config.in_channels, frames, *(side // pipe.vae_scale_factor_spatial for side in (model.height, model.width)))  # fmt: skip
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     text = torch.randn(batch_size, model.max_sequence_length, pipe.transformer.config.text_dim)
     times: dict[str, list[float]] = {name: [] for name in methods}
@@ -155,7 +156,8 @@ def _flops_ratio(pipe, model: ModelConfig, checkpoint) -> float:
     student = pipe._usv.student
     shape = ModelShape.of(student.model.config, model.max_sequence_length)
     side = pipe.vae_scale_factor_spatial
-    grid = student.model.grid_of((model.num_frames, model.height // side, model.width // side))
+    frames = (model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
+    grid = student.model.grid_of((frames, model.height // side, model.width // side))
     ratio = 1 / plan_cost(student.plan, shape, tile_layout(grid, student.model.tile))
     usv.disable(pipe)
     return ratio
