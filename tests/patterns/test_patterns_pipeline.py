@@ -1,0 +1,107 @@
+"""One reversible line on a stock WanPipeline, tiny and random."""
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+import usv
+from usv.patterns import SVG2
+
+
+def transformer(seed):
+    torch.manual_seed(seed)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=16, ffn_dim=32, num_layers=3, cross_attn_norm=True, rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+
+
+def pipeline(second=False):
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": scheduler, "transformer": transformer(0)}
+    if second:
+        parts |= {"transformer_2": transformer(1), "boundary_ratio": 0.9}
+    pipe = WanPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe, num_steps=5, guidance=3.0):
+    generator = torch.Generator().manual_seed(0)
+    text, negative = torch.randn(2, 1, 7, 16, generator=generator)
+    return pipe(
+        prompt_embeds=text, negative_prompt_embeds=negative, height=64, width=64, num_frames=9, output_type="latent",
+        num_inference_steps=num_steps, guidance_scale=guidance, generator=generator,
+    ).frames  # fmt: skip
+
+
+OPTIONS = {"q_clusters": 5, "k_clusters": 9, "dense_layers": 0.3, "dense_steps": 0.4}
+
+
+def test_enable_summary_disable():
+    pipe = pipeline()
+    stock, processors = generate(pipe), dict(pipe.transformer.attn_processors)
+    assert usv.enable(pipe, attention="svg2", top_p=0.3, floor=0.0, recall_rows=8, **OPTIONS) is pipe
+    sparse = generate(pipe)
+    assert torch.isfinite(sparse).all() and not torch.allclose(sparse, stock, atol=1e-3)
+    record = pipe._usv.record
+    # 5 steps × 2 branches × 3 layers; two steps and the first layer are dense.
+    assert record.forwards == 10 and len(record.calls) == 30
+    assert [call.step for call in record.calls] == [step for step in range(5) for _ in range(6)]
+    assert [not call.dense for call in record.calls] == [step >= 2 and layer >= 1 for step in range(5)
+                                                         for _ in range(2) for layer in range(3)]  # fmt: skip
+    assert 0 < record.sparse_density() < record.mean_density() < 1 and 0 < record.mean_recall() < 1
+    assert record.mean_density() == pytest.approx((12 * record.sparse_density() + 18) / 30)
+    text = usv.summary(pipe)
+    assert "SVG2(top_p=0.3" in text and f"density {record.mean_density():.3f}" in text and "12 of 30" in text
+    assert "cluster 0." in text and f"{record.mean_recall():.3f}" in text
+    assert torch.equal(generate(pipe), sparse), "a second video starts afresh"
+    assert usv.disable(pipe) is pipe and not hasattr(pipe, "_usv")
+    assert pipe.transformer.attn_processors == processors
+    assert torch.equal(generate(pipe), stock) and "not enabled" in usv.summary(pipe)
+
+
+@pytest.mark.parametrize("name", ["svg", "svg2", "sliding_tile", "tile_top_k"])
+def test_density_one_is_the_stock_pipeline(name):
+    pipe = pipeline()
+    stock = generate(pipe, 3)
+    own = {"q_clusters": 5, "k_clusters": 9} if name == "svg2" else {}
+    usv.enable(pipe, attention=name, density=1.0, dense_layers=0.0, dense_steps=0.0, **own)
+    torch.testing.assert_close(generate(pipe, 3), stock, rtol=1e-3, atol=1e-4)
+    assert pipe._usv.record.mean_density() == 1.0 and not any(call.dense for call in pipe._usv.record.calls)
+
+
+def test_both_transformers_of_wan22_run_sparse():
+    pipe = pipeline(second=True)
+    stock = generate(pipe)
+    usv.enable(pipe, attention="svg2", top_p=0.3, **OPTIONS)
+    generate(pipe)
+    assert len(pipe._usv.record.calls) == 30
+    runs = {getattr(pipe, name).blocks[0].attn1.processor.run for name in ("transformer", "transformer_2")}
+    assert len(runs) == 2 and all(run.grid is not None for run in runs), "both were called"
+    usv.disable(pipe)
+    assert torch.equal(generate(pipe), stock)
+
+
+def test_enabling_twice_replaces_and_a_refusal_changes_nothing():
+    pipe = pipeline()
+    stock = generate(pipe, 2)
+    usv.enable(pipe, attention="svg2", **OPTIONS)
+    usv.enable(pipe, attention="svg2", top_p=0.5, **OPTIONS)
+    before = pipe.transformer.blocks[0].attn1.processor
+    with pytest.raises(ValueError, match="top_p: got 1.5, accepted"):
+        usv.enable(pipe, attention="svg2", top_p=1.5)
+    with pytest.raises(ValueError, match="attention: got 'svgg', accepted: .*did you mean 'svg'"):
+        usv.enable(pipe, attention="svgg")
+    with pytest.raises(ValueError, match="enable: got neither of checkpoint and attention"):
+        usv.enable(pipe)
+    with pytest.raises(ValueError, match="enable: got both of checkpoint and attention"):
+        usv.enable(pipe, "folder", attention="svg")
+    with pytest.raises(ValueError, match="top_p: got an option of a pattern"):
+        usv.enable(pipe, "folder", top_p=0.5)
+    assert pipe._usv.pattern == SVG2(top_p=0.5, **OPTIONS)
+    assert pipe.transformer.blocks[0].attn1.processor is before
+    usv.disable(usv.disable(pipe))
+    assert torch.equal(generate(pipe, 2), stock)
+    with pytest.raises(ValueError, match="pipe: got a object"):
+        usv.enable(object(), attention="svg")
