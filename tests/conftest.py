@@ -2,7 +2,21 @@
 
 import os
 
+import pytest
+import tiny
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory):
+    """A complete diffusers Wan folder with two random layers; see tests/tiny.py."""
+    return tiny.save_model(tmp_path_factory.mktemp("tiny") / "wan")
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory, tiny_wan):
+    """CameraMotion shards for it, splits train and val."""
+    return tiny.save_shards(tmp_path_factory.mktemp("tiny") / "shards", tiny_wan)
