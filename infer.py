@@ -2,6 +2,7 @@
 
     python infer.py ckpt=outputs/usv_mini/student prompt="a cat, the camera pans left"
     python infer.py ckpt=outputs/usv_mini/student prompts=data/prompts/camera_motion.txt seeds=2 compare=true
+    python infer.py attention=svg2 prompt="a cat, the camera pans left"       # no training: a pattern on the dense model
 
 Each prompt and seed gives an mp4; a contact sheet and infer.json (seconds by stage, executed density, merging, steps, seeds,
 commit) stand beside them. compare=true also runs the dense model at the same seeds and prints both.
@@ -21,7 +22,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 import usv
-from usv.checkpoint import CheckpointError, read_config
+from usv.checkpoint import read_config
 from usv.config import InferConfig, SettingError, check_overrides, config_groups, typed
 from usv.cpu import keep_freed_memory
 from usv.generate import Generation, generate, load_pipeline
@@ -52,26 +53,36 @@ def run(config: InferConfig) -> dict:
     """The whole job; returns what infer.json holds."""
     keep_freed_memory()
     prompts = read_prompts(config)
+    pattern = config.attention.pattern
+    if config.ckpt is not None and pattern is not None:
+        raise SettingError(f"attention.pattern={pattern}: a student has its own attention; give ckpt=… or attention=…, not both")
     if config.ckpt is not None:
         read_config(config.ckpt)  # a wrong checkpoint shows before the model is loaded
-    elif config.compare:
-        raise SettingError("compare=true compares a student with the dense model: also give ckpt=FOLDER")
+    elif config.compare and pattern is None:
+        raise SettingError("compare=true compares with the dense model: also give ckpt=FOLDER or attention=svg2")
     folder = Path(config.output_dir)
     prepare_folder(folder)
     pipe = load_pipeline(config.model.path)
     texts = [prompt for prompt in prompts for _ in range(config.seeds)]
     seeds = [config.seed + i for _ in prompts for i in range(config.seeds)]
     methods: dict[str, tuple[Generation, dict]] = {}
-    for name in (["dense"] if config.ckpt is None or config.compare else []) + (["student"] if config.ckpt else []):
+    sparse = "student" if config.ckpt else pattern
+    for name in (["dense"] if sparse is None or config.compare else []) + ([sparse] if sparse else []):
         executed = {"density": 1.0, "merged": 0.0}
         if name == "student":
             usv.enable(pipe, config.ckpt, impl=config.attention.impl)
+        elif name == pattern:
+            usv.enable(pipe, attention=pattern, impl=config.attention.impl, **config.attention.options)
         steps = config.num_inference_steps or (pipe._usv.student.sampling.get("num_inference_steps") if name == "student" else None)
         with tqdm(total=len(texts), desc=name, unit="video") as bar:
             result = generate(pipe, config.model, texts, seeds, config.batch_size, steps, progress=bar)
         if name == "student":
             record = pipe._usv.record
             executed = {"density": round(record.mean_density(), 4), "merged": round(record.mean_merged(), 4)}
+        elif name == pattern:
+            record = pipe._usv.record
+            stages = {stage: round(seconds, 3) for stage, seconds in record.stage_seconds().items()}
+            executed = {"density": round(record.mean_density(), 4), "merged": 0.0, "pattern_seconds": stages}
         methods[name] = (result, executed)
     return write(folder, config, texts, seeds, methods)
 
@@ -114,7 +125,7 @@ def print_table(methods: dict[str, dict]) -> None:
 def main(config: DictConfig) -> None:
     try:
         run(typed(config, InferConfig))
-    except (SettingError, CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -48,9 +49,14 @@ class PolicyConfig:
 
 @dataclass
 class AttentionConfig:
-    """How the sparse attention runs. impl: auto | reference | cpu | triton | flex."""
+    """How the sparse attention runs. impl: auto | reference | cpu | triton | flex.
+
+    In infer.py without a checkpoint, `pattern` names a training-free pattern and `options` its settings (usv/patterns).
+    """
 
     impl: str = "auto"
+    pattern: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from diffusers import WanPipeline
 
 from usv.config import ModelConfig, SettingError
-from usv.pipeline import frames_argument
+from usv.pipeline import Enabled, frames_argument
 
 
 @dataclass
@@ -54,7 +54,7 @@ def generate(
 
     guidance_scale None: the model's own for a dense pipeline, 1 for an enabled one.
     """
-    enabled = hasattr(pipe, "_usv")
+    enabled = isinstance(getattr(pipe, "_usv", None), Enabled)  # a training-free pattern keeps the model's guidance
     scale = guidance_scale if guidance_scale is not None else 1.0 if enabled else model.guidance_scale
     steps = num_inference_steps or model.num_inference_steps
     seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
