@@ -6,7 +6,7 @@ inputs are refused there rather than silently detached.
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from .._checks import require
 from ..selection import BlockSelection
@@ -37,5 +37,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias:
     mask = create_block_mask(listed, batch, heads, q_len, kv_len, device=q.device, BLOCK_SIZE=block_size)
     plain = key_bias is None and block_gate is None
     run = torch.compile(flex_attention, dynamic=False) if compile else flex_attention
-    out, lse = run(q, k, v, score_mod=None if plain else score, block_mask=mask, scale=scale, return_lse=True)
-    return out, lse
+    out, aux = run(q, k, v, score_mod=None if plain else score, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
+    return out, aux.lse
