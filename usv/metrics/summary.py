@@ -22,7 +22,7 @@ from usv.metrics.motion import camera_motion, check_motions, classify_motion, fl
 
 
 def _hits(predicted: list, wanted: list) -> torch.Tensor:
-    return torch.tensor([float(a == b) for a, b in zip(predicted, wanted, strict=True)])
+    return torch.tensor([a == b for a, b in zip(predicted, wanted, strict=True)], dtype=torch.float64)
 
 
 def evaluate_videos(
