@@ -1,8 +1,18 @@
-"""One reversible line on a stock WanPipeline, tiny and random."""
+"""One reversible line on stock diffusers pipelines, tiny and random."""
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
 import usv
 from usv.patterns import SVG2
@@ -105,3 +115,52 @@ def test_enabling_twice_replaces_and_a_refusal_changes_nothing():
     assert torch.equal(generate(pipe, 2), stock)
     with pytest.raises(ValueError, match="pipe: got a object"):
         usv.enable(object(), attention="svg")
+
+
+def cogvideox():
+    torch.manual_seed(0)
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
+        num_layers=3, sample_width=8, sample_height=8, sample_frames=9, patch_size=2, temporal_compression_ratio=4,
+        max_text_seq_length=6, use_rotary_positional_embeddings=True,
+    ).eval()  # fmt: skip
+    pipe = CogVideoXPipeline(None, None, None, model, CogVideoXDDIMScheduler())
+    call = {"num_frames": 9, "guidance_scale": 3.0, "prompt_embeds": torch.randn(1, 6, 16),
+            "negative_prompt_embeds": torch.randn(1, 6, 16)}  # fmt: skip
+    return pipe, call, 5  # guidance is one batch of two
+
+
+def hunyuan():
+    torch.manual_seed(0)
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=2,
+        num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    ).eval()  # fmt: skip
+    pipe = HunyuanVideoPipeline(None, None, model, None, FlowMatchEulerDiscreteScheduler(shift=7.0), None, None)
+    call = {"num_frames": 9, "prompt_embeds": torch.randn(1, 6, 16), "pooled_prompt_embeds": torch.randn(1, 8),
+            "prompt_attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}  # fmt: skip
+    return pipe, call, 5
+
+
+@pytest.mark.parametrize("make", [cogvideox, hunyuan])
+def test_joint_text_pipelines(make):
+    """Stock to rounding at full density; sparse in the right steps and layers; stock again when disabled."""
+    pipe, call, forwards = make()
+    pipe.set_progress_bar_config(disable=True)
+
+    def video():
+        generator = torch.Generator().manual_seed(0)
+        return pipe(**call, height=64, width=64, num_inference_steps=5, output_type="latent", generator=generator).frames
+
+    stock = video()
+    usv.enable(pipe, attention="svg2", top_p=1.0, **OPTIONS)
+    torch.testing.assert_close(video(), stock, rtol=1e-3, atol=1e-3)
+    usv.enable(pipe, attention="svg2", top_p=0.3, floor=0.0, **OPTIONS)
+    assert not torch.allclose(video(), stock, atol=1e-2)
+    record = pipe._usv.record
+    assert record.forwards == forwards
+    assert [not call.dense for call in record.calls] == [step >= 2 and layer >= 1 for step in range(5) for layer in range(3)]
+    assert record.sparse_density() < 1
+    usv.disable(pipe)
+    assert torch.equal(video(), stock)
