@@ -52,6 +52,10 @@ def read_prompts(config: InferConfig) -> list[str]:
 def run(config: InferConfig) -> dict:
     """The whole job; returns what infer.json holds."""
     keep_freed_memory()
+    for name in ("seeds", "batch_size", "fps", "num_inference_steps"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise SettingError(f"{name}: got {value}, accepted: at least 1")
     prompts = read_prompts(config)
     pattern = config.attention.pattern
     if config.ckpt is not None and pattern is not None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ def precision(config: TrainConfig) -> str:
     return {"fp32": "no", "bf16": "bf16"}[config.runtime.precision]
 
 
+@lru_cache(maxsize=1)  # of the code that was loaded; and a git status for each checkpoint would cost more than the write
 def commit() -> str:
     """The commit of the code that runs, with + when files differ from it; "unknown" outside a checkout."""
     try:
