@@ -1,0 +1,318 @@
+"""train.py and infer.py on a tiny world: kill, Ctrl-C and NaN lose nothing, resuming changes nothing, errors are one line."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train as program  # noqa: E402
+from usv.checkpoint import CheckpointError, read_config  # noqa: E402
+from usv.config import DataConfig, LoggerConfig, ModelConfig, OptimConfig, PolicyConfig, RuntimeConfig, TrainConfig  # noqa: E402
+from usv.data import ShardDataset  # noqa: E402
+from usv.plan import SparsityPlan  # noqa: E402
+
+STEPS = 8
+
+
+@pytest.fixture
+def make(tiny_wan, tiny_shards):
+    """A run's settings."""
+
+    def settings(folder, policy="gumbel", steps=STEPS, **runtime) -> TrainConfig:
+        return TrainConfig(
+            output_dir=str(folder), seed=3,
+            model=ModelConfig(str(tiny_wan), tiny.SIZE, tiny.SIZE, tiny.FRAMES, tiny.TEXT, list(tiny.TILE), num_inference_steps=2),
+            policy=PolicyConfig(policy, budget=0.8, bins=2, warm_down=[0.0, 0.4], freeze_at=0.6),
+            data=DataConfig(str(tiny_shards), drop_text=0.2, validation_clips=2),
+            optim=OptimConfig(steps=steps, batch_size=2, lr=1e-3, warmup=2),
+            runtime=RuntimeConfig(precision="fp32", checkpoint_seconds=1e9, **runtime),
+            logger=LoggerConfig("none", every=1, validate_every=4),
+        )  # fmt: skip
+
+    return settings
+
+
+def arguments(config: TrainConfig) -> list[str]:
+    """The same settings on a command line."""
+    words = [f"output_dir={config.output_dir}", f"seed={config.seed}", f"policy={config.policy.name}", "logger=none"]
+    for group in ("model", "policy", "data", "optim", "runtime", "logger"):
+        for key, value in vars(getattr(config, group)).items():
+            words.append(f"{group}.{key}={str(value).replace(' ', '')}")
+    return words
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Runs train() here; gives the exact loss and gradient norm of every step, and calls `at[step]` after that step."""
+    handler = signal.getsignal(signal.SIGINT)
+    original = program.log_step
+
+    def run(config, at=None):
+        seen = {}
+
+        def spy(run, record, tracker):
+            seen[run.step] = (record.values["loss/velocity"], record.values["optim/gradient_norm"])
+            original(run, record, tracker)
+            if at and run.step in at:
+                at[run.step](run)
+
+        monkeypatch.setattr(program, "log_step", spy)
+        folder = program.train(config)
+        return seen, load_file(folder / "student.safetensors"), read_config(folder)
+
+    yield run
+    signal.signal(signal.SIGINT, handler)
+
+
+def interrupt(_run):
+    signal.raise_signal(signal.SIGINT)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def logged(folder):
+    """{step: loss} of metrics.jsonl; of a step logged twice the last counts."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss/velocity"] for line in lines if "loss/velocity" in line}
+
+
+# ---- the run itself --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_trains_validates_and_leaves_a_student(make, watched, tmp_path):
+    seen, weights, record = watched(make(tmp_path / "run"))
+    assert sorted(seen) == list(range(1, STEPS + 1)) and len({loss for loss, _ in seen.values()}) == STEPS
+    base = load_file(Path(make(tmp_path).model.path) / "transformer" / "diffusion_pytorch_model.safetensors")
+    moved = [k for k in base if not torch.equal(base[k], weights[f"transformer.{k}"])]
+    assert len(moved) > 0.9 * len(base)
+    plan = SparsityPlan.from_dict(record["plan"])
+    assert len(plan.edges) == 2 and plan.num_layers == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    validation = [line for line in lines if "validation/velocity_error" in line]
+    assert [line["step"] for line in validation] == [4, 8]
+    assert all(line["validation/plan_cost"] <= 0.8 + 1e-6 for line in validation)
+    assert any(line["sparsity/cost"] < 1 for line in lines if "sparsity/cost" in line)
+    videos = sorted((tmp_path / "run" / "validation").glob("*.mp4"))
+    assert len(videos) == 2
+    with av.open(str(videos[0])) as container:
+        frames = [f for f in container.decode(video=0)]
+    assert len(frames) == tiny.FRAMES and (frames[0].width, frames[0].height) == (4 * tiny.SIZE, 2 * tiny.SIZE)
+
+
+@pytest.mark.parametrize("policy, stop", [("gumbel", 2), ("gumbel", 6), ("entropy", 3), ("static", 3)])
+def test_ctrl_c_and_resume_equal_an_uninterrupted_run(make, watched, tmp_path, policy, stop):
+    """Bit-equal losses, gradient norms, weights and plan, stopped before and after the plan is frozen."""
+    whole, weights, record = watched(make(tmp_path / "whole", policy))
+    first, _, early = watched(make(tmp_path / "cut", policy), {stop: interrupt})
+    assert sorted(first) == list(range(1, stop + 1)) and early["training"]["steps"] == stop
+    second, resumed, late = watched(make(tmp_path / "cut", policy))
+    assert sorted(second) == list(range(stop + 1, STEPS + 1))
+    assert {**first, **second} == whole
+    assert same(resumed, weights) and late["plan"] == record["plan"]
+
+
+def test_a_finished_run_is_left_as_it_is(make, watched, tmp_path):
+    _, weights, _ = watched(make(tmp_path / "run", "static", steps=2))
+    again, same_weights, _ = watched(make(tmp_path / "run", "static", steps=2))
+    assert again == {} and same(weights, same_weights)
+
+
+def test_resume_never_begins_anew(make, watched, tmp_path):
+    first, _, _ = watched(make(tmp_path / "run", "static", steps=2))
+    assert watched(make(tmp_path / "run", "static", steps=2, resume="never"))[0] == first
+
+
+def test_gradient_checkpointing_trains_the_same(make, watched, tmp_path):
+    plain, _, _ = watched(make(tmp_path / "a", steps=4))
+    again, _, _ = watched(make(tmp_path / "b", steps=4, gradient_checkpointing=True))
+    assert plain == again
+
+
+def test_damaged_data_stops_before_it_spoils_anything(make, watched, tmp_path, monkeypatch):
+    """NaN in the fourth batch: a report, the checkpoint of step 3 untouched, and from it the run goes on as if nothing was."""
+    whole, _, _ = watched(make(tmp_path / "whole"))
+    config = make(tmp_path / "run")
+    config.runtime.checkpoint_seconds = 0.0
+    original, count = ShardDataset._batch, []
+
+    def poisoned(self, epoch, position):
+        batch = original(self, epoch, position)
+        if self.repeat:
+            count.append(1)
+            if len(count) == 4:
+                batch["latents"][0, 0, 0] = float("nan")
+        return batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardDataset, "_batch", poisoned)
+        with pytest.raises(FloatingPointError, match=r"loss nan.* at step 3.*last good checkpoint is in .*state"):
+            watched(config)
+    assert torch.load(tmp_path / "run" / "state" / "trainer.pt", weights_only=True)["step"] == 3
+    assert json.loads((tmp_path / "run" / "failure.json").read_text())["step"] == 3
+    resumed, _, _ = watched(config)
+    assert resumed == {step: whole[step] for step in range(4, STEPS + 1)}
+
+
+@pytest.fixture
+def state(make, watched, tmp_path):
+    watched(make(tmp_path / "run", "static", steps=2), {1: interrupt})
+    return tmp_path / "run"
+
+
+def test_state_of_another_length_or_policy_or_damaged_is_refused(make, state):
+    with pytest.raises(CheckpointError, match="belongs to a run of 2 steps, this one has 5"):
+        program.train(make(state, "static", steps=5))
+    with pytest.raises(CheckpointError, match="of another model or policy"):
+        program.train(make(state, "gumbel", steps=2))
+    file = state / "state" / "trainer.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"trainer\.pt: damaged .*delete"):
+        program.train(make(state, "static", steps=2))
+
+
+def test_resume_from_nowhere_is_refused(make, tmp_path):
+    with pytest.raises(CheckpointError, match="no trainer.pt there; accepted: auto, never, or"):
+        program.train(make(tmp_path / "run", resume=str(tmp_path / "nowhere")))
+
+
+# ---- the programs ----------------------------------------------------------------------------------------------------
+
+
+def launch(script, words):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen([sys.executable, str(ROOT / script), *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=environment)  # fmt: skip
+
+
+def test_train_kill_resume_infer(make, watched, tmp_path):
+    """The way a user goes: train.py killed without warning, the same command again, then infer.py with compare=true."""
+    config = make(tmp_path / "run", steps=24)
+    config.runtime.checkpoint_seconds = 0.0
+    process = launch("train.py", arguments(config))
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if (tmp_path / "run" / "metrics.jsonl").exists() and len(logged(config.output_dir)) >= 3:
+            break
+        time.sleep(0.01)
+    process.kill()
+    output = process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL, output[-2000:]
+    early = logged(config.output_dir)
+    assert 3 <= len(early) < 24
+    watched(make(tmp_path / "run", steps=24))
+    whole, _, _ = watched(make(tmp_path / "whole", steps=24))
+    after = logged(config.output_dir)
+    assert sorted(after) == list(range(1, 25))
+    # the first steps ran in another process; metrics.jsonl holds six decimals
+    assert all(after[step] == pytest.approx(loss, rel=1e-4, abs=2e-6) for step, (loss, _) in whole.items())
+    assert all(after[step] == pytest.approx(early[step], rel=1e-4, abs=2e-6) for step in early)
+
+    words = [f"ckpt={config.output_dir}/student", 'prompt="a cat, the camera pans left"', "seeds=2", "compare=true",
+             f"output_dir={tmp_path}/videos"]  # fmt: skip
+    words += [w for w in arguments(config) if w.startswith("model.")]
+    process = launch("infer.py", words)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    assert "student" in output and "dense" in output
+    report = json.loads((tmp_path / "videos" / "infer.json").read_text())
+    assert {v["method"] for v in report["videos"]} == {"dense", "student"} and len(report["videos"]) == 4
+    for video in report["videos"]:
+        with av.open(video["path"]) as container:
+            assert len(list(container.decode(video=0))) == tiny.FRAMES
+    student, dense = report["methods"]["student"], report["methods"]["dense"]
+    assert (student["forwards_per_video"], dense["forwards_per_video"]) == (2, 4)
+    plan = SparsityPlan.from_dict(read_config(f"{config.output_dir}/student")["plan"])
+    assert student["density"] < 1.0 or plan.density(8) == 1.0
+    assert set(student["seconds"]) == {"text", "denoise", "decode"} and report["commit"]
+    with Image.open(tmp_path / "videos" / "contact_sheet.png") as sheet:
+        assert sheet.height > 4 * tiny.SIZE
+
+
+def message_of(script, words, monkeypatch) -> str:
+    """Runs a program in this process as the shell would; its message of failure."""
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert isinstance(caught.value.code, str), "a message, which also makes the exit code 1"
+    assert len(caught.value.code.splitlines()) == 1
+    return caught.value.code
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("policy.budget=0.01", ["SettingError: policy.budget: got 0.01", "accepted: 0."]),
+        ("policy.budgt=0.5", ["SettingError", "'policy.budget'"]),
+        ("policy=gumbl", ["SettingError", "policy=gumbel"]),
+        ("model.height=33", ["SettingError: model.height: got 33", "multiples of 8", "e.g. 32"]),
+        ("model.path=/no/such/model", ["SettingError: model.path=/no/such/model", "data/wan-mini"]),
+        ("data.path=/no/such/data", ["DataError: /no/such/data", "data/prepare.py"]),
+        ("model.height=64", ["DataError", "(16, 5, 16, 8)"]),
+        ("output_dir={file}/run", ["SettingError: output_dir=", "cannot be written", "folder you may write to"]),
+        ("runtime.resume=/no/such/state", ["CheckpointError", "no trainer.pt there"]),
+        ("policy.warm_down=[0.5]", ["SettingError: policy.warm_down: got [0.5], accepted: "]),
+        ("data.validation_clips=500", ["DataError", "500"]),
+    ],
+)
+def test_train_refuses_in_one_line(make, tmp_path, monkeypatch, change, words):
+    (tmp_path / "file").write_text("")
+    base = [w for w in arguments(make(tmp_path / "run")) if w.split("=")[0] != change.split("=")[0]]
+    message = message_of("train.py", [*base, change.format(file=tmp_path / "file")], monkeypatch)
+    assert all(word in message for word in words), message
+
+
+def test_diverging_training_stops_with_a_report(make, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    config = make(tmp_path / "run", "static")
+    config.optim.lr = 1e30
+    try:
+        message = message_of("train.py", arguments(config), monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert message.startswith("FloatingPointError: loss") and "No checkpoint was written yet" in message and "optim.lr" in message
+    report = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert report["config"]["optim"]["lr"] == 1e30 and not (tmp_path / "run" / "student").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ([], ["SettingError: prompt: give prompt="]),
+        (["prompt=a", "prompts=b"], ["SettingError: prompt: give prompt="]),
+        (["prompts=/no/such/file.txt"], ["SettingError: prompts=/no/such/file.txt: no such file", "one prompt a line"]),
+        (["prompts={empty}"], ["SettingError", "holds no prompt"]),
+        (["prompt=a", "ckpt=/no/such/ckpt"], ["CheckpointError: /no/such/ckpt: no such checkpoint", "train.py"]),
+        (["prompt=a", "ckpt={foreign}"], ["CheckpointError", "expected 'usv-student-1'"]),
+        (["prompt=a", "compare=true"], ["SettingError: compare=true", "ckpt=FOLDER"]),
+        (["prompt=a", "output_dir={empty}/videos"], ["SettingError: output_dir=", "cannot be written"]),
+        (["promt=a"], ["SettingError", "'prompt"]),
+        (["prompt=a", "seeds=0"], ["SettingError: seeds: got 0"]),
+        (["prompt=a", "batch_size=0"], ["SettingError: batch_size: got 0"]),
+        (["prompt=a", "num_inference_steps=0"], ["SettingError: num_inference_steps: got 0"]),
+    ],
+)
+def test_infer_refuses_in_one_line(make, tiny_wan, tmp_path, monkeypatch, change, words):
+    (tmp_path / "empty").write_text("# nothing\n\n")
+    foreign = tiny_wan / "transformer"
+    base = [w for w in arguments(make(tmp_path / "run")) if w.startswith("model.")]
+    base += [] if any(w.startswith("output_dir") for w in change) else [f"output_dir={tmp_path}/videos"]
+    change = [w.format(empty=tmp_path / "empty", foreign=foreign) for w in change]
+    message = message_of("infer.py", [*base, *change], monkeypatch)
+    assert all(word in message for word in words), message
