@@ -284,7 +284,14 @@ def test_survives_kill_with_workers(model, tmp_path):
     finished = bytes_of(out)
     assert 1 <= len(finished) < 60 and not (out / "index.json").exists()
     prepare.run(replace(wanted, out=out))
-    assert bytes_of(out) == bytes_of(reference) and finished.items() <= bytes_of(out).items()
+    assert finished.items() <= bytes_of(out).items(), "finished shards stay untouched"
+    made, expected = samples_of(out), samples_of(reference)
+    assert [(key, info) for key, _, info in made] == [(key, info) for key, _, info in expected]
+    # Workers run one thread each, this process more: sums in another order may move a value to the next fp16 number.
+    for (_, a, _), (_, b, _) in zip(made, expected):
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name].float(), b[name].float(), rtol=2**-10, atol=2**-14)
 
 
 def test_a_folder_goes_on_only_with_the_same_settings_and_videos(model, clips, tmp_path):

@@ -1,5 +1,7 @@
 """One reversible line on stock diffusers pipelines, tiny and random."""
 
+import re
+
 import pytest
 import torch
 from diffusers import (
@@ -64,7 +66,7 @@ def test_enable_summary_disable():
     assert record.mean_density() == pytest.approx((12 * record.sparse_density() + 18) / 30)
     text = usv.summary(pipe)
     assert "SVG2(top_p=0.3" in text and f"density {record.mean_density():.3f}" in text and "12 of 30" in text
-    assert "cluster 0." in text and f"{record.mean_recall():.3f}" in text
+    assert re.search(r"cluster \d+\.\d\d", text) and f"{record.mean_recall():.3f}" in text
     assert torch.equal(generate(pipe), sparse), "a second video starts afresh"
     assert usv.disable(pipe) is pipe and not hasattr(pipe, "_usv")
     assert pipe.transformer.attn_processors == processors
