@@ -1,6 +1,6 @@
 """Rebuild data/wan-mini from nothing: codec, clips, teacher. One command, resumable from its last minute:
 
-    python data/build_wan_mini.py            # about 2 hours on 2 cores
+    python data/build_wan_mini.py            # about 2½ hours on 2 cores
 
 Curriculum of the teacher: half-resolution clips first (5 of 9 frames, then all 9), where a clip costs a sixth and the
 words of subject and motion are learned, then the full token grid. RoPE positions are given in full-grid tokens throughout, so
@@ -47,9 +47,9 @@ class Stage:
 
 
 STAGES = [
-    Stage("few frames, half size", 48, 2, 10, 32, 2.0e-3, 8.0),
-    Stage("all frames, half size", 48, 1, 12, 32, 2.0e-3, 8.0),
-    Stage("full grid", 96, 1, 42, 8, 1.5e-3, 5.0, cooldown=True),
+    Stage("few frames, half size", 48, 2, 15, 32, 2.0e-3, 8.0),
+    Stage("all frames, half size", 48, 1, 70, 32, 2.0e-3, 8.0),
+    Stage("full grid", 96, 1, 65, 8, 1.5e-3, 5.0, cooldown=True),
 ]
 NUM_CLIPS = {48: 3_840, 96: 2_400}
 SHARD = 480
