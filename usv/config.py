@@ -96,7 +96,6 @@ class RuntimeConfig:
     precision: str = "auto"
     gradient_checkpointing: bool = False
     checkpoint_seconds: float = 60.0
-    keep_last: int = 2
     resume: str = "auto"
 
 

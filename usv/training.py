@@ -106,8 +106,7 @@ class Run:
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.folder = Path(config.output_dir)
-        self.step, self.plan, self.running, self.failures = 0, None, None, 0
-        self.best = math.inf
+        self.step, self.plan, self.running = 0, None, None
 
     def record(self) -> Record:
         run = self
@@ -190,6 +189,10 @@ class Run:
 
 def build(config: TrainConfig, accelerator: Accelerator) -> Run:
     """Pipeline, teacher, student, policy, data, optimiser. All that can be wrong with the settings shows here."""
+    if accelerator.num_processes > 1:
+        raise SettingError(
+            f"num_processes: got {accelerator.num_processes}, accepted: 1; data and noise are not yet split over processes"
+        )
     run = Run(config, accelerator)
     prepare_folder(run.folder)
     m = config.model
@@ -256,6 +259,9 @@ def _latent_shape(pipe, m) -> tuple[int, ...]:
     for name, value, step in (("height", m.height, space * patch[1]), ("width", m.width, space * patch[2])):
         if value % step:
             raise SettingError(f"model.{name}: got {value}, accepted: multiples of {step}, e.g. {max(step, round(value / step) * step)}")
+    if (m.num_frames - 1) % time_:
+        nearest = (m.num_frames - 1) // time_ * time_ + 1
+        raise SettingError(f"model.num_frames: got {m.num_frames}, accepted: multiples of {time_} plus 1, e.g. {nearest}")
     return (pipe.transformer.config.in_channels, (m.num_frames - 1) // time_ + 1, m.height // space, m.width // space)
 
 
@@ -267,7 +273,7 @@ def save(run: Run) -> Path:
     save_student(run.folder / "student", run.student_with_average())
     policy = run.policy.state_dict()
     state = {
-        "step": run.step, "running": run.running, "best": run.best, "student": run.bare().state_dict(), "ema": run.ema,
+        "step": run.step, "running": run.running, "student": run.bare().state_dict(), "ema": run.ema,
         "optimizer": run.optimizer.state_dict(), "policy": policy, "data": run.data.state_dict(),
         "plan": None if run.plan is None else run.plan.to_dict(), "steps": run.config.optim.steps,
     }  # fmt: skip
@@ -307,7 +313,7 @@ def resume(run: Run) -> None:
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: of another model or policy ({str(error).splitlines()[0]}); use another output_dir") from None
     run.data.load_state_dict(state["data"])
-    run.ema, run.step, run.running, run.best = state["ema"], state["step"], state["running"], state["best"]
+    run.ema, run.step, run.running = state["ema"], state["step"], state["running"]
     run.plan = None if state["plan"] is None else SparsityPlan.from_dict(state["plan"])
 
 
