@@ -309,6 +309,13 @@ def write_index(folder: Path) -> None:
         transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
     )
     pipe.save_pretrained(folder)
+    settings = {"max_sequence_length": parts.TEXT_LENGTH, "num_frames": parts.NUM_FRAMES, "height": parts.SIZE, "width": parts.SIZE}
+    settings |= {"fps": 8, "guidance_scale": 3.0, "num_inference_steps": 50}
+    (folder / "usv.json").write_text(json.dumps(settings) + "\n")
+    for config in folder.glob("*/config.json"):  # diffusers writes where a part was loaded from
+        content = json.loads(config.read_text())
+        content.pop("_name_or_path", None)
+        config.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def main() -> None:
