@@ -128,6 +128,14 @@ def test_motion_has_the_right_sign_and_size():
         assert torch.allclose(content[0], expected, atol=0.05 * size), (name, content)
 
 
+def test_fast_pans_over_a_brick_wall_keep_their_direction():
+    """Half a brick a frame: flow started from rest locked on the wrong period in every one of these clips."""
+    brick, generator = SUBJECTS.index("a brick wall"), torch.Generator().manual_seed(7)
+    clips = [make_clip(brick, motion, "quickly", generator) for motion in (0, 1, 0, 1, 4, 5)]
+    videos = torch.stack([clip.frames for clip in clips]).float() / 255
+    assert metrics.motion_accuracy(videos, [clip.motion for clip in clips]).accuracy == 1.0
+
+
 def test_motion_fit_ignores_a_still_logo():
     videos, _, motions = real(range(32, 40), seed=4)
     logo = (torch.rand(3, 30, 30, generator=torch.Generator().manual_seed(0)) > 0.5).float()
@@ -273,7 +281,7 @@ def test_evaluate_videos_agrees_with_the_single_metrics(prototypes):
     )
     for metric in (metrics.flicker, metrics.flow_warp_error, metrics.subject_consistency):
         assert result[metric.__name__] == pytest.approx(float(metric(videos).mean()), rel=1e-4)
-    for metric in (metrics.psnr, metrics.ssim, metrics.vmaf):
+    for metric in (metrics.psnr, metrics.ssim, metrics.vmaf, metrics.lpips_like):
         assert result[metric.__name__] == pytest.approx(float(metric(videos, twins).mean()), rel=1e-4)
     names = [name for name in result if not name.endswith(("_low", "_high"))]
     assert len(names) == 10 and len(result) == 30

@@ -146,17 +146,31 @@ def subject_consistency(videos: torch.Tensor) -> torch.Tensor:
     return consistency_of(frame_features(check_videos(videos, min_frames=2)))
 
 
-def _pyramid(frames: torch.Tensor) -> list[torch.Tensor]:
+def _pyramid(frames: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Channel-normalised feature maps (n, c, h, w) of LPIPS_BLOCKS, and the pooled last one (n, 1280)."""
     net = _network()
     x, levels = net._swish(net._bn0(net._conv_stem(_net_input(frames)))), []
     for index, block in enumerate(net._blocks):
         x = block(x)
         if index in LPIPS_BLOCKS:
             levels.append(F.normalize(x, dim=1))
-    return levels
+    return levels, net._swish(net._bn1(net._conv_head(x))).mean((2, 3))
 
 
 @torch.inference_mode()
+def compare_frames(videos: torch.Tensor, twins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`lpips_like(videos, twins)` (B) and, from the same pass, `frame_features(videos)` (B, T, 1280)."""
+    videos, twins = check_twins(videos, twins)
+    distances, pooled = [], []
+    for a, b in zip(videos.flatten(0, 1).split(BATCH), twins.flatten(0, 1).split(BATCH), strict=True):
+        (levels_a, pooled_a), (levels_b, _) = _pyramid(a), _pyramid(b)
+        pairs = zip(levels_a, levels_b, strict=True)
+        distances.append(torch.stack([(x - y).square().sum(1).mean((1, 2)) for x, y in pairs]).mean(0))
+        pooled.append(pooled_a)
+    shape = videos.shape[:2]
+    return torch.cat(distances).view(shape).mean(1), torch.cat(pooled).view(*shape, FEATURE_DIM)
+
+
 def lpips_like(videos: torch.Tensor, twins: torch.Tensor) -> torch.Tensor:
     """Perceptual distance of each video to its twin: two (B, T, 3, H, W) in [0, 1] → (B) fp32 ≥ 0, 0 for equal ones.
 
@@ -164,9 +178,4 @@ def lpips_like(videos: torch.Tensor, twins: torch.Tensor) -> torch.Tensor:
     LPIPS (arXiv 1801.03924) but on EfficientNet-Lite0 and without its learned channel weights: not comparable with
     published LPIPS. Raises ValueError for wrong videos or differing shapes.
     """
-    videos, twins = check_twins(videos, twins)
-    out = []
-    for a, b in zip(videos.flatten(0, 1).split(BATCH), twins.flatten(0, 1).split(BATCH), strict=True):
-        pairs = zip(_pyramid(a), _pyramid(b), strict=True)
-        out.append(torch.stack([(x - y).square().sum(1).mean((1, 2)) for x, y in pairs]).mean(0))
-    return torch.cat(out).view(videos.shape[:2]).mean(1)
+    return compare_frames(videos, twins)[0]

@@ -100,8 +100,11 @@ def optical_flow(videos: torch.Tensor) -> Flow:
     structure = np.stack([_structure(first) for first, _ in pairs])
     forward, backward = _dis(pairs, np.zeros((len(pairs), 2)))
 
-    window = cv2.createHanningWindow((FLOW_SIZE, FLOW_SIZE), cv2.CV_32F)
-    shifts = np.array([cv2.phaseCorrelate(np.float32(a), np.float32(b), window)[0] for a, b in pairs])
+    # At half size, which is a quarter of the time; a constant shift needs no more.
+    half = [[np.float32(cv2.resize(x, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)) for x in g] for g in gray]
+    window = cv2.createHanningWindow((FLOW_SIZE // 2, FLOW_SIZE // 2), cv2.CV_32F)
+    shifts = [cv2.phaseCorrelate(a, b, window)[0] for g in half for a, b in zip(g[:-1], g[1:], strict=True)]
+    shifts = 2 * np.array(shifts)
     again = np.flatnonzero(np.hypot(*shifts.T) > MIN_RESTART)
     if len(again):
         retried = [pairs[i] for i in again]

@@ -10,9 +10,9 @@ from usv.metrics.appearance import (
     Prototypes,
     check_subjects,
     classify_subjects,
+    compare_frames,
     consistency_of,
     frame_features,
-    lpips_like,
     pool_features,
 )
 from usv.metrics.checks import check_twins, check_videos
@@ -61,8 +61,14 @@ def evaluate_videos(
         check_twins(videos, dense_twins, "dense_twins")
         find_ffmpeg()
 
-    frames, flow = frame_features(videos), optical_flow(videos)
-    each = {
+    each = {}
+    if dense_twins is None:
+        frames = frame_features(videos)
+    else:
+        each["lpips_like"], frames = compare_frames(videos, dense_twins)
+        each |= {metric.__name__: metric(videos, dense_twins) for metric in (psnr, ssim, vmaf)}
+    flow = optical_flow(videos)
+    each |= {
         "subject_consistency": consistency_of(frames),
         "flicker": flicker(videos),
         "flow_warp_error": flow_warp_error(videos, flow),
@@ -71,8 +77,6 @@ def evaluate_videos(
         each["subject_accuracy"] = _hits(classify_subjects(frames, prototypes), subjects)
     if motions is not None:
         each["motion_accuracy"] = _hits(classify_motion(camera_motion(flow=flow)), motions)
-    if dense_twins is not None:
-        each |= {metric.__name__: metric(videos, dense_twins) for metric in (psnr, ssim, lpips_like, vmaf)}
     result = {name: float(values.mean()) for name, values in each.items()}
     if intervals:
         for name, values in each.items():
