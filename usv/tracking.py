@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 
 
@@ -21,7 +22,7 @@ class Tracker:
                 mode = "online" if os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists() else "offline"
             identity = output_dir / "wandb_id"
             if not identity.exists():
-                identity.write_text(wandb.util.generate_id())
+                identity.write_text(uuid.uuid4().hex[:12])
             self.run = wandb.init(
                 project=logger.project, name=name, dir=str(output_dir), mode=mode, config=config, resume="allow",
                 id=identity.read_text(), settings=wandb.Settings(silent=True),

@@ -1,0 +1,27 @@
+"""The tracker writes to wandb offline, goes on with the same run, and keeps its own jsonl."""
+
+import json
+
+import torch
+
+from usv.config import LoggerConfig
+from usv.tracking import Tracker
+from usv.video import write_mp4
+
+
+def test_wandb_offline_without_an_account(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    write_mp4(tmp_path / "clip.mp4", torch.rand(3, 3, 16, 16))
+    for step in (1, 2):
+        tracker = Tracker(LoggerConfig(), tmp_path, {"seed": 0}, "test")
+        assert tracker.run.settings.mode == "offline"
+        tracker.scalars(step, {"loss/velocity": 0.5, "absent": None})
+        tracker.heatmap(step, "sparsity/density_map", [[0.0, 1.0], [0.5, 0.25]], "layer", "timestep bin")
+        tracker.video(step, "validation/video_0", tmp_path / "clip.mp4", "teacher | student")
+        identity = tracker.run.id
+        tracker.close()
+    assert (tmp_path / "wandb_id").read_text() == identity, "both sessions are one run"
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, "loss/velocity": 0.5} for step in (1, 2)]
