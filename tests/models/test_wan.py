@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from usv_kernels.token_merge import match
 
 from usv.grid import Tile, TokenGrid, tile_layout
+from usv.models import wan
 from usv.models.wan import Probe, SparseWan, _merge_layout
 from usv.plan import Rung
 
@@ -136,6 +138,24 @@ def test_merged_tokens_keep_their_own_residual(sparse):
     dense, _ = sparse(latents, timestep, text)
     merged, _ = sparse(latents, timestep, text, (Rung(2, 3),) * LAYERS)
     assert (merged - dense).abs().max() <= tolerance(dense)
+
+
+@torch.no_grad()
+def test_a_run_of_merging_layers_shares_one_match(sparse, monkeypatch):
+    """One match for a run; unmerging and merging again between its layers with that match gives the same states."""
+    maps = []
+    monkeypatch.setattr(wan, "match", lambda *args: maps.append(match(*args)) or maps[-1])
+    shared, _ = sparse(*inputs(), (Rung(1, 2), Rung(2, 2)))
+    assert len(maps) == 1
+    sparse(*inputs(), (Rung(1, 2), Rung(2, 1)))
+    assert len(maps) == 3
+    forget = wan._run_rung
+    monkeypatch.setattr(wan, "match", lambda *args: maps[0])
+    monkeypatch.setattr(
+        wan, "_run_rung", lambda block, gate, tokens, *rest: forget(block, gate, wan.Tokens(tokens.all()), *rest)
+    )
+    again, _ = sparse(*inputs(), (Rung(1, 2), Rung(2, 2)))
+    torch.testing.assert_close(again, shared, rtol=0, atol=tolerance(shared))
 
 
 @pytest.mark.parametrize("rung", [Rung(2, 0), Rung(1, 2)], ids=str)

@@ -4,13 +4,14 @@
 
 A layer at the first rung is diffusers' own block, so plan None is the teacher to rounding. A sparse layer runs the same weights
 through `usv.attention`; a merging layer runs the whole block on the merged tokens and unmerges its *update*, so every token
-keeps its own residual. Shape letters: B batch, S tokens, C width, H heads, D head width.
+keeps its own residual. Consecutive layers of one merge rung share one match: between them unmerging and merging again would
+give the same states, so the merged tokens stay merged until the run ends. Shape letters: B batch, S tokens, C width, H heads, D head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -46,6 +47,24 @@ class Sequence3D:
     sin: torch.Tensor
     text: torch.Tensor
     modulation: torch.Tensor  # (B, 6, C), or (B, S, 6, C) per token (Wan2.2 TI2V)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Hidden states between two layers: of all tokens, or merged while a run of layers shares one match.
+
+    x: (B, S, C), as the run began where it is merged. begun, kept: (B, K, C), the merged states then and now.
+    """
+
+    x: torch.Tensor
+    begun: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    merge_map: MergeMap | None = None
+    fraction: float = 0.0
+
+    def all(self) -> torch.Tensor:
+        """(B, S, C): every token with its own residual and its dst's update."""
+        return self.x if self.merge_map is None else self.x + unmerge(self.kept - self.begun, self.merge_map)
 
 
 class SparseWan(nn.Module):
@@ -86,7 +105,7 @@ class SparseWan(nn.Module):
         latents: torch.Tensor,
         timestep: torch.Tensor,
         text: torch.Tensor,
-        rungs: Sequence[Rung] | None = None,
+        rungs: Sequence[Rung | LayerPlan] | None = None,
         probes: Mapping[int, Probe] | None = None,
         impl: str = "auto",
     ) -> tuple[torch.Tensor, dict[int, AttentionStats]]:
@@ -94,7 +113,7 @@ class SparseWan(nn.Module):
 
         Args:
             latents: (B, C, T, H, W). timestep: (B,) or per token (B, S). text: (B, L, text_dim).
-            rungs: one for each layer; None is dense.
+            rungs: one for each layer, a Rung or the integers themselves; None is dense.
             probes: layer -> Probe, in training.
             impl: how the attention kernel runs.
 
@@ -109,16 +128,17 @@ class SparseWan(nn.Module):
         x = model.patch_embedding(latents).flatten(2).transpose(1, 2)[:, layout.order]
         temb, sequence = self._condition(x, latents, timestep, text, layout)
         stats: dict[int, AttentionStats] = {}
+        tokens = Tokens(x)
         for index, block in enumerate(model.blocks):
             probe = None if probes is None else probes.get(index)
-            args = (block, self.gates[index], x, sequence, rungs[index], probe, impl)
+            args = (block, self.gates[index], tokens, sequence, rungs[index], probe, impl)
             if torch.is_grad_enabled() and model.gradient_checkpointing:
-                x, layer_stats = torch.utils.checkpoint.checkpoint(_run_layer, *args, use_reentrant=False)
+                tokens, layer_stats = torch.utils.checkpoint.checkpoint(_run_layer, *args, use_reentrant=False)
             else:
-                x, layer_stats = _run_layer(*args)
+                tokens, layer_stats = _run_layer(*args)
             if layer_stats is not None:
                 stats[index] = layer_stats
-        return self._head(x[:, layout.inverse], temb, latents.shape), stats
+        return self._head(tokens.all()[:, layout.inverse], temb, latents.shape), stats
 
     def _condition(self, x, latents, timestep, text, layout: TileLayout) -> tuple[torch.Tensor, Sequence3D]:
         """Time embedding and everything the blocks share; per-token timesteps are put in tile-major order."""
@@ -158,30 +178,50 @@ def _rope_tables(rope: nn.Module, latents: torch.Tensor, layout: TileLayout) -> 
     return cache[key]
 
 
-def _run_layer(block, gate, x, sequence: Sequence3D, rung: Rung, probe: Probe | None, impl: str):
+def _run_layer(block, gate, tokens: Tokens, sequence: Sequence3D, rung: Rung, probe: Probe | None, impl: str):
     """One block under its rung, or under two rungs mixed."""
-    out, stats = _run_rung(block, gate, x, sequence, rung, impl)
+    out, stats = _run_rung(block, gate, tokens, sequence, rung, impl)
     if probe is not None:
-        other, _ = _run_rung(block, gate, x, sequence, probe.other, impl)
-        out = out + probe.mix.to(x.dtype) * (other - out)
+        other, _ = _run_rung(block, gate, tokens, sequence, probe.other, impl)
+        out = _mix(out, other, probe.mix.to(out.x.dtype))
     return out, stats
 
 
-def _run_rung(block, gate, x, sequence: Sequence3D, rung: Rung, impl: str):
-    plan = layer_plan(rung, sequence.layout.num_blocks)
+def _mix(out: Tokens, other: Tokens, mix: torch.Tensor) -> Tokens:
+    if out.merge_map is other.merge_map:
+        if out.merge_map is None:
+            return Tokens(out.x + mix * (other.x - out.x))
+        return replace(out, kept=out.kept + mix * (other.kept - out.kept))
+    states = out.all()
+    return Tokens(states + mix * (other.all() - states))
+
+
+def _run_rung(
+    block, gate, tokens: Tokens, sequence: Sequence3D, rung: Rung, impl: str
+) -> tuple[Tokens, AttentionStats | None]:
+    layout = sequence.layout
+    plan = layer_plan(rung, layout.num_blocks)
     if plan is None:
         rotary = (sequence.cos[None, :, None], sequence.sin[None, :, None])
-        return block(x, sequence.text, sequence.modulation, rotary), None
+        return Tokens(block(tokens.all(), sequence.text, sequence.modulation, rotary)), None
     if plan.merged_fraction == 0:
-        layout = sequence.layout
-        return _sparse_block(block, gate, x, sequence, plan, (layout.starts, layout.sizes), None, impl)
+        x, stats = _sparse_block(block, gate, tokens.all(), sequence, plan, (layout.starts, layout.sizes), None, impl)
+        return Tokens(x), stats
+    if tokens.merge_map is None or tokens.fraction != plan.merged_fraction:
+        tokens = _merged(block, tokens.all(), layout, plan.merged_fraction)
+    merge_map = tokens.merge_map
+    blocks = (merge_map.layout.kept_starts, merge_map.layout.kept_sizes)
+    kept, stats = _sparse_block(block, gate, tokens.kept, sequence, plan, blocks, merge_map, impl)
+    return replace(tokens, kept=kept), stats
+
+
+def _merged(block, x: torch.Tensor, layout: TileLayout, fraction: float) -> Tokens:
+    """The tokens as a run of merging layers begins."""
     # Descriptor: the block's normalised input. The paper takes the mean key, which would cost a key projection of all
     # tokens before any is merged; a merge must pay for itself (docs/log.md).
-    merge_map = match(block.norm1(x.float()), _merge_layout(sequence.layout, plan.merged_fraction))
+    merge_map = match(block.norm1(x.float()), _merge_layout(layout, fraction))
     kept = merge(x, merge_map)
-    blocks = (merge_map.layout.kept_starts, merge_map.layout.kept_sizes)
-    out, stats = _sparse_block(block, gate, kept, sequence, plan, blocks, merge_map, impl)
-    return x + unmerge(out - kept, merge_map), stats
+    return Tokens(x, kept, kept, merge_map, fraction)
 
 
 @lru_cache(maxsize=64)
@@ -205,7 +245,7 @@ def _sparse_block(
     positions = None if merge_map is None else merge_map.kept_index
     key_bias = None if merge_map is None else merge_map.log_sizes()[:, None]
 
-    hidden = (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
+    hidden = torch.addcmul(shift, block.norm1(x.float()), 1 + scale).type_as(x)
     attn = block.attn1
     query, key = (
         norm_rope(project(hidden), norm.weight, norm.eps, sequence.cos, sequence.sin, positions)
@@ -214,9 +254,9 @@ def _sparse_block(
     value = attn.to_v(hidden).unflatten(2, (attn.heads, -1)).transpose(1, 2)
     coarse_gate = gate(hidden).transpose(1, 2)[..., None]
     out, stats = sparse_attention(query, key, value, *blocks, plan.num_kept, coarse_gate, key_bias, impl)
-    x = (x.float() + attn.to_out[0](out.transpose(1, 2).flatten(2)) * gate_msa).type_as(x)
+    x = torch.addcmul(x.float(), attn.to_out[0](out.transpose(1, 2).flatten(2)).float(), gate_msa).type_as(x)
 
     x = x + block.attn2(block.norm2(x.float()).type_as(x), sequence.text, None, None)
-    hidden = (block.norm3(x.float()) * (1 + c_scale) + c_shift).type_as(x)
-    x = (x.float() + block.ffn(hidden).float() * c_gate).type_as(x)
+    hidden = torch.addcmul(c_shift, block.norm3(x.float()), 1 + c_scale).type_as(x)
+    x = torch.addcmul(x.float(), block.ffn(hidden).float(), c_gate).type_as(x)
     return x, stats
