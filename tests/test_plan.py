@@ -37,6 +37,12 @@ def test_every_rung_keeps_enough_and_not_more(num_blocks):
         assert plan.merged_fraction == MERGE_LADDER[rung.merge]
 
 
+def test_layer_plan_takes_integers_as_they_are():
+    plan = LayerPlan.of(0.05, 0.3, 546)
+    assert plan == LayerPlan(28, 0.3) and layer_plan(plan, 546) is plan  # 27.3 blocks: at least the density asked for
+    assert LayerPlan.of(0.25, 0.0, 8) == layer_plan(Rung(2, 0), 8) and LayerPlan.of(0.001, 0.0, 8).num_kept == 1
+
+
 def test_rungs_are_all_points_once():
     assert len(RUNGS) == len(set(RUNGS)) == len(DENSITY_LADDER) * len(MERGE_LADDER)
     assert RUNGS[0] == Rung() and DENSITY_LADDER[0] == 1.0 and MERGE_LADDER[0] == 0.0

@@ -55,15 +55,24 @@ def sparse_attention(
     Returns:
         (B, H, S, D) and the statistics.
     """
-    q_c, k_c, v_c = (block_pool(x, starts, sizes) for x in (q, k, v))
-    scores = q_c @ k_c.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = _coarse_scores(q, k, starts, sizes)
     coarse_map = scores.float().softmax(-1)
     selection = select_top_k(scores, num_kept, starts, sizes, starts, sizes)
     out, _ = block_sparse_attention(q, k, v, selection, key_bias=key_bias, impl=impl)
     if gate is not None:
-        coarse = coarse_map.to(v.dtype) @ v_c
-        out = out + gate * coarse.repeat_interleave(sizes.long(), dim=2, output_size=q.shape[2])
+        out = _add_coarse(out, coarse_map, v, gate, starts, sizes)
     return out, _stats(coarse_map.detach(), selection)
+
+
+def _coarse_scores(q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    q_c, k_c = (block_pool(x, starts, sizes) for x in (q, k))
+    return q_c @ k_c.transpose(-1, -2) / math.sqrt(q.shape[-1])
+
+
+def _add_coarse(out, coarse_map, v, gate, starts, sizes) -> torch.Tensor:
+    """out + gate ⊙ coarse, each block's coarse row given to its tokens."""
+    coarse = coarse_map.to(v.dtype) @ block_pool(v, starts, sizes)
+    return torch.addcmul(out, gate, coarse.repeat_interleave(sizes.long(), dim=2, output_size=v.shape[2]))
 
 
 def _stats(coarse_map: torch.Tensor, selection: BlockSelection) -> AttentionStats:

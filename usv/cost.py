@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from usv.grid import TileLayout
-from usv.plan import RUNGS, Rung, SparsityPlan, layer_plan, merged_tokens
+from usv.plan import RUNGS, LayerPlan, Rung, SparsityPlan, layer_plan, merged_tokens
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def block_flops(shape: ModelShape, num_tokens: float, density: float = 1.0) -> d
     }
 
 
-def rung_flops(shape: ModelShape, layout: TileLayout, rung: Rung) -> float:
-    """FLOPs of one block at a rung, with the coarse branch that a sparse block adds."""
+def rung_flops(shape: ModelShape, layout: TileLayout, rung: Rung | LayerPlan) -> float:
+    """FLOPs of one block at a rung or LayerPlan, with the coarse branch that a sparse block adds."""
     plan = layer_plan(rung, layout.num_blocks)
     num_tokens = layout.grid.num_tokens - sum(merged_tokens(plan, layout))
     density = 1.0 if plan is None else plan.num_kept / layout.num_blocks

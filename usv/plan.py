@@ -37,13 +37,19 @@ class LayerPlan:
     num_kept: int
     merged_fraction: float
 
+    @classmethod
+    def of(cls, density: float, merged_fraction: float, num_blocks: int) -> LayerPlan:
+        """From fractions, also ones between the rungs: at least `density` of the blocks are kept."""
+        return cls(max(1, math.ceil(num_blocks * density - 1e-9)), merged_fraction)
 
-def layer_plan(rung: Rung, num_blocks: int) -> LayerPlan | None:
-    """The integers of a rung at `num_blocks` blocks; None (dense) for the first rung."""
+
+def layer_plan(rung: Rung | LayerPlan, num_blocks: int) -> LayerPlan | None:
+    """The integers of a rung at `num_blocks` blocks; None (dense) for the first rung. A LayerPlan is returned as it is."""
+    if isinstance(rung, LayerPlan):
+        return rung
     if rung == Rung():
         return None
-    num_kept = max(1, math.ceil(num_blocks * DENSITY_LADDER[rung.density] - 1e-9))
-    return LayerPlan(num_kept, MERGE_LADDER[rung.merge])
+    return LayerPlan.of(DENSITY_LADDER[rung.density], MERGE_LADDER[rung.merge], num_blocks)
 
 
 def merged_tokens(plan: LayerPlan | None, layout: TileLayout) -> list[int]:

@@ -178,7 +178,7 @@ def _rope_tables(rope: nn.Module, latents: torch.Tensor, layout: TileLayout) -> 
     return cache[key]
 
 
-def _run_layer(block, gate, tokens: Tokens, sequence: Sequence3D, rung: Rung, probe: Probe | None, impl: str):
+def _run_layer(block, gate, tokens: Tokens, sequence: Sequence3D, rung: Rung | LayerPlan, probe: Probe | None, impl: str):
     """One block under its rung, or under two rungs mixed."""
     out, stats = _run_rung(block, gate, tokens, sequence, rung, impl)
     if probe is not None:
@@ -197,7 +197,7 @@ def _mix(out: Tokens, other: Tokens, mix: torch.Tensor) -> Tokens:
 
 
 def _run_rung(
-    block, gate, tokens: Tokens, sequence: Sequence3D, rung: Rung, impl: str
+    block, gate, tokens: Tokens, sequence: Sequence3D, rung: Rung | LayerPlan, impl: str
 ) -> tuple[Tokens, AttentionStats | None]:
     layout = sequence.layout
     plan = layer_plan(rung, layout.num_blocks)
