@@ -5,24 +5,30 @@ from torch import Tensor
 
 from .._impl import accumulator
 
-LIMIT = 1 << 24  # scores that exist at one time: 64 MB in float32
+LIMIT = 1 << 18  # scores that exist at one time: 1 MB in float32 stays in a core's cache between product and argmax
 
 
 def assign(x_BHSD: Tensor, centroids_BHKD: Tensor) -> Tensor:
     """argmin |x - c|^2 = argmax (x.c - |c|^2 / 2), of tokens and centroids less the mean centroid: no cancellation."""
-    batch, heads, length, dim = x_BHSD.shape
+    batch, heads, length, _ = x_BHSD.shape
     acc = accumulator(x_BHSD.dtype)
-    centroids = centroids_BHKD.to(acc).flatten(0, 1)
-    clusters = centroids.shape[1]
-    offset = centroids.mean(1, keepdim=True)
+    centroids = centroids_BHKD.to(acc)
+    clusters = centroids.shape[2]
+    offset = centroids.mean(2, keepdim=True)
     centroids = centroids - offset
-    bias = centroids.square().sum(-1).mul(-0.5).unsqueeze(1)
-    out = torch.empty(batch * heads, length, dtype=torch.int64)
-    step = max(LIMIT // max(batch * heads * clusters, 1), 1)
-    for start in range(0, length, step):
-        chunk = x_BHSD[:, :, start : start + step].to(acc).reshape(batch * heads, -1, dim) - offset
-        torch.argmax(torch.baddbmm(bias, chunk, centroids.transpose(1, 2)), -1, out=out[:, start : start + step])
-    return out.view(batch, heads, length)
+    bias = centroids.square().sum(-1).mul(-0.5).unsqueeze(2)
+    out = torch.empty(batch, heads, length, dtype=torch.int64)
+    # Whole heads together while they fit, else one head in chunks: a chunk of all heads would be a few rows of each.
+    group = max(LIMIT // max(length * clusters, 1), 1)
+    step = length if group > 1 else max(LIMIT // clusters, 1)
+    for b in range(batch):
+        for h in range(0, heads, group):
+            part = (b, slice(h, h + group))
+            for start in range(0, length, max(step, 1)):
+                here = (*part, slice(start, start + step))
+                scores = torch.baddbmm(bias[part], x_BHSD[here].to(acc) - offset[part], centroids[part].transpose(1, 2))
+                torch.argmax(scores, -1, out=out[here])
+    return out
 
 
 def update(x_BHSD: Tensor, assignment_BHS: Tensor, centroids_BHKD: Tensor) -> tuple[Tensor, Tensor]:
