@@ -5,6 +5,7 @@
 
 Each step: a batch at noise levels of one timestep bin -> the policy decides a rung for every layer -> student and guided dense teacher
 give velocities -> their distance, and the policy's own loss under the compute budget -> one backward, one optimiser step.
+With distill=consistency the student learns where the teacher's flow ends, for few steps; distill=few_step adds distribution matching.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from usv import distill, flow
+from usv import distill, flow, matching
 from usv.config import SettingError, TrainConfig, check_overrides, check_train, config_groups, typed
 from usv.cpu import keep_freed_memory
+from usv.dry_run import report
 from usv.models.wan import Probe
 from usv.plan import bin_of
 from usv.tracking import Tracker
@@ -86,8 +88,18 @@ def step(run: Run, batch: dict, accelerator: Accelerator):
     # 3. teacher and student at the same point, through the same code
     with accelerator.autocast():
         wanted = distill.guided_velocity(run.teacher, x_t, timestep, text, run.empty, config.model.guidance_scale)
+        if config.distill.name == "consistency":
+            following = flow.shift_sigma((u - 1 / config.distill.solver_steps).clamp_min(0), config.model.flow_shift).to(run.device)
+            ask = lambda x, s: run.student(x, 1000 * s, text, decisions.rungs, None, config.attention.impl)[0]  # noqa: E731
+            wanted = distill.consistency_velocity(ask, wanted, x_t, sigma, following)
         velocity, stats = run.student(x_t, timestep, text, decisions.rungs, probes, config.attention.impl)
-    loss = config.distill.velocity * distill.velocity_loss(velocity, wanted).mean()
+        loss = distill.velocity_loss(velocity, wanted).mean()
+        samples = None
+        if config.distill.distribution:  # the student's own samples, judged by teacher and critic
+            call = lambda x, t: run.student(x, t, text, run.rungs_at(float(t[0]), generator), None, config.attention.impl)[0]  # noqa: E731
+            samples = matching.rollout(call, noise, matching.random_rollout(config.distill.student_timesteps, generator))
+            judged = run.critic.loss(samples, text, run.empty, run.teacher, config.model.guidance_scale, generator)
+            loss = loss + config.distill.distribution * judged
     policy_loss = run.policy_loss(target_cost)
 
     # 4. one backward for both
@@ -97,7 +109,12 @@ def step(run: Run, batch: dict, accelerator: Accelerator):
         run.fail(f"loss {loss.item()}, gradient norm {float(norm)} at step {run.step}, timestep bin {decisions.bin}")
     run.observe(decisions, probes, stats, loss.item())
     run.optimizer_step(policy_loss)
+    if samples is not None:
+        for _ in range(config.distill.critic_updates):
+            critic_loss = run.critic.update(samples.detach(), text, generator)
     record.fill(loss=loss.item(), norm=float(norm), decisions=decisions, stats=stats, target_cost=target_cost)
+    if samples is not None:
+        record.values |= {"loss/distribution": judged.item(), "loss/critic": critic_loss}
     return record
 
 
@@ -106,7 +123,10 @@ def main(config: DictConfig) -> None:
     try:
         settings = typed(config, TrainConfig)
         check_train(settings)
-        train(settings)
+        if settings.dry_run:
+            report(settings)
+        else:
+            train(settings)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

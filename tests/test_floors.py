@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "cpu": 1, "grid": 1, "flow": 1, "plan": 1, "cost": 1, "config": 1,
     "policy": 2, "patterns": 2,
-    "attention": 3,
-    "models": 4,
+    "attention": 3, "parallel": 3,
+    "models": 4, "lora": 5,
     "distill": 5, "data": 5, "checkpoint": 5, "metrics": 5, "video": 5,
+    "sampler": 5, "matching": 5,
     "pipeline": 6, "patterns_pipeline": 6, "generate": 6,
-    "training": 7, "tracking": 7, "evaluate": 7, "bench": 7, "report": 7,
+    "training": 7, "dry_run": 7, "runtime": 7, "export": 7, "tracking": 7, "evaluate": 7, "bench": 7, "report": 7,
 }  # fmt: skip
 ROOF = 7
 RUNTIME = {"accelerate", "deepspeed", "hydra", "wandb"}

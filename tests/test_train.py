@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import av
@@ -51,7 +52,8 @@ def arguments(config: TrainConfig) -> list[str]:
     words = [f"output_dir={config.output_dir}", f"seed={config.seed}", f"policy={config.policy.name}", "logger=none"]
     for group in ("model", "policy", "data", "optim", "runtime", "logger"):
         for key, value in vars(getattr(config, group)).items():
-            words.append(f"{group}.{key}={str(value).replace(' ', '')}")
+            if not is_dataclass(value):
+                words.append(f"{group}.{key}={str(value).replace(' ', '')}")
     return words
 
 
@@ -142,6 +144,29 @@ def test_gradient_checkpointing_trains_the_same(make, watched, tmp_path):
     plain, _, _ = watched(make(tmp_path / "a", steps=4))
     again, _, _ = watched(make(tmp_path / "b", steps=4, gradient_checkpointing=True))
     assert plain == again
+
+
+def test_few_steps_from_a_velocity_student(make, watched, tmp_path):
+    """distill=few_step on the plan of another run: the plan is inherited, the critic learns, resume is exact."""
+    first = make(tmp_path / "first", steps=2)
+    watched(first)
+
+    def few(folder):
+        config = make(folder, policy="inherit", steps=3)
+        d = config.distill
+        d.name, d.init, d.student_timesteps, d.distribution = "consistency", str(tmp_path / "first" / "student"), [1000.0, 600.0], 0.5
+        return config
+
+    watched(few(tmp_path / "whole"))
+    plan = lambda name: json.loads((tmp_path / name / "student" / "config.json").read_text())  # noqa: E731
+    assert plan("whole")["plan"] == plan("first")["plan"]
+    assert plan("whole")["sampling"]["student_timesteps"] == [1000.0, 600.0]
+    values = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert any("loss/critic" in row for row in values) and any("validation/velocity_error" in row for row in values)
+    watched(few(tmp_path / "parts"), at={2: interrupt})
+    watched(few(tmp_path / "parts"))
+    a, b = (load_file(tmp_path / n / "student" / "student.safetensors") for n in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_damaged_data_stops_before_it_spoils_anything(make, watched, tmp_path, monkeypatch):

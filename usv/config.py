@@ -16,8 +16,41 @@ class SettingError(ValueError):
 
 
 @dataclass
+class ArchitectureConfig:
+    """Numbers of a WanTransformer3DModel, for runs that have no folder to read them from; num_layers 0: not given."""
+
+    num_layers: int = 0
+    num_attention_heads: int = 0
+    attention_head_dim: int = 128
+    ffn_dim: int = 0
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])
+
+
+@dataclass
+class CodecConfig:
+    """Numbers of an AutoencoderKLWan; scale_* are its down-sampling factors."""
+
+    z_dim: int = 16
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    is_residual: bool = False
+    patch_size: int | None = None
+    image_channels: int = 3
+    scale_spatial: int = 8
+    scale_temporal: int = 4
+
+
+@dataclass
 class ModelConfig:
-    """A diffusers Wan folder and the shape it is run at."""
+    """A diffusers Wan folder or hub id and the shape it is run at.
+
+    weights: pretrained (from path) | random (`architecture`, untrained: tests and measurements). experts: transformers of
+    the pipeline, one for high and one for low noise from timestep `boundary` · 1000 on.
+    """
 
     path: str = "data/wan-mini"
     height: int = 96
@@ -28,11 +61,19 @@ class ModelConfig:
     num_inference_steps: int = 50
     guidance_scale: float = 3.0
     flow_shift: float = 3.0
+    weights: str = "pretrained"
+    experts: int = 1
+    boundary: float = 0.875
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
 
 
 @dataclass
 class PolicyConfig:
-    """How sparsity is decided. `budget`: mean cost of a forward as a fraction of the dense one's FLOPs."""
+    """How sparsity is decided. `budget`: mean cost of a forward as a fraction of the dense one's FLOPs.
+
+    name: gumbel (learned) | entropy | static | inherit (the plan of distill.init, from the first step on).
+    """
 
     name: str = "gumbel"
     budget: float = 0.32
@@ -61,9 +102,21 @@ class AttentionConfig:
 
 @dataclass
 class DistillConfig:
-    """Losses of the student."""
+    """What the student learns (usv/distill.py).
 
-    velocity: float = 1.0
+    name: velocity (the teacher's guided velocity; sampled like the teacher) | consistency (where the flow ends; few steps).
+    solver_steps: teacher steps from noise to clip that consistency is chained over. student_timesteps: those of the few-step
+    student, 1000 first; empty: model.num_inference_steps of the teacher's sampler. distribution: weight of distribution
+    matching on the student's own samples, with `critic_updates` of the critic a step. init: a student folder to start from.
+    """
+
+    name: str = "velocity"
+    solver_steps: int = 20
+    student_timesteps: list[float] = field(default_factory=list)
+    distribution: float = 0.0
+    critic_lr: float = 3e-4
+    critic_updates: int = 1
+    init: str | None = None
 
 
 @dataclass
@@ -77,7 +130,10 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, gradient clipping, moving average of the student."""
+    """AdamW, gradient clipping, moving average of the student. batch_size: of the whole step, over all ranks.
+
+    optimizer: adamw | adamw8bit (moments in 8 bits; needs the package bitsandbytes and a GPU).
+    """
 
     steps: int = 600
     batch_size: int = 6
@@ -87,15 +143,38 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     grad_clip: float = 1.0
     ema: float = 0.98
+    optimizer: str = "adamw"
+
+
+@dataclass
+class LoraConfig:
+    """rank 0 trains all weights; else student and critic are adapters on one frozen base, which is also the teacher."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: list[str] = field(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    )
 
 
 @dataclass
 class RuntimeConfig:
-    """precision: auto (bf16 where the device multiplies it natively) | fp32 | bf16."""
+    """precision: auto (bf16 where the device multiplies it natively) | fp32 | bf16.
 
+    name: single | ddp | zero2 | zero3, how the trained weights lie on several ranks (docs/scaling.md). offload: ZeRO's
+    optimiser states in CPU memory. zero3_persist: tensors of at most so many elements are never partitioned.
+    keep: older checkpoints kept beside the newest; the best is kept besides. max_skipped: non-finite steps in a row that
+    are skipped before the run stops.
+    """
+
+    name: str = "single"
     precision: str = "auto"
     gradient_checkpointing: bool = False
+    offload: bool = False
+    zero3_persist: int = 100_000
     checkpoint_seconds: float = 60.0
+    keep: int = 0
+    max_skipped: int = 5
     resume: str = "auto"
 
 
@@ -118,12 +197,17 @@ class TrainConfig:
     experiment: str | None = None
     output_dir: str = "outputs/usv_mini"
     seed: int = 0
+    dry_run: bool = False  # print memory, FLOPs and expected time of a step, load nothing, train nothing
+    dry_run_gpu: str = "h100"
+    dry_run_devices: int = 1
+    dry_run_utilisation: float = 0.35  # share of the GPU's dense bf16 peak that a step is assumed to reach
     model: ModelConfig = field(default_factory=ModelConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
@@ -195,6 +279,7 @@ def typed(config: DictConfig, schema: type):
         raise SettingError(str(error).split("\n")[0]) from None
 
 
+POLICIES = ("static", "entropy", "gumbel", "inherit")
 IMPLS = ("auto", "reference", "cpu", "triton", "flex")
 
 
@@ -202,10 +287,19 @@ def _ascending(pair: list[float]) -> bool:
     return len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1
 
 
+def _ladder(steps: list[float]) -> bool:
+    return not steps or (steps[0] == 1000 and all(a > b for a, b in zip(steps, [*steps[1:], 0])))
+
+
 def check_train(config: TrainConfig) -> None:
     """Values that types cannot check. SettingError names setting, got, accepted."""
     rules = [
-        ("policy.name", config.policy.name, config.policy.name in ("static", "entropy", "gumbel"), "static | entropy | gumbel"),
+        ("policy.name", config.policy.name, config.policy.name in POLICIES, " | ".join(POLICIES)),
+        ("policy.name", config.policy.name, config.policy.name != "inherit" or bool(config.distill.init), "inherit only with distill.init=FOLDER"),
+        ("distill.name", config.distill.name, config.distill.name in ("velocity", "consistency"), "velocity | consistency"),
+        ("distill.solver_steps", config.distill.solver_steps, config.distill.solver_steps >= 1, "at least 1"),
+        ("distill.student_timesteps", config.distill.student_timesteps, _ladder(config.distill.student_timesteps), "1000 first, then descending above 0, or none"),
+        ("distill.student_timesteps", config.distill.student_timesteps, bool(config.distill.student_timesteps) or not config.distill.distribution, "timesteps, where distill.distribution is above 0"),
         ("policy.budget", config.policy.budget, 0 < config.policy.budget <= 1, "a fraction of the dense cost in (0, 1]"),
         ("policy.bins", config.policy.bins, config.policy.bins >= 1, "at least 1"),
         ("policy.freeze_at", config.policy.freeze_at, 0 < config.policy.freeze_at <= 1, "a share of the run in (0, 1]"),

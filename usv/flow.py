@@ -18,6 +18,11 @@ def shift_sigma(u: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def unshift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
+    """Inverse of `shift_sigma`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
 def interpolate(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """x_t for x0, noise (B, …) and sigma (B,)."""
     sigma = expand(sigma, x0)

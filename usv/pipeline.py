@@ -23,6 +23,7 @@ from usv.models.wan import SparseWan
 from usv.patterns import make_pattern
 from usv.patterns_pipeline import EnabledPattern, disable_pattern, enable_pattern, pattern_summary
 from usv.plan import MERGE_LADDER, SparsityPlan
+from usv.sampler import StudentScheduler
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Enabled:
     original_class: type
     student: Student
     record: Record
+    scheduler: object  # the pipeline's own; a few-step student brings its timesteps
 
 
 def enable(
@@ -90,7 +92,9 @@ def enable(
     student = checkpoint if isinstance(checkpoint, Student) else load_student(checkpoint, base)
     disable(pipe)  # only now: what cannot be loaded leaves the pipeline as it was
     record = Record()
-    state = Enabled(pipe.transformer, type(pipe), student, record)
+    state = Enabled(pipe.transformer, type(pipe), student, record, pipe.scheduler)
+    if student.sampling.get("student_timesteps"):
+        pipe.scheduler = StudentScheduler(student.sampling["student_timesteps"])
     pipe.transformer = planned(student.model, student.plan, record, impl)
     pipe.__class__ = _student_pipeline(type(pipe), student.sampling)
     pipe._usv = state
@@ -106,6 +110,7 @@ def disable(pipe: WanPipeline) -> WanPipeline:
         del state.student.model.transformer.forward  # the instance's override, not the class's method
         pipe.__class__ = state.original_class
         pipe.transformer = state.original
+        pipe.scheduler = state.scheduler
         del pipe._usv
     return pipe
 

@@ -15,16 +15,17 @@ import torch
 from accelerate import Accelerator
 
 from usv import distill, flow
-from usv.checkpoint import CheckpointError, Student, atomic_folder, save_file_atomic, save_student, settle
+from usv.checkpoint import CheckpointError, Student, atomic_folder, load_student, save_file_atomic, save_student, settle
 from usv.config import SettingError, TrainConfig
 from usv.cost import ModelShape, plan_cost, rung_costs
 from usv.cpu import fast_dtype
 from usv.data import ShardDataset
 from usv.generate import generate, load_pipeline
 from usv.grid import Tile, tile_layout
+from usv.matching import Critic
 from usv.models.wan import SparseWan
 from usv.pipeline import disable, enable
-from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, SparsityPlan, timestep_bins
+from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, SparsityPlan, bin_of, timestep_bins
 from usv.policy import Decisions
 from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
@@ -106,7 +107,7 @@ class Run:
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.folder = Path(config.output_dir)
-        self.step, self.plan, self.running = 0, None, None
+        self.step, self.plan, self.running, self.critic = 0, None, None, None
 
     def record(self) -> Record:
         run = self
@@ -136,6 +137,11 @@ class Run:
     def current_plan(self) -> SparsityPlan:
         """The frozen plan, or what the policy would decode to at the final budget."""
         return self.plan or self.policy.decode(self.config.policy.budget)
+
+    def rungs_at(self, timestep: float, generator: torch.Generator):
+        """What the student runs at a timestep of a rollout: the plan once it is fixed, else the policy's sample."""
+        bin = bin_of(timestep, self.edges)
+        return self.plan.rungs[bin] if self.plan is not None else self.policy.decide(bin, generator).rungs
 
     def policy_loss(self, target: float) -> torch.Tensor | None:
         return None if self.plan is not None else self.policy.loss(target)
@@ -171,6 +177,8 @@ class Run:
             "height": m.height, "width": m.width, "num_frames": m.num_frames, "num_inference_steps": m.num_inference_steps,
             "max_sequence_length": m.max_sequence_length, "flow_shift": m.flow_shift, "guidance_folded_in": m.guidance_scale,
         }  # fmt: skip
+        if steps := list(self.config.distill.student_timesteps):
+            sampling |= {"student_timesteps": steps, "num_inference_steps": len(steps)}
         training = {"steps": self.step, "policy": self.config.policy.name, "seed": self.config.seed, "commit": commit()}
         model = model.to(self.device).eval().requires_grad_(False)
         return Student(model, self.current_plan(), sampling, training)
@@ -229,13 +237,30 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Run:
     run.data = ShardDataset(config.data.path, config.optim.batch_size, config.seed, drop_text=config.data.drop_text, **data)
     run.validation = ShardDataset(config.data.path, config.data.validation_clips, split="val", drop_text=0.0, shuffle=False, repeat=False, **data)  # fmt: skip
     run.empty = run.data.empty.to(run.device)
+    warm_start(run, config)
     return run
+
+
+def warm_start(run: Run, config: TrainConfig) -> None:
+    """Weights, and with policy=inherit the plan, of the student that distill.init names; the critic where there is one."""
+    d = config.distill
+    if d.init is not None:
+        start = load_student(d.init, run.pipe.transformer)
+        run.bare().load_state_dict(start.model.state_dict())
+        run.ema = [p.detach().clone() for p in run.bare().parameters()]
+        if config.policy.name == "inherit":
+            run.plan = start.plan
+            run.edges = start.plan.edges
+    if d.distribution:
+        model = SparseWan(type(run.pipe.transformer).from_config(run.pipe.transformer.config), run.teacher.tile)
+        model.load_state_dict(run.teacher.state_dict())
+        run.critic = Critic(model.to(run.device), d.critic_lr, config.model.flow_shift)
 
 
 def make_policy(config: TrainConfig, edges, num_layers: int, costs):
     """The policy that the settings name."""
     p = config.policy
-    if p.name == "static":
+    if p.name in ("static", "inherit"):  # inherit: run.plan is fixed before the first step
         return StaticPolicy(edges, num_layers, costs)
     if p.name == "entropy":
         return EntropyPolicy(edges, num_layers, costs, p.gamma)
@@ -276,6 +301,7 @@ def save(run: Run) -> Path:
         "step": run.step, "running": run.running, "student": run.bare().state_dict(), "ema": run.ema,
         "optimizer": run.optimizer.state_dict(), "policy": policy, "data": run.data.state_dict(),
         "plan": None if run.plan is None else run.plan.to_dict(), "steps": run.config.optim.steps,
+        "critic": None if run.critic is None else run.critic.state_dict(),
     }  # fmt: skip
 
     def write(folder: Path) -> None:
@@ -310,7 +336,9 @@ def resume(run: Run) -> None:
         run.bare().load_state_dict(state["student"])
         run.policy.load_state_dict(state["policy"])
         run.optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        if run.critic is not None:
+            run.critic.load_state_dict(state["critic"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: of another model or policy ({str(error).splitlines()[0]}); use another output_dir") from None
     run.data.load_state_dict(state["data"])
     run.ema, run.step, run.running = state["ema"], state["step"], state["running"]
@@ -336,9 +364,25 @@ def _resident_gib() -> float:
         return float("nan")
 
 
+def _reference(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """What a held-out velocity is measured against: the teacher's, or for consistency the way to the end of the teacher's flow."""
+    m, d = run.config.model, run.config.distill
+    velocity = distill.guided_velocity(run.teacher, x_t, 1000 * sigma, text, run.empty, m.guidance_scale)
+    if d.name == "velocity":
+        return velocity
+    x, now, count = x_t, sigma, max(1, round(float(flow.unshift_sigma(sigma, m.flow_shift).mean()) * d.solver_steps))
+    u = flow.unshift_sigma(sigma, m.flow_shift)
+    for left in range(count, 0, -1):
+        following = flow.shift_sigma(u * (left - 1) / count, m.flow_shift)
+        x, now = distill.solver_step(x, velocity, now, following), following
+        if left > 1:
+            velocity = distill.guided_velocity(run.teacher, x, 1000 * now, text, run.empty, m.guidance_scale)
+    return (x_t - x) / flow.expand(sigma, x_t)
+
+
 @torch.no_grad()
 def velocity_error(run: Run, student: Student) -> dict[str, float]:
-    """Held-out ‖student − teacher‖² / ‖teacher‖² under the plan, by timestep bin and on average.
+    """Held-out ‖student − wanted‖² / ‖wanted‖² under the plan, by timestep bin and on average; wanted: see `_reference`.
 
     Clips, noise and timesteps are the same for every call, method and run.
     """
@@ -351,7 +395,7 @@ def velocity_error(run: Run, student: Student) -> dict[str, float]:
             u = (index + (torch.arange(len(x0)) + 0.5) / len(x0)) / len(run.edges)
             sigma = flow.shift_sigma(u, run.config.model.flow_shift).to(run.device)
             x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator).to(run.device), sigma)
-            wanted = distill.guided_velocity(run.teacher, x_t, 1000 * sigma, text, run.empty, run.config.model.guidance_scale)
+            wanted = _reference(run, x_t, sigma, text)
             run.references.append((x_t, 1000 * sigma, text, wanted))
     errors = {}
     for index, (x_t, timestep, text, wanted) in enumerate(run.references):
@@ -384,7 +428,7 @@ def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
     dense = generate(run.pipe, run.config.model, prompts, seeds).videos
     enable(run.pipe, student)
     try:
-        sparse = generate(run.pipe, run.config.model, prompts, seeds).videos
+        sparse = generate(run.pipe, run.config.model, prompts, seeds, num_inference_steps=student.sampling["num_inference_steps"]).videos
     finally:
         disable(run.pipe)
     for i, prompt in enumerate(prompts):

@@ -1,0 +1,87 @@
+"""Distribution matching: the student's own samples, judged by a frozen teacher and a critic that learns what the student makes.
+
+    noise --student at a random subset of its timesteps, cut early--> x0 --noised again--> teacher's and critic's x0 --> loss
+
+The critic is a copy of the teacher, dense, trained by plain flow matching on the student's latest samples. Its lag behind the
+student is what makes this unstable; `critic_updates` per student step keep it close. Source: DMD2 (arXiv 2405.14867).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from usv import distill, flow
+from usv.sampler import renoise
+
+LOW, HIGH = 0.02, 0.98  # noise levels at which samples are judged: beyond them teacher and critic say nothing, or everything
+
+
+def random_rollout(student_timesteps: Sequence[float], generator: torch.Generator) -> list[float]:
+    """A subset of the ladder that begins with its first timestep, cut at a random place: what a student must be valid for."""
+    draw = torch.rand(len(student_timesteps), generator=generator)
+    subset = [t for i, t in enumerate(student_timesteps) if i == 0 or draw[i] < 0.7]
+    return subset[: 1 + int(torch.randint(len(subset), (1,), generator=generator))]
+
+
+def rollout(call: Callable, noise: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
+    """x0 (B, …) after the student's calls at `timesteps`; gradient passes through the last call only.
+
+    call: (x, timestep (B,)) -> velocity, the student under its plan.
+    """
+    x, start = noise, noise
+    for number, timestep in enumerate(timesteps):
+        last = number == len(timesteps) - 1
+        t = torch.full((len(x),), float(timestep), device=x.device)
+        with torch.set_grad_enabled(last and torch.is_grad_enabled()):
+            x0 = flow.x0_from_velocity(x, call(x, t).float(), t / 1000)
+        if not last:
+            x = renoise(x0, start, torch.full_like(t, timesteps[number + 1] / 1000), number + 1)
+    return x0
+
+
+class Critic:
+    """The network that learns the distribution of the student's samples, with its own optimiser.
+
+    Args:
+        model: (latents, timestep, text) -> (velocity, stats), a trainable copy of the teacher.
+        lr: of AdamW. flow_shift: of the noise levels it is trained and asked at.
+    """
+
+    def __init__(self, model, lr: float, flow_shift: float):
+        self.model, self.flow_shift = model, flow_shift
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
+
+    def sigma(self, count: int, generator: torch.Generator, device) -> torch.Tensor:
+        return flow.shift_sigma(flow.stratified_uniform(count, generator), self.flow_shift).clamp(LOW, HIGH).to(device)
+
+    def update(self, x0: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> float:
+        """One step of flow matching on the student's samples x0 (B, …); returns the loss."""
+        sigma = self.sigma(len(x0), generator, x0.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        velocity = self.model(flow.interpolate(x0, noise, sigma), 1000 * sigma, text)[0]
+        loss = distill.velocity_loss(velocity, flow.velocity(x0, noise)).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+    def loss(self, x0, text, empty, teacher, guidance_scale: float, generator: torch.Generator) -> torch.Tensor:
+        """Distribution matching of the student's samples x0 (B, …), mean over the batch."""
+        with torch.no_grad():
+            sigma = self.sigma(len(x0), generator, x0.device)
+            noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+            x_t = flow.interpolate(x0.detach(), noise, sigma)
+            wanted = distill.guided_velocity(teacher, x_t, 1000 * sigma, text, empty, guidance_scale)
+            theirs = self.model(x_t, 1000 * sigma, text)[0]
+            teacher_x0, critic_x0 = (flow.x0_from_velocity(x_t, v.float(), sigma) for v in (wanted, theirs))
+        return distill.distribution_matching_loss(x0, teacher_x0, critic_x0).mean()
+
+    def state_dict(self) -> dict:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,75 @@
+"""The sampler of a few-step student, as a diffusers scheduler.
+
+    x0 = x_t − sigma · student(x_t, t)        x_next = (1 − sigma_next) · x0 + sigma_next · fresh noise        last: x0
+
+Fresh noise of step k is the start noise with its elements in another, fixed order: nearly independent of what x0 was made
+from, the same for every method, batching and device, and no generator has to reach the scheduler. The timesteps belong to the
+student: they are those it was trained and validated on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+
+from usv import flow
+
+
+def renoise(x0: torch.Tensor, start: torch.Tensor, sigma: torch.Tensor, step: int) -> torch.Tensor:
+    """x0 taken to noise level sigma (B,) with the noise of step `step` ≥ 1, made of the start noise (B, …)."""
+    per_clip = start[0].numel()
+    order = torch.randperm(per_clip, generator=torch.Generator().manual_seed(step)).to(start.device)
+    fresh = start.flatten(1)[:, order].view_as(start)
+    return flow.interpolate(x0, fresh, sigma)
+
+
+class StudentScheduler(SchedulerMixin, ConfigMixin):
+    """Scheduler of a few-step student for any diffusers video pipeline.
+
+    Args:
+        student_timesteps: descending, the first 1000 (pure noise).
+
+    Raises ValueError for timesteps that do not begin at 1000 or do not descend above 0.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(self, student_timesteps: Sequence[float] = (1000.0,), num_train_timesteps: int = 1000):
+        steps = [float(t) for t in student_timesteps]
+        if not steps or steps[0] != 1000.0 or any(a <= b for a, b in zip(steps, [*steps[1:], 0.0])):
+            raise ValueError(f"student_timesteps: got {steps}, accepted: 1000 first, then descending values above 0")
+        self.timesteps = torch.tensor(steps)
+        self.sigmas = torch.cat([self.timesteps / 1000, torch.zeros(1)])
+        self._position, self._start = 0, None
+
+    def set_timesteps(self, num_inference_steps: int, device=None) -> None:
+        """ValueError for another number of steps than the student's."""
+        steps = list(self.config.student_timesteps)
+        if num_inference_steps != len(steps):
+            raise ValueError(
+                f"num_inference_steps: got {num_inference_steps}, accepted: {len(steps)}; this student was trained for the timesteps {steps}"
+            )
+        self.timesteps = torch.tensor(steps, device=device)
+        self._position, self._start = 0, None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        self._position = begin_index
+
+    def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
+        return sample
+
+    def step(self, model_output, timestep, sample, return_dict: bool = True, **_):
+        """One step from `sample` (B, …) at the next of the timesteps; `model_output` is the student's velocity."""
+        if self._position == 0:
+            self._start = sample
+        sigma, following = self.sigmas[self._position], float(self.sigmas[self._position + 1])
+        self._position += 1
+        x = sample.float() - float(sigma) * model_output.float()
+        if following > 0:
+            x = renoise(x, self._start.float(), torch.full((len(x),), following, device=x.device), self._position)
+        x = x.to(sample.dtype)
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
