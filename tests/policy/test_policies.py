@@ -300,3 +300,23 @@ def test_fixed_policies_restore_exactly(name):
     other.load_state_dict(policy.state_dict())
     assert all(other.decide(b, seeded()) == policy.decide(b, seeded()) for b in range(len(EDGES)))
     assert other.decode(0.37) == policy.decode(0.37)
+
+
+@pytest.mark.parametrize("axis, kept", [("density", "merge"), ("merge", "density")])
+@pytest.mark.parametrize("name", ["static", "entropy", "gumbel"])
+def test_an_axis_left_out_stays_dense(name, axis, kept):
+    """Decisions, probes and the decoded plan touch the one axis only, the budget holds, and the loss has a finite gradient."""
+    kinds = {"static": StaticPolicy, "entropy": EntropyPolicy, "gumbel": GumbelPolicy}
+    policy = kinds[name](EDGES, LAYERS, COSTS, axes=[axis])
+    policy = uneven_entropy(policy) if name == "entropy" else policy
+    loss = policy.loss(0.6)
+    generator = seeded()
+    seen = [policy.decide(i % len(EDGES), generator) for i in range(30)]
+    rungs = [r for d in seen for r in (*d.rungs, *(p.other for p in d.probes))] + [r for row in policy.decode(0.6).rungs for r in row]
+    assert {getattr(r, kept) for r in rungs} == {0}
+    assert len({getattr(r, axis) for r in rungs}) > 1
+    assert plan_cost(policy.decode(0.6), SHAPE, LAYOUT) <= 0.6 + 1e-9
+    if name == "gumbel":
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in policy.parameters())
+        assert float(policy.cell.grad.abs().sum()) > 0

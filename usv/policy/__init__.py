@@ -20,6 +20,11 @@ from usv.plan import DENSITY_LADDER, MERGE_LADDER, Rung, SparsityPlan
 AXES = {"density": len(DENSITY_LADDER), "merge": len(MERGE_LADDER)}
 
 
+def allowed(rung: Rung, axes) -> bool:
+    """Whether a policy that decides these axes may choose the rung."""
+    return all(axis in axes or getattr(rung, axis) == 0 for axis in AXES)
+
+
 @dataclass(frozen=True)
 class ProbeRequest:
     """In `layer`, also run `other`, one step away on `axis` from the decided rung."""

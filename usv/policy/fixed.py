@@ -7,21 +7,29 @@ from collections.abc import Sequence
 import torch
 
 from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, SparsityPlan
-from usv.policy import Decisions
+from usv.policy import AXES, Decisions, allowed
 
 
-def uniform_plan(edges, num_layers: int, costs: Sequence[float], target: float, merge: int | None = None) -> SparsityPlan:
+def uniform_plan(
+    edges, num_layers: int, costs: Sequence[float], target: float, merge: int | None = None, axes: Sequence[str] = tuple(AXES)
+) -> SparsityPlan:
     """The uniform plan of a cost: between the two neighbouring rungs that straddle the target, in the share that meets it.
 
     One rung everywhere would miss the target by up to a rung; the two rungs are dealt out evenly over layers and bins, so
     no layer or timestep is preferred. `merge` fixes the merge rung, else the one is taken whose density comes closest to the
-    density : merge balance of the target (0.25 merged at most costs, 0.5 below a third).
+    density : merge balance of the target (0.25 merged at most costs, 0.5 below a third). `axes`: what may differ from dense.
     """
+    rungs = [(cost, rung) for cost, rung in zip(costs, RUNGS) if allowed(rung, axes)]
+    if "merge" not in axes:
+        merge = 0
     if merge is None:
         merge = 0 if target > 0.6 else 1 if target > 0.33 else 2 if target > 0.2 else 3
-    ladder = sorted(((costs[i], rung) for i, rung in enumerate(RUNGS) if rung.merge == merge), key=lambda x: -x[0])
+    if "density" not in axes:
+        ladder = sorted(rungs, key=lambda x: -x[0])
+    else:
+        ladder = sorted(((cost, rung) for cost, rung in rungs if rung.merge == merge), key=lambda x: -x[0])
     if ladder[-1][0] > target:
-        ladder = sorted(((c, r) for c, r in zip(costs, RUNGS)), key=lambda x: -x[0])
+        ladder = sorted(rungs, key=lambda x: -x[0])
     above = min((x for x in ladder if x[0] >= target), default=ladder[0], key=lambda x: x[0])
     below = max((x for x in ladder if x[0] <= target), default=ladder[-1], key=lambda x: x[0])
     share = 1.0 if above[0] == below[0] else (target - below[0]) / (above[0] - below[0])
@@ -39,8 +47,8 @@ def uniform_plan(edges, num_layers: int, costs: Sequence[float], target: float, 
 class StaticPolicy:
     """The same cost everywhere, warmed down with the budget."""
 
-    def __init__(self, edges, num_layers: int, costs: Sequence[float], merge: int | None = None):
-        self.edges, self.num_layers, self.costs, self.merge = tuple(edges), num_layers, list(costs), merge
+    def __init__(self, edges, num_layers: int, costs: Sequence[float], merge: int | None = None, axes=tuple(AXES)):
+        self.edges, self.num_layers, self.costs, self.merge, self.axes = tuple(edges), num_layers, list(costs), merge, tuple(axes)
         self.target = 1.0
 
     def decide(self, bin: int, generator: torch.Generator) -> Decisions:
@@ -53,7 +61,7 @@ class StaticPolicy:
         self.target = target
 
     def decode(self, target: float) -> SparsityPlan:
-        return uniform_plan(self.edges, self.num_layers, self.costs, target, self.merge)
+        return uniform_plan(self.edges, self.num_layers, self.costs, target, self.merge, self.axes)
 
     def state_dict(self) -> dict:
         return {"target": self.target}
@@ -72,7 +80,10 @@ class EntropyPolicy:
     concentrated map, which loses little. The proportion is set so that the plan's cost meets the target.
     """
 
-    def __init__(self, edges, num_layers: int, costs: Sequence[float], gamma: float = 1.0, merge_share: float = 0.5):
+    def __init__(
+        self, edges, num_layers: int, costs: Sequence[float], gamma: float = 1.0, merge_share: float = 0.5, axes=tuple(AXES)
+    ):
+        self.axes = tuple(axes)
         self.edges, self.num_layers, self.costs = tuple(edges), num_layers, dict(zip(RUNGS, costs))
         self.gamma, self.merge_share, self.target = gamma, merge_share, 1.0
         self.entropy = torch.full((len(self.edges), num_layers), 0.5)
@@ -105,7 +116,8 @@ class EntropyPolicy:
             rungs = []
             for s, m in zip(row_s, row_m):
                 density = min(range(len(DENSITY_LADDER)), key=lambda i: abs(DENSITY_LADDER[i] - (1 - s)))
-                rungs.append(Rung(density, min(range(len(MERGE_LADDER)), key=lambda i: abs(MERGE_LADDER[i] - m))))
+                merge = min(range(len(MERGE_LADDER)), key=lambda i: abs(MERGE_LADDER[i] - m))
+                rungs.append(Rung(density if "density" in self.axes else 0, merge if "merge" in self.axes else 0))
             rows.append(tuple(rungs))
         return SparsityPlan(self.edges, tuple(rows))
 

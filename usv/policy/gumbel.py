@@ -23,7 +23,7 @@ from usv.policy import AXES, Decisions, ProbeRequest, knapsack
 
 
 class GumbelPolicy(nn.Module):
-    """See the module. `costs` are those of `plan.RUNGS`, as fractions of the dense block."""
+    """See the module. `costs` are those of `plan.RUNGS`, as fractions of the dense block; `axes`: what is decided at all."""
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class GumbelPolicy(nn.Module):
         budget_quadratic: float = 20.0,
         budget_rate: float = 0.02,
         init_keep: float = 3.0,
+        axes: Sequence[str] = tuple(AXES),
     ):
         super().__init__()
         self.edges, self.num_layers, self.probes, self.tau = tuple(edges), num_layers, probes, tau
@@ -49,6 +50,10 @@ class GumbelPolicy(nn.Module):
         self.content = nn.Parameter(torch.zeros(width))
         keep = torch.zeros(width)
         keep[0] = keep[AXES["density"]] = init_keep
+        self.axes = tuple(axes)
+        for axis, part in zip(AXES, keep.split(list(AXES.values()))):
+            if axis not in self.axes:
+                part[1:] = -torch.inf  # the first rung, always
         self.register_buffer("start", keep)
         self.register_buffer("costs", torch.tensor(costs).view(AXES["merge"], AXES["density"]))
         self.register_buffer("damage", torch.zeros(bins, num_layers, width))  # [..., r]: step from rung r − 1 to r
@@ -75,7 +80,7 @@ class GumbelPolicy(nn.Module):
         return Decisions(bin, rungs, tuple(self._probe(layer, rungs[layer], generator) for layer in order))
 
     def _probe(self, layer: int, rung: Rung, generator: torch.Generator) -> ProbeRequest:
-        axis = ("density", "merge")[int(torch.randint(2, (1,), generator=generator))]
+        axis = self.axes[int(torch.randint(len(self.axes), (1,), generator=generator))]
         position, length = getattr(rung, axis), AXES[axis]
         step = 1 if int(torch.randint(2, (1,), generator=generator)) else -1
         step = 1 if position == 0 else -1 if position == length - 1 else step
