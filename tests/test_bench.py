@@ -92,6 +92,14 @@ def test_executed_is_what_ran_not_what_was_asked_for(model, inputs):
     assert mixed["density"] == (1 + 0.5 + 1 + 1) / 4 and mixed["merged"] == 0.0
 
 
+def test_a_few_step_student_is_measured_at_its_steps(model):
+    plan = SparsityPlan((600.0, 1000.0), ((Rung(1, 0),) * 2, (Rung(2, 0),) * 2))
+    few = Side.of("few", Student(model, plan, {"student_timesteps": [1000.0, 700.0, 400.0]}))
+    assert few.timesteps == (1000.0, 700.0, 400.0) and few.rows == (plan.rungs[1], plan.rungs[1], plan.rungs[0])
+    many = Side.of("many", Student(model, plan, {}))
+    assert many.timesteps == (300.0, 800.0) and many.rows == plan.rungs
+
+
 def test_exact_tile_divides_the_grid():
     assert block.exact_tile(block.GRID) == Tile(3, 5, 4)
     for grid in ((6, 10, 8), (12, 30, 52), (8, 16, 16)):
@@ -222,7 +230,7 @@ def test_train_checks_the_claim(monkeypatch, tmp_path, tiny_wan):
 
 
 def test_training_step_trains_a_copy(model, inputs):
-    sides = [Side("dense", model, (1000.0,), (None,)), *uniform_sides(model, layout_of(model, inputs), (0.25,), (0.5,))]
+    sides = [Side("dense", model, (500.0,), (None,)), *uniform_sides(model, layout_of(model, inputs), (0.25,), (0.5,))]
     before = {name: p.clone() for name, p in model.named_parameters()}
     dense, sparse = training.trainers(sides, model, inputs, 3.0)
     assert dense.side.model is sparse.side.model is not model and dense.optimizer is sparse.optimizer

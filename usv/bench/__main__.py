@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    sub = command("forward", "seconds of one forward, by bin of timesteps", 9)
+    sub = command("forward", "seconds of one forward, by timestep", 9)
     sub.add_argument("--batch-size", type=int, default=1)
     sub = command("denoise", "seconds of a whole denoising run, dense against students", 3, plans=False)
     sub.add_argument("--batch-size", type=int, default=1)

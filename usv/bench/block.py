@@ -18,7 +18,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from usv.bench.measure import clocked, environment, overhead, quantiles
-from usv.bench.sides import Inputs, Side, layout_of, uniform_sides
+from usv.bench.sides import TIMESTEP, Inputs, Side, layout_of, uniform_sides
 from usv.cost import ModelShape, block_flops, rung_flops
 from usv.cpu import fast_dtype
 from usv.grid import Tile
@@ -30,7 +30,6 @@ PLANS = ("0.20", "0.05", "0.05+0.30", "0.05+0.50")
 LAYERS, TEXT_LENGTH = 30, 512
 COMPONENTS = ("attention", "projections", "cross_attention", "ffn")
 DENSE_FORWARDS, SPARSE_FORWARDS = 100, 3  # 50 steps with guidance; three steps with guidance folded in
-TIMESTEP = 500.0
 
 
 def bench(grid: Sequence[int], plans: Sequence[str], minutes: float, repeats: int, layers: int | None) -> dict:
@@ -94,7 +93,7 @@ def make_sides(model: SparseWan, grid: Sequence[int], plans: Sequence[str]) -> t
     """Dense and the plans, "density" or "density+merged", on latents of the grid."""
     t, h, w = grid
     inputs = Inputs.random((16, t, 2 * h, 2 * w), 1, TEXT_LENGTH, 4096, next(model.parameters()))
-    sides = [Side("dense", model, (1000.0,), (None,))]
+    sides = [Side("dense", model, (TIMESTEP,), (None,))]
     for plan in plans:
         try:
             density, merged = (float(part) for part in (plan.split("+") if "+" in plan else (plan, "0")))

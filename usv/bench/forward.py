@@ -1,4 +1,4 @@
-"""`forward`: one forward of the transformer, dense against students and uniform plans, by bin of timesteps."""
+"""`forward`: one forward of the transformer, dense against students and uniform plans, by timestep."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from usv.bench.sides import Inputs, Side, executed
 
 
 def measure(sides: Sequence[Side], inputs: Inputs, repeats: int, warmup: int = 2) -> dict:
-    """One row a side: seconds per forward (quantiles; mean over bins, which are equally likely), by bin, and parts."""
+    """One row a side: seconds per forward (quantiles of the mean over timesteps), by timestep, and shares of the parts."""
     functions = {
-        (side.name, bin): (lambda side=side, bin=bin: inputs.run(side, bin))
+        (side.name, index): (lambda side=side, index=index: inputs.run(side, index))
         for side in sides
-        for bin in range(len(side.rows))
+        for index in range(len(side.rows))
     }
     samples = interleaved(functions, repeats, warmup)
     rows = {}
     for side in sides:
-        bins = [samples[side.name, bin] for bin in range(len(side.rows))]
+        columns = [samples[side.name, index] for index in range(len(side.rows))]
         rows[side.name] = {
             "batch_size": len(inputs.latents),
-            "seconds": quantiles([sum(column) / len(column) for column in zip(*bins)]),
-            "by_timestep": [{"timestep": t, **quantiles(values)} for t, values in zip(side.timesteps(), bins)],
+            "seconds": quantiles([sum(column) / len(column) for column in zip(*columns)]),
+            "by_timestep": [{"timestep": t, **quantiles(values)} for t, values in zip(side.timesteps, columns)],
             **executed(side, inputs),
             **shares(side, inputs, max(1, repeats // 3)),
         }
@@ -37,8 +37,8 @@ def shares(side: Side, inputs: Inputs, repeats: int) -> dict:
     with clocked(side.model) as clock:
         begun = now()
         for _ in range(repeats):
-            for bin in range(len(side.rows)):
-                inputs.run(side, bin)
+            for index in range(len(side.rows)):
+                inputs.run(side, index)
         whole = now() - begun
     parts = {name: seconds / whole for name, seconds in sorted(clock.seconds.items())}
     return {"overhead": overhead(clock.seconds, whole), "shares": parts}
@@ -58,4 +58,7 @@ def table(report: dict) -> str:
             f"{name:28}{s['p50']:11.4f}{s['p10']:9.4f}{s['p90']:9.4f}{r['speedup']:9.2f}×{r['density']:9.3f}{r['merged']:8.0%}"
             f"{r['flops_ratio']:7.2f}×{r['overhead']:10.1%}"
         )
+        if len(r["by_timestep"]) > 1:
+            rows = [(f"  at {t['timestep']:.0f}", t) for t in r["by_timestep"]]
+            lines += [f"{what:28}{t['p50']:11.4f}{t['p10']:9.4f}{t['p90']:9.4f}" for what, t in rows]
     return "\n".join(lines)

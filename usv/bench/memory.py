@@ -67,12 +67,12 @@ def peak(spec: Spec) -> dict[str, int]:
     if spec.work == "train":
         run = training.trainers([side], sides[0].model, inputs, spec.model.guidance_scale)[0].step
     else:
-        run = lambda bin: inputs.run(side, bin)  # noqa: E731
+        run = lambda index: inputs.run(side, index)  # noqa: E731
     reset_peak()
     held = peak_bytes()
     for _ in range(spec.repeats):
-        for bin in range(len(side.rows)):
-            run(bin)
+        for index in range(len(side.rows)):
+            run(index)
     return {"peak_bytes": peak_bytes(), "held_bytes": held}
 
 

@@ -9,26 +9,32 @@ import torch
 from diffusers import WanPipeline
 
 from usv.attention import AttentionStats
-from usv.checkpoint import load_student
+from usv.checkpoint import Student, load_student
 from usv.config import ModelConfig
 from usv.cost import ModelShape, rung_flops
 from usv.grid import Tile, TileLayout, tile_layout
 from usv.models.wan import SparseWan
 from usv.plan import LayerPlan, Rung, layer_plan, merged_tokens
 
+TIMESTEP = 500.0  # of sides that are the same at all timesteps
+
 
 @dataclass(frozen=True)
 class Side:
-    """A network and the rungs it runs, one row for each bin of timesteps; a row None is dense."""
+    """A network and the rungs it runs at each of the timesteps it is measured at; a row None is dense."""
 
     name: str
     model: SparseWan
-    edges: tuple[float, ...]
+    timesteps: tuple[float, ...]
     rows: tuple[tuple[Rung | LayerPlan, ...] | None, ...]
 
-    def timesteps(self) -> list[float]:
-        """The middle of every bin."""
-        return [(low + high) / 2 for low, high in zip((0.0, *self.edges), self.edges)]
+    @classmethod
+    def of(cls, name: str, student: Student) -> Side:
+        """A student at its few steps, or at the middle of every bin of its plan: all are equally likely."""
+        edges = student.plan.edges
+        middles = [(low + high) / 2 for low, high in zip((0.0, *edges), edges)]
+        timesteps = tuple(student.sampling.get("student_timesteps") or middles)
+        return cls(name, student.model, timesteps, tuple(student.plan.at(t) for t in timesteps))
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,11 @@ class Inputs:
         )
         return cls(latents, text)
 
-    def run(self, side: Side, bin: int = 0) -> dict[int, AttentionStats]:
-        """One forward without gradient; the statistics of its sparse layers."""
-        timestep = torch.full((len(self.latents),), side.timesteps()[bin], device=self.latents.device)
+    def run(self, side: Side, index: int = 0) -> dict[int, AttentionStats]:
+        """One forward without gradient at a side's timestep; the statistics of its sparse layers."""
+        timestep = torch.full((len(self.latents),), side.timesteps[index], device=self.latents.device)
         with torch.no_grad():
-            return side.model(self.latents, timestep, self.text, side.rows[bin])[1]
+            return side.model(self.latents, timestep, self.text, side.rows[index])[1]
 
 
 def latent_shape(pipe: WanPipeline, model: ModelConfig) -> tuple[int, ...]:
@@ -68,10 +74,9 @@ def pipeline_sides(
     base = SparseWan(pipe.transformer, Tile(*model.tile)).to(pipe.device).eval()
     shape = latent_shape(pipe, model)
     inputs = Inputs.random(shape, batch_size, model.max_sequence_length, base.config.text_dim, next(base.parameters()))
-    sides = [Side("dense", base, (1000.0,), (None,))]
+    sides = [Side("dense", base, (TIMESTEP,), (None,))]
     for name, path in checkpoints.items():
-        student = load_student(path, pipe.transformer)
-        sides.append(Side(name, student.model, student.plan.edges, student.plan.rungs))
+        sides.append(Side.of(name, load_student(path, pipe.transformer)))
     return sides + uniform_sides(base, layout_of(base, inputs), densities, merges), inputs
 
 
@@ -82,7 +87,7 @@ def uniform_sides(model: SparseWan, layout: TileLayout, densities, merges) -> li
         for merged in merges:
             plan = LayerPlan.of(density, merged, layout.num_blocks)
             name = f"density {density:g}" + (f", {merged:.0%} merged" if merged else "")
-            sides.append(Side(name, model, (1000.0,), ((plan,) * model.num_layers,)))
+            sides.append(Side(name, model, (TIMESTEP,), ((plan,) * model.num_layers,)))
     return sides
 
 
@@ -91,13 +96,13 @@ def layout_of(model: SparseWan, inputs: Inputs) -> TileLayout:
 
 
 def executed(side: Side, inputs: Inputs) -> dict[str, float]:
-    """Density of attention (of the tokens left) and merged fraction as they ran, mean over bins and layers; and the ratio
+    """Density of attention (of the tokens left) and merged fraction as they ran, mean over timesteps and layers; and the ratio
     of FLOPs dense / side by the cost model."""
     layout = layout_of(side.model, inputs)
     shape = ModelShape.of(side.model.config, inputs.text.shape[1])
     densities, merged, flops = [], [], 0.0
-    for bin, row in enumerate(side.rows):
-        stats = inputs.run(side, bin)
+    for index, row in enumerate(side.rows):
+        stats = inputs.run(side, index)
         for layer, rung in enumerate(row or (Rung(),) * side.model.num_layers):
             densities.append(float(stats[layer].density) if layer in stats else 1.0)
             merged.append(sum(merged_tokens(layer_plan(rung, layout.num_blocks), layout)) / layout.grid.num_tokens)

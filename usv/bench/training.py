@@ -33,16 +33,16 @@ class Trainer:
     inputs: Inputs
     guidance_scale: float
 
-    def step(self, bin: int = 0) -> tuple[float, float]:
-        """One step at a bin's timestep; seconds of the whole step and of the student's part."""
+    def step(self, index: int = 0) -> tuple[float, float]:
+        """One step at one of the side's timesteps; seconds of the whole step and of the student's part."""
         x_t, text = self.inputs.latents, self.inputs.text
-        timestep = torch.full((len(x_t),), self.side.timesteps()[bin], device=x_t.device)
+        timestep = torch.full((len(x_t),), self.side.timesteps[index], device=x_t.device)
         begun = now()
         wanted = distill.guided_velocity(
             self.teacher, x_t, timestep, text, torch.zeros_like(text[0]), self.guidance_scale
         )
         taught = now()
-        velocity, _ = self.side.model(x_t, timestep, text, self.side.rows[bin])
+        velocity, _ = self.side.model(x_t, timestep, text, self.side.rows[index])
         distill.velocity_loss(velocity, wanted).mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -66,16 +66,15 @@ def trainers(sides: Sequence[Side], teacher: SparseWan, inputs: Inputs, guidance
 
 
 def measure(sides: Sequence[Side], inputs: Inputs, guidance_scale: float, repeats: int) -> dict:
-    """Seconds per step of every side, alternating, mean over bins; and what was executed."""
+    """Seconds per step of every side, alternating, mean over its timesteps; and what was executed."""
     students = trainers(sides, sides[0].model, inputs, guidance_scale)
     whole, student = defaultdict(list), defaultdict(list)
     for repeat in range(-1, repeats):
         for trainer in students:
-            bins = range(len(trainer.side.rows))
-            seconds = [trainer.step(bin) for bin in bins]
+            seconds = [trainer.step(index) for index in range(len(trainer.side.rows))]
             if repeat >= 0:
-                whole[trainer.side.name].append(sum(s[0] for s in seconds) / len(bins))
-                student[trainer.side.name].append(sum(s[1] for s in seconds) / len(bins))
+                whole[trainer.side.name].append(sum(s[0] for s in seconds) / len(seconds))
+                student[trainer.side.name].append(sum(s[1] for s in seconds) / len(seconds))
     return {
         side.name: {
             "batch_size": len(inputs.latents),
