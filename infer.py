@@ -3,9 +3,10 @@
     python infer.py ckpt=outputs/usv_mini/student prompt="a cat, the camera pans left"
     python infer.py ckpt=outputs/usv_mini/student prompts=data/prompts/camera_motion.txt seeds=2 compare=true
     python infer.py attention=svg2 prompt="a cat, the camera pans left"       # no training: a pattern on the dense model
+    python infer.py ckpt=outputs/usv_mini/student attention=svg2 prompt=...   # the student's densities, SVG2's clusters
 
-Each prompt and seed gives an mp4; a contact sheet and infer.json (seconds by stage, executed density, merging, steps, seeds,
-commit) stand beside them. compare=true also runs the dense model at the same seeds and prints both.
+Each prompt and seed gives an mp4; a contact sheet and infer.json (seconds by stage, executed density, merging, attention recall
+and the seconds of a pattern's stages, steps, seeds, commit) stand beside them. compare=true also runs the dense model at the same seeds and prints both.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from usv.checkpoint import read_config
 from usv.config import InferConfig, SettingError, check_overrides, config_groups, typed
 from usv.cpu import keep_freed_memory
 from usv.generate import Generation, generate, load_pipeline
+from usv.patterns.planned import HOW_MUCH
+from usv.patterns_pipeline import calls_report
 from usv.training import commit, prepare_folder
 from usv.video import contact_sheet, write_mp4
 
 ROOT = Path(__file__).resolve().parent
+RECALL_ROWS = 16  # query rows a call on which the attention recall of a pattern is measured, if its options say no other
 ConfigStore.instance().store(name="infer_schema", node=InferConfig)
 
 
@@ -58,8 +62,11 @@ def run(config: InferConfig) -> dict:
             raise SettingError(f"{name}: got {value}, accepted: at least 1")
     prompts = read_prompts(config)
     pattern = config.attention.pattern
+    options = {"recall_rows": RECALL_ROWS, **config.attention.options} if pattern is not None else {}
     if config.ckpt is not None and pattern is not None:
-        raise SettingError(f"attention.pattern={pattern}: a student has its own attention; give ckpt=… or attention=…, not both")
+        unused = [option for option in options if option in HOW_MUCH]
+        options = {option: value for option, value in options.items() if option not in HOW_MUCH}
+        print(f"{pattern} under the student's plan: the plan says how much, {', '.join(unused) or 'no option'} of {pattern} is not used")
     if config.ckpt is not None:
         read_config(config.ckpt)  # a wrong checkpoint shows before the model is loaded
     elif config.compare and pattern is None:
@@ -74,9 +81,9 @@ def run(config: InferConfig) -> dict:
     for name in (["dense"] if sparse is None or config.compare else []) + ([sparse] if sparse else []):
         executed = {"density": 1.0, "merged": 0.0}
         if name == "student":
-            usv.enable(pipe, config.ckpt, impl=config.attention.impl)
+            usv.enable(pipe, config.ckpt, impl=config.attention.impl, attention=pattern, **options)
         elif name == pattern:
-            usv.enable(pipe, attention=pattern, impl=config.attention.impl, **config.attention.options)
+            usv.enable(pipe, attention=pattern, impl=config.attention.impl, **options)
         steps = config.num_inference_steps or (pipe._usv.student.sampling.get("num_inference_steps") if name == "student" else None)
         with tqdm(total=len(texts), desc=name, unit="video") as bar:
             result = generate(pipe, config.model, texts, seeds, config.batch_size, steps, progress=bar)
@@ -85,8 +92,9 @@ def run(config: InferConfig) -> dict:
             executed = {"density": round(record.mean_density(), 4), "merged": round(record.mean_merged(), 4)}
         elif name == pattern:
             record = pipe._usv.record
-            stages = {stage: round(seconds, 3) for stage, seconds in record.stage_seconds().items()}
-            executed = {"density": round(record.mean_density(), 4), "merged": 0.0, "pattern_seconds": stages}
+            executed = {"density": round(record.mean_density(), 4), "merged": 0.0}
+        if name in ("student", pattern) and pattern is not None:
+            executed |= {"attention": pattern, **calls_report(record.calls)}
         methods[name] = (result, executed)
     return write(folder, config, texts, seeds, methods)
 

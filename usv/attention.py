@@ -11,10 +11,14 @@ density as exact dense attention. Selection has no gradient; the coarse branch g
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from usv_kernels import BlockSelection, block_pool, block_sparse_attention, select_top_k
+
+# Another fine branch: (q, k, v, density, key_bias or None), as below, -> (out, executed density). See `usv.patterns.planned`.
+Fine = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class AttentionStats:
     """Detached measurements of one call, each a 0-d tensor.
 
     entropy: of the coarse attention map, 0 (one block) to 1 (uniform), mean over rows and heads.
-    coarse_recall: share of the coarse map's mass on selected blocks, the cheap stand-in for attention recall.
+    coarse_recall: share of the coarse map's mass on selected blocks, the cheap stand-in for attention recall; NaN where
+        another fine branch chose.
     density: executed block pairs / all block pairs.
     """
 
@@ -41,6 +46,8 @@ def sparse_attention(
     gate: torch.Tensor | None = None,
     key_bias: torch.Tensor | None = None,
     impl: str = "auto",
+    fine: Fine | None = None,
+    largest: int = 0,
 ) -> tuple[torch.Tensor, AttentionStats]:
     """Sparse self-attention over blocks.
 
@@ -51,17 +58,24 @@ def sparse_attention(
         gate: (B, H, S, 1), weight of the coarse branch; None leaves it out.
         key_bias: (B, 1, S), e.g. log(size) of merged tokens.
         impl: how the kernel runs.
+        fine: runs instead of selection and fine branch, at the density num_kept / M; the coarse branch stays.
+        largest: bound on sizes that the host knows (`BlockSelection.q_max`): the GPU kernel then takes its flat loop. 0: none.
 
     Returns:
         (B, H, S, D) and the statistics.
     """
     scores = _coarse_scores(q, k, starts, sizes)
     coarse_map = scores.float().softmax(-1)
-    selection = select_top_k(scores, num_kept, starts, sizes, starts, sizes)
-    out, _ = block_sparse_attention(q, k, v, selection, key_bias=key_bias, impl=impl)
+    if fine is None:
+        selection = select_top_k(scores, num_kept, starts, sizes, starts, sizes, q_max=largest, kv_max=largest)
+        out, _ = block_sparse_attention(q, k, v, selection, key_bias=key_bias, impl=impl)
+        stats = _stats(coarse_map.detach(), selection)
+    else:
+        out, density = fine(q, k, v, num_kept / len(sizes), key_bias)
+        stats = AttentionStats(_entropy(coarse_map.detach()), torch.tensor(math.nan), torch.tensor(density))
     if gate is not None:
         out = _add_coarse(out, coarse_map, v, gate, starts, sizes)
-    return out, _stats(coarse_map.detach(), selection)
+    return out, stats
 
 
 def _coarse_scores(q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -75,12 +89,16 @@ def _add_coarse(out, coarse_map, v, gate, starts, sizes) -> torch.Tensor:
     return torch.addcmul(out, gate, coarse.repeat_interleave(sizes.long(), dim=2, output_size=v.shape[2]))
 
 
+def _entropy(coarse_map: torch.Tensor) -> torch.Tensor:
+    entropy = -(coarse_map * coarse_map.clamp_min(1e-12).log()).sum(-1).mean()
+    return entropy / math.log(max(coarse_map.shape[-1], 2))
+
+
 def _stats(coarse_map: torch.Tensor, selection: BlockSelection) -> AttentionStats:
     num_blocks = coarse_map.shape[-1]
-    entropy = -(coarse_map * coarse_map.clamp_min(1e-12).log()).sum(-1).mean()
     kept = coarse_map.gather(-1, selection.kv_indices.long())  # every slot is used: counts are uniform
     density = torch.tensor(selection.capacity / num_blocks)
-    return AttentionStats(entropy / math.log(max(num_blocks, 2)), kept.sum(-1).mean(), density)
+    return AttentionStats(_entropy(coarse_map), kept.sum(-1).mean(), density)
 
 
 @torch.no_grad()

@@ -137,8 +137,12 @@ def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_
         row["denoise_speedup"] = rows["dense"]["denoise_seconds"] / row["denoise_seconds"]
     if videos is not None:
         show(videos, prompts, {name: g.videos for name, (g, _, _) in generated.items()})
-    machine = {"device": _device(), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-    return {"commit": commit(), "machine": machine, "clips": clips, "checkpoints": checkpoints, "methods": rows}
+    return {"commit": commit(), "machine": machine(), "clips": clips, "checkpoints": checkpoints, "methods": rows}
+
+
+def machine() -> dict:
+    """What a result ran on."""
+    return {"device": _device(), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _device() -> str:

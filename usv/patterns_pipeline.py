@@ -45,7 +45,7 @@ class PatternRecord:
 
     def mean_recall(self) -> float | None:
         """Share of dense attention mass kept by the sparse calls; None if it was not measured."""
-        return _mean([call.recall for call in self.calls if not call.dense and call.recall is not None], None)
+        return mean_recall(self.calls)
 
     def mean_merged(self) -> float:
         """Patterns merge no tokens."""
@@ -53,11 +53,7 @@ class PatternRecord:
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds by stage, of the sparse calls."""
-        total = Counter(dict.fromkeys(STAGES, 0.0))
-        for call in self.calls:
-            if not call.dense:
-                total.update(call.seconds)
-        return dict(total)
+        return stage_seconds(self.calls)
 
 
 @dataclass
@@ -105,19 +101,52 @@ def disable_pattern(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
+def stage_seconds(calls: list[CallStats]) -> dict[str, float]:
+    """Seconds by stage, of the sparse calls."""
+    total = Counter(dict.fromkeys(STAGES, 0.0))
+    for call in calls:
+        if not call.dense:
+            total.update(call.seconds)
+    return dict(total)
+
+
+def mean_recall(calls: list[CallStats]) -> float | None:
+    """Share of dense attention mass kept by the sparse calls; None if it was not measured."""
+    return _mean([call.recall for call in calls if not call.dense and call.recall is not None], None)
+
+
+def calls_report(calls: list[CallStats]) -> dict:
+    """What a run reports of its attention calls, for JSON: executed density with and without the dense warm-up, recall of the
+    sparse calls (None: not measured), seconds by stage, and the calls of either kind."""
+    sparse = [call for call in calls if not call.dense]
+    recall = mean_recall(calls)
+    return {
+        "sparse_density": round(_mean([call.density for call in sparse], 1.0), 4),
+        "recall": None if recall is None else round(recall, 4),
+        "pattern_seconds": {stage: round(seconds, 3) for stage, seconds in stage_seconds(calls).items()},
+        "dense_attention_seconds": round(sum(call.seconds["attention"] for call in calls if call.dense), 3),
+        "attention_calls": {"dense": len(calls) - len(sparse), "sparse": len(sparse)},
+    }
+
+
+def calls_lines(calls: list[CallStats]) -> list[str]:
+    """Seconds and recall as lines of a summary."""
+    lines = ["seconds of the sparse calls: " + ", ".join(f"{stage} {s:.2f}" for stage, s in stage_seconds(calls).items())]
+    if (recall := mean_recall(calls)) is not None:
+        lines.append(f"attention recall of the sparse calls: {recall:.3f}")
+    return lines
+
+
 def pattern_summary(state: EnabledPattern) -> str:
     """A few lines that a person can read."""
-    record, stages = state.record, state.record.stage_seconds()
+    record = state.record
     sparse = sum(not call.dense for call in record.calls)
-    lines = [
+    return "\n".join([
         f"usv: training-free {state.pattern}",
         f"executed: {record.forwards} forwards, {record.seconds:.2f} s in the transformer, attention density "
         f"{record.mean_density():.3f}; {sparse} of {len(record.calls)} attention calls sparse, at {record.sparse_density():.3f}",
-        "seconds of the sparse calls: " + ", ".join(f"{stage} {stages[stage]:.2f}" for stage in STAGES),
-    ]
-    if record.mean_recall() is not None:
-        lines.append(f"attention recall of the sparse calls: {record.mean_recall():.3f}")
-    return "\n".join(lines)
+        *calls_lines(record.calls),
+    ])  # fmt: skip
 
 
 def progress_of(pipe: DiffusionPipeline):

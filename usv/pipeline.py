@@ -2,6 +2,7 @@
 
     usv.enable(pipe, "outputs/usv_mini/student")     pipe(prompt) now runs the sparse student
     usv.enable(pipe, attention="svg2", top_p=0.9)    or, without training, a pattern (usv/patterns_pipeline.py)
+    usv.enable(pipe, STUDENT, attention="svg2")      or both: the student's plan says how much, the pattern which
     usv.summary(pipe)                                what ran: plan, density, merging, forwards, seconds
     usv.disable(pipe)                                the pipeline is what it was
 
@@ -20,8 +21,16 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from usv.checkpoint import CheckpointError, Student, check_grid, load_student
 from usv.models.wan import SparseWan
-from usv.patterns import make_pattern
-from usv.patterns_pipeline import EnabledPattern, disable_pattern, enable_pattern, pattern_summary
+from usv.patterns import CallStats, Pattern, make_pattern
+from usv.patterns.planned import PlannedPattern, planned_pattern
+from usv.patterns_pipeline import (
+    EnabledPattern,
+    calls_lines,
+    disable_pattern,
+    enable_pattern,
+    pattern_summary,
+    progress_of,
+)
 from usv.plan import MERGE_LADDER, SparsityPlan
 from usv.sampler import StudentScheduler
 
@@ -34,11 +43,12 @@ class Record:
     seconds: float = 0.0
     densities: list[float] = field(default_factory=list)
     merged: list[float] = field(default_factory=list)
+    calls: list[CallStats] = field(default_factory=list)  # of a pattern under the plan
 
     def reset(self) -> None:
         self.forwards, self.seconds = 0, 0.0
-        self.densities.clear()
-        self.merged.clear()
+        for kept in (self.densities, self.merged, self.calls):
+            kept.clear()
 
     def mean_density(self) -> float:
         """Executed block pairs / all block pairs of the tokens that merging left, mean over layers and forwards."""
@@ -57,6 +67,7 @@ class Enabled:
     student: Student
     record: Record
     scheduler: object  # the pipeline's own; a few-step student brings its timesteps
+    pattern: Pattern | None = None  # chooses the blocks at the plan's densities
 
 
 def enable(
@@ -66,22 +77,23 @@ def enable(
     attention: str | None = None,
     **options,
 ) -> WanPipeline:
-    """Let `pipe` run a sparse student, or with `attention` a training-free pattern. Returns the same pipeline.
+    """Let `pipe` run a sparse student, or with `attention` a training-free pattern, or with both the student's plan with the
+    blocks of the pattern (`usv.patterns.planned`). Returns the same pipeline.
 
     Guidance is folded into the student: `pipe(prompt)` then defaults to guidance_scale 1 and to the size, steps and text
     length of the checkpoint; asking for guidance is refused.
 
-    Raises CheckpointError: a missing, damaged or foreign checkpoint, or one made for another model; ValueError: not exactly
-    one of checkpoint and attention, or wrong options of a pattern (see `usv.patterns_pipeline.enable_pattern`). Enabling
-    twice replaces.
+    Raises CheckpointError: a missing, damaged or foreign checkpoint, or one made for another model; ValueError: neither
+    checkpoint nor attention, wrong options of a pattern (see `usv.patterns_pipeline.enable_pattern`), or a pattern that the
+    student's plan cannot use. Enabling twice replaces.
     """
-    if (checkpoint is None) == (attention is None):
-        given = "neither" if checkpoint is None else "both"
-        raise ValueError(f"enable: got {given} of checkpoint and attention, accepted: exactly one of them")
-    if attention is not None:
+    if checkpoint is None and attention is None:
+        raise ValueError("enable: got neither of checkpoint and attention, accepted: one of them, or both: a student's plan "
+                         "with the blocks of a pattern")  # fmt: skip
+    if checkpoint is None:
         make_pattern(attention, **{k: v for k, v in options.items() if k != "recall_rows"})  # refuses before it changes
         return enable_pattern(disable(pipe), attention, impl, **options)
-    if options:
+    if options and attention is None:
         raise ValueError(f"{next(iter(options))}: got an option of a pattern, accepted: only together with attention=…")
     if not isinstance(pipe, WanPipeline):
         raise CheckpointError(f"enable: got a {type(pipe).__name__}, accepted: a diffusers WanPipeline")
@@ -90,12 +102,16 @@ def enable(
     before = getattr(pipe, "_usv", None)
     base = before.original if isinstance(before, Enabled) else pipe.transformer
     student = checkpoint if isinstance(checkpoint, Student) else load_student(checkpoint, base)
+    record, model, pattern, fine = Record(), student.model, None, None
+    if attention is not None:
+        recall_rows = options.pop("recall_rows", 0)
+        pattern = planned_pattern(attention, student.plan, **options)
+        fine = PlannedPattern(pattern, model.num_layers, model.tile, progress_of(pipe), record.calls.append, impl, recall_rows)
     disable(pipe)  # only now: what cannot be loaded leaves the pipeline as it was
-    record = Record()
-    state = Enabled(pipe.transformer, type(pipe), student, record, pipe.scheduler)
+    state = Enabled(pipe.transformer, type(pipe), student, record, pipe.scheduler, pattern)
     if student.sampling.get("student_timesteps"):
         pipe.scheduler = StudentScheduler(student.sampling["student_timesteps"])
-    pipe.transformer = planned(student.model, student.plan, record, impl)
+    pipe.transformer = planned(model, student.plan, record, impl, fine)
     pipe.__class__ = _student_pipeline(type(pipe), student.sampling)
     pipe._usv = state
     return pipe
@@ -125,9 +141,11 @@ def summary(pipe: WanPipeline) -> str:
     plan, record = state.student.plan, state.record
     merged = plan.merged()
     lines = [
-        f"usv: sparse student, {plan.num_layers} layers × {len(plan.edges)} timestep bins, {merged:.0%} of tokens merged by plan",
+        f"usv: sparse student, {plan.num_layers} layers × {len(plan.edges)} timestep bins, {merged:.0%} of tokens merged by plan"
+        + ("" if state.pattern is None else f"\nblocks by {state.pattern} at the plan's densities"),
         f"executed: {record.forwards} forwards, {record.seconds:.2f} s in the transformer, attention density "
         f"{record.mean_density():.3f} of the tokens left, {record.mean_merged():.0%} merged",
+        *(calls_lines(record.calls) if state.pattern is not None else ()),
         "timestep   density rung by layer",
     ]
     for edge, row in zip(plan.edges, plan.rungs):
@@ -136,14 +154,22 @@ def summary(pipe: WanPipeline) -> str:
     return "\n".join(lines)
 
 
-def planned(model: SparseWan, plan: SparsityPlan | None, record: Record, impl: str = "auto") -> torch.nn.Module:
-    """`model.transformer` with its forward replaced by the sparse one under a plan (None: dense), as a pipeline calls it."""
+def planned(
+    model: SparseWan, plan: SparsityPlan | None, record: Record, impl: str = "auto", fine: PlannedPattern | None = None
+) -> torch.nn.Module:
+    """`model.transformer` with its forward replaced by the sparse one under a plan (None: dense), as a pipeline calls it.
+
+    fine: the pattern that chooses the blocks; None is the student's own tiles.
+    """
     transformer = model.transformer
 
     def forward(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image=None, return_dict=True, **_):
         begun = time.perf_counter()
         rungs = None if plan is None else plan.at(float(timestep.max()))  # per token (TI2V), given frames have 0
-        velocity, stats = model(hidden_states, timestep, encoder_hidden_states, rungs, impl=impl)
+        if fine is not None:
+            fine.begin(model.grid_of(hidden_states.shape), timestep)
+        branches = None if fine is None else fine.layers
+        velocity, stats = model(hidden_states, timestep, encoder_hidden_states, rungs, impl=impl, fine=branches)
         record.seconds += time.perf_counter() - begun
         record.forwards += 1
         layers = range(model.num_layers)

@@ -107,8 +107,6 @@ def test_enabling_twice_replaces_and_a_refusal_changes_nothing():
         usv.enable(pipe, attention="svgg")
     with pytest.raises(ValueError, match="enable: got neither of checkpoint and attention"):
         usv.enable(pipe)
-    with pytest.raises(ValueError, match="enable: got both of checkpoint and attention"):
-        usv.enable(pipe, "folder", attention="svg")
     with pytest.raises(ValueError, match="top_p: got an option of a pattern"):
         usv.enable(pipe, "folder", top_p=0.5)
     assert pipe._usv.pattern == SVG2(top_p=0.5, **OPTIONS)

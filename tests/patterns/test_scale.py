@@ -74,9 +74,31 @@ def test_planning_needs_no_square_memory(grid, num_text, pattern):
     assert low < done / total <= high + extra
 
 
+@pytest.mark.parametrize("grid", [WAN_720P, HUNYUAN], ids=["wan_720p", "hunyuan"])
+@pytest.mark.parametrize("pattern", [SVG(density=0.02, sink=False, **NO_WARM_UP), svg2(density=0.02)], ids=["svg", "svg2"])
+def test_attention_needs_no_square_memory(grid, pattern):
+    """Planning, permutation, attention and recall of a whole call, and its first and last row."""
+    q, k, v = qkv(1, 1, grid.num_tokens, 8)
+    with memory_limit(10**9):
+        out, stats = attend(q, k, v, grid, pattern, PatternState(recall_rows=4))
+    assert 0.015 < stats.density < 0.03 and 0 < stats.recall < 1
+    plan = pattern.plan(q, k, v, grid, PatternState(), None, Clock(q.device))
+    order = torch.arange(grid.num_tokens)
+    q_order, kv_order = (order if x is None else x[0, 0] for x in (plan.q_order, plan.kv_order))
+    ends = plan.selection.kv_sizes.flatten().long().cumsum(0)
+    q_block = torch.repeat_interleave(plan.selection.q_sizes.flatten().long())
+    for position in (0, -1):
+        block = q_block[position]
+        blocks = plan.selection.kv_indices[0, 0, block][: plan.selection.kv_num_blocks[0, 0, block]].long()
+        sizes = plan.selection.kv_sizes.flatten().long()
+        keys = torch.cat([kv_order[ends[b] - sizes[b] : ends[b]] for b in blocks])
+        weights = (k[0, 0, keys].double() @ q[0, 0, q_order[position]].double() / 8**0.5).softmax(0)
+        torch.testing.assert_close(out[0, 0, q_order[position]].double(), weights @ v[0, 0, keys].double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(21, 52, 68), WAN_720P, HUNYUAN], ids=lambda grid: str(grid.num_tokens))
 @pytest.mark.parametrize("per_head", [False, True])
-def test_74256_tokens_return_to_their_places(per_head):
-    grid = TokenGrid(21, 52, 68)
+def test_74256_tokens_and_more_return_to_their_places(per_head, grid):
     order = token_major_order(grid)
     if per_head:
         generator = torch.Generator().manual_seed(0)

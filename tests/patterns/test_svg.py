@@ -46,6 +46,22 @@ def test_masks_are_the_blocks_touched_by_the_rounded_band(width, block):
     assert torch.equal(band_masks(GRID, width, block, False)[0], temporal)
 
 
+@pytest.mark.parametrize(
+    ("grid", "text"), [(TokenGrid(21, 45, 80), 0), (TokenGrid(21, 30, 52), 0), (TokenGrid(33, 45, 80), 256), (TokenGrid(11, 48, 85), 226)]
+)  # fmt: skip
+def test_masks_at_published_shapes(grid, text):
+    """Row by row, as runs of columns: the band to the block that holds the last token of its rounded width, and the sink."""
+    settings, block = SVG(density=0.3), 128
+    spatial, temporal = settings.masks(grid, text)
+    width = math.ceil(band_width(0.3, grid.num_tokens, text) / block) * block
+    sink = -(-grid.h * grid.w // block)
+    for row in range(len(temporal)):
+        first, last = max(row * block - width, 0) // block, min((row + 1) * block - 1 + width, grid.num_tokens - 1) // block
+        columns = torch.arange(len(temporal))
+        band = (columns >= first) & (columns <= last)
+        assert torch.equal(temporal[row], band) and torch.equal(spatial[row], band | (columns < sink))
+
+
 @pytest.mark.parametrize("grid", [TokenGrid(21, 52, 68), GRID, TokenGrid(1, 3, 3)])
 def test_token_major_order_moves_fP_plus_p_to_pF_plus_f(grid):
     order, places = token_major_order(grid), grid.h * grid.w

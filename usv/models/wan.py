@@ -20,7 +20,7 @@ from torch import nn
 from usv_kernels import norm_rope
 from usv_kernels.token_merge import MergeLayout, MergeMap, gather_kept, match, merge, unmerge
 
-from usv.attention import AttentionStats, sparse_attention
+from usv.attention import AttentionStats, Fine, sparse_attention
 from usv.grid import Tile, TileLayout, TokenGrid, tile_layout
 from usv.plan import LayerPlan, Rung, layer_plan, merged_tokens
 
@@ -47,6 +47,7 @@ class Sequence3D:
     sin: torch.Tensor
     text: torch.Tensor
     modulation: torch.Tensor  # (B, 6, C), or (B, S, 6, C) per token (Wan2.2 TI2V)
+    fine: Mapping[nn.Module, Fine] | None = None  # by block
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class SparseWan(nn.Module):
         rungs: Sequence[Rung | LayerPlan] | None = None,
         probes: Mapping[int, Probe] | None = None,
         impl: str = "auto",
+        fine: Sequence[Fine] | None = None,
     ) -> tuple[torch.Tensor, dict[int, AttentionStats]]:
         """Velocity at (latents, timestep).
 
@@ -116,6 +118,8 @@ class SparseWan(nn.Module):
             rungs: one for each layer, a Rung or the integers themselves; None is dense.
             probes: layer -> Probe, in training.
             impl: how the attention kernel runs.
+            fine: one for each layer, in place of the fine branch of the sparse ones: who chooses the blocks
+                (`usv.patterns.planned`); None is the student's own tiles.
 
         Returns:
             (B, C, T, H, W) and the statistics of the sparse layers.
@@ -127,6 +131,8 @@ class SparseWan(nn.Module):
         layout = tile_layout(self.grid_of(latents.shape), self.tile, str(latents.device))
         x = model.patch_embedding(latents).flatten(2).transpose(1, 2)[:, layout.order]
         temb, sequence = self._condition(x, latents, timestep, text, layout)
+        if fine is not None:
+            sequence = replace(sequence, fine=dict(zip(model.blocks, fine, strict=True)))
         stats: dict[int, AttentionStats] = {}
         tokens = Tokens(x)
         for index, block in enumerate(model.blocks):
@@ -253,7 +259,8 @@ def _sparse_block(
     )
     value = attn.to_v(hidden).unflatten(2, (attn.heads, -1)).transpose(1, 2)
     coarse_gate = gate(hidden).transpose(1, 2)[..., None]
-    out, stats = sparse_attention(query, key, value, *blocks, plan.num_kept, coarse_gate, key_bias, impl)
+    fine = None if sequence.fine is None else sequence.fine[block]
+    out, stats = sparse_attention(query, key, value, *blocks, plan.num_kept, coarse_gate, key_bias, impl, fine)
     x = torch.addcmul(x.float(), attn.to_out[0](out.transpose(1, 2).flatten(2)).float(), gate_msa).type_as(x)
 
     x = x + block.attn2(block.norm2(x.float()).type_as(x), sequence.text, None, None)

@@ -23,7 +23,8 @@ from usv_kernels import BlockSelection, block_sparse_attention, inverse_permutat
 
 from usv.grid import TokenGrid
 
-STAGES = ("profile", "cluster", "select", "permute", "attention")
+# "measure" counts density and recall: no part of the method
+STAGES = ("profile", "cluster", "select", "permute", "attention", "measure")
 
 
 def require(condition: bool, name: str, got, accepted: str) -> None:
@@ -140,10 +141,6 @@ class Clock:
         self.seconds[stage] += now - self.last
         self.last = now
 
-    def skip(self) -> None:
-        """Counts the time since the last lap to no stage."""
-        self.last = self._now()
-
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -166,6 +163,7 @@ def attend(
     state: PatternState,
     text: Text | None = None,
     impl: str = "auto",
+    key_bias: Tensor | None = None,
 ) -> tuple[Tensor, CallStats]:
     """Attention under a pattern.
 
@@ -176,6 +174,7 @@ def attend(
         state: position of the call and cached centroids; written by SVG2 only.
         text: the text tokens of the sequence.
         impl: how the kernel runs.
+        key_bias: (B, 1, S) added to the logits, the log of what each key stands for. SVG2 only, without text.
 
     Returns:
         out (B, H, ·, D) in the order and dtype of the inputs, and statistics.
@@ -184,27 +183,33 @@ def attend(
         ValueError: a grid that does not fit the tokens, or settings that do not fit the grid.
     """
     _check(q, k, v, grid, text)
+    require(key_bias is None or text is None, "key_bias", "a tensor beside text", "one of the two")
     clock = Clock(q.device)
     if is_dense(pattern, state):
-        out = _dense(q, k, v, grid, text)
+        out = _dense(q, k, v, grid, text, key_bias)
         clock.lap("attention")
         recall = 1.0 if state.recall_rows else None
         return out, CallStats(state.layer, state.step, 1.0, clock.seconds, recall, True)
     with torch.no_grad():
-        plan = pattern.plan(q, k, v, grid, state, text, clock)
-        recall = float(plan_recall(q, k, plan, text, state.recall_rows)) if state.recall_rows else None
-    clock.skip()
+        merged = {} if key_bias is None else {"key_bias": key_bias}
+        plan = pattern.plan(q, k, v, grid, state, text, clock, **merged)
+        recall = float(plan_recall(q, k, plan, text, state.recall_rows, key_bias)) if state.recall_rows else None
+    clock.lap("measure")
     selection = plan.selection if text is None else join_text(plan.selection, text, grid.num_tokens)
     clock.lap("select")
     q_order, kv_order = (_joint_order(order, text, grid.num_tokens) for order in (plan.q_order, plan.kv_order))
     q, (k, v) = _ordered(q, q_order), (_ordered(x, kv_order) for x in (k, v))
+    if key_bias is not None and kv_order is not None:
+        key_bias = key_bias.expand(*k.shape[:2], -1).gather(-1, kv_order.expand(k.shape[:3]))
     clock.lap("permute")
-    out, _ = block_sparse_attention(q, k, v, selection, impl=impl)
+    out, _ = block_sparse_attention(q, k, v, selection, key_bias=key_bias, impl=impl)
     clock.lap("attention")
     if q_order is not None:
         out = permute(out, inverse_permutation(q_order))
         clock.lap("permute")
-    return out, CallStats(state.layer, state.step, executed_density(selection), clock.seconds, recall, False)
+    density = executed_density(selection)
+    clock.lap("measure")
+    return out, CallStats(state.layer, state.step, density, clock.seconds, recall, False)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid | None, text: Text | None) -> None:
@@ -215,7 +220,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid | None, text: Text |
                 f"(B, H, {tokens}, D): {grid} has {grid.num_tokens} tokens, and text {tokens - grid.num_tokens}")  # fmt: skip
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, text: Text | None) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, text: Text | None, key_bias: Tensor | None) -> Tensor:
+    if key_bias is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias.unsqueeze(-2).to(q.dtype))
     mask = None if text is None else text.key_mask(grid.num_tokens)
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v)
@@ -293,10 +300,12 @@ def executed_density(selection: BlockSelection) -> float:
 
 
 @torch.no_grad()
-def plan_recall(q: Tensor, k: Tensor, plan: PatternPlan, text: Text | None, rows: int = 64) -> Tensor:
+def plan_recall(
+    q: Tensor, k: Tensor, plan: PatternPlan, text: Text | None, rows: int = 64, key_bias: Tensor | None = None
+) -> Tensor:
     """Share of the dense attention mass that a plan keeps, on evenly spaced video rows: a 0-d fp32 tensor.
 
-    q, k: (B, H, S [+ T], D). Probabilities of the sampled rows exist for one head at a time, (rows, S + T), never S × S.
+    q, k: (B, H, S [+ T], D). key_bias: (B, 1, S). Probabilities of the sampled rows exist for one head at a time, (rows, S + T), never S × S.
     """
     video = q if text is None else text.video(q)
     length, selection = video.shape[2], plan.selection
@@ -320,6 +329,8 @@ def plan_recall(q: Tensor, k: Tensor, plan: PatternPlan, text: Text | None, rows
                 columns = kept.new_ones(len(index), text.num)
                 kept = torch.cat((columns, kept) if text.before else (kept, columns), 1)
             scores = video[b, h, index].float() @ k[b, h].float().T / q.shape[-1] ** 0.5
+            if key_bias is not None:
+                scores = scores + key_bias[b].float()
             if real is not None:
                 scores = scores.masked_fill(~real[b], float("-inf"))
             total += (scores.softmax(-1) * kept).sum(-1).mean()

@@ -7,7 +7,9 @@
     choose    top-p: clusters in descending order up to and including the one that crosses p, at least `floor` of them
     attend    exactly, over variable-size blocks: nothing is padded
 
-Under a learned plan, or to compare patterns at equal density, the choice is by `num_kept` clusters or by `density` instead.
+Under a learned plan, or to compare patterns at equal density, the choice is by `num_kept` clusters or by `density` instead:
+top-p with the p of each head that executes that density. On merged tokens (a plan that merges) size is the sum of the sizes
+that the tokens stand for.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class SVG2:
     q_clusters, k_clusters: clusters of queries and of keys, at most the tokens; published 100–400 and 500–1000.
     top_p: share of the centroid attention's mass, in (0, 1]. floor: least share of key clusters listed, in [0, 1].
     num_kept: key clusters per query cluster, 1..k_clusters.
-    density: share of the key *tokens* per query cluster, in (0, 1]: the best clusters that fit into it, at least one.
+    density: executed token pairs / all, of every head, in (0, 1]; at least one cluster for each query cluster.
     first_iters, iters: k-means iterations without and with cached centroids.
     dense_layers, dense_steps: fractions of the first layers and steps that stay dense.
     """
@@ -57,13 +59,18 @@ class SVG2:
         require(self.num_kept is None or self.density is None, "density", self.density, "None where num_kept is given")
         check_warm_up(self)
 
-    def plan(self, q, k, v, grid: TokenGrid, state: PatternState, text: Text | None, clock: Clock) -> PatternPlan:
-        """Clusters of this call, from the cached centroids where there are any, and the choice. See `Pattern`."""
+    def plan(
+        self, q, k, v, grid: TokenGrid, state: PatternState, text: Text | None, clock: Clock, key_bias: Tensor | None = None
+    ) -> PatternPlan:
+        """Clusters of this call, from the cached centroids where there are any, and the choice. See `Pattern`.
+
+        key_bias: (B, 1 or H, S), the logarithm of what each key stands for, as in `attend`.
+        """
         if text is not None:
             q, k = text.video(q), text.video(k)
         q_clusters, k_clusters = self._cluster(q, k, state)
         clock.lap("cluster")
-        selection = self.select(q_clusters, k_clusters)
+        selection = self.select(q_clusters, k_clusters, key_bias)
         q_order, kv_order = (c.assignment.argsort(dim=-1, stable=True) for c in (q_clusters, k_clusters))
         clock.lap("select")
         return PatternPlan(q_order, kv_order, selection)
@@ -85,21 +92,25 @@ class SVG2:
             state.centroids[key] = (q_clusters.centroids, k_clusters.centroids)
         return q_clusters, k_clusters
 
-    def select(self, q_clusters: Clusters, k_clusters: Clusters) -> BlockSelection:
+    def select(self, q_clusters: Clusters, k_clusters: Clusters, key_bias: Tensor | None = None) -> BlockSelection:
         """BlockSelection over the tokens in cluster order; empty key clusters are never listed."""
-        scores = centroid_scores(q_clusters.centroids, k_clusters)
+        scores = centroid_scores(q_clusters.centroids, k_clusters, key_bias)
         layout = (*_runs(q_clusters.counts), *_runs(k_clusters.counts))
         if self.num_kept is not None:
             return select_top_k(scores, self.num_kept, *layout)
         if self.density is not None:
-            return _select_tokens(scores, self.density, q_clusters.counts, k_clusters.counts)
+            return select_density(scores, self.density, q_clusters.counts, k_clusters.counts)
         return select_top_p(scores, self.top_p, self.floor, *layout)
 
 
-def centroid_scores(q_centroids: Tensor, k_clusters: Clusters) -> Tensor:
-    """(B, H, Cq, Ck) fp32: c_q · c_k / √D + log(size_k); -inf for an empty key cluster."""
+def centroid_scores(q_centroids: Tensor, k_clusters: Clusters, key_bias: Tensor | None = None) -> Tensor:
+    """(B, H, Cq, Ck) fp32: c_q · c_k / √D + log Σ exp(key_bias), the log size without it; -inf for an empty key cluster."""
     scores = q_centroids @ k_clusters.centroids.transpose(-1, -2) / math.sqrt(q_centroids.shape[-1])
-    return scores.float() + k_clusters.counts.float().log().unsqueeze(-2)
+    sizes = k_clusters.counts.float()
+    if key_bias is not None:
+        weights = key_bias.float().exp().expand(k_clusters.assignment.shape)
+        sizes = torch.zeros_like(sizes).scatter_add_(-1, k_clusters.assignment, weights)
+    return scores.float() + sizes.log().unsqueeze(-2)
 
 
 def _runs(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,12 +118,24 @@ def _runs(counts: Tensor) -> tuple[Tensor, Tensor]:
     return (counts.cumsum(-1) - counts).to(torch.int32), counts.to(torch.int32)
 
 
-def _select_tokens(scores: Tensor, density: float, q_sizes: Tensor, kv_sizes: Tensor) -> BlockSelection:
-    """The best-scored clusters of each row whose tokens together stay within density · S, at least the best one."""
-    budget = density * int(kv_sizes[0, 0].sum())
-    order = scores.argsort(dim=-1, descending=True, stable=True)
+def select_density(scores: Tensor, density: float, q_sizes: Tensor, kv_sizes: Tensor) -> BlockSelection:
+    """Top-p with the largest p, of each batch entry and head, that executes at most density of its token pairs.
+
+    A cluster is listed if less than p of its row's mass lies before it. So all pairs of clusters in the order of that mass,
+    as far as their token pairs fit: rows with scattered attention get more than rows with concentrated. The best cluster of
+    each row is always listed.
+
+    scores: (B, H, Cq, Ck). q_sizes: (B, H, Cq), kv_sizes: (B, H, Ck) integers.
+    """
+    mass, order = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    before = torch.cat((torch.zeros_like(mass[..., :1]), mass.cumsum(-1)[..., :-1]), -1)
     sizes = kv_sizes.unsqueeze(-2).expand(scores.shape).gather(-1, order)
-    kept = (sizes.cumsum(-1) <= budget + 1e-6) & (sizes > 0)
+    # Stable: of equals the lower row, and inside a row, where the mass has run out of bits, the better cluster.
+    rank = before.flatten(2).argsort(dim=-1, stable=True)
+    pairs = (sizes * q_sizes.unsqueeze(-1)).flatten(2).gather(-1, rank)
+    budget = density * (q_sizes.sum(-1) * kv_sizes.sum(-1)).double()
+    fits = pairs.cumsum(-1) <= budget.unsqueeze(-1) * (1 + 1e-12)
+    kept = torch.zeros_like(fits).scatter_(-1, rank, fits).view(scores.shape)
     kept[..., 0] = True
-    mask = torch.zeros_like(kept).scatter_(-1, order, kept)
+    mask = torch.zeros_like(kept).scatter_(-1, order, kept & (sizes > 0))
     return BlockSelection.from_mask(mask, q_sizes, kv_sizes)
