@@ -152,6 +152,13 @@ def test_floor_is_not_off_by_a_rounding():
         assert counts.item() == 7  # 0.07 * 100 is 7.000000000000001
 
 
+def test_known_bounds_travel_with_the_selection():
+    scores = torch.randn(1, 1, 2, 5)
+    for chosen in (select_top_k(scores, 2, *layout(scores), q_max=7, kv_max=9), select_top_p(scores, 0.5, 0.0, *layout(scores), q_max=7, kv_max=9)):
+        assert (chosen.q_max, chosen.kv_max) == (7, 9)
+    assert select_top_k(scores, 2, *layout(scores)).kv_max == 0
+
+
 def test_no_gradient_and_float64():
     scores = torch.randn(1, 1, 2, 5, dtype=torch.float64, requires_grad=True)
     for impl in ("reference", "cpu"):

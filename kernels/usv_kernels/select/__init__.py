@@ -33,6 +33,8 @@ def select_top_k(
     kv_sizes: Tensor,
     capacity: int | None = None,
     impl: str = "auto",
+    q_max: int = 0,
+    kv_max: int = 0,
 ) -> BlockSelection:
     """Lists the `num_kept` highest-scored key blocks of every query block.
 
@@ -43,6 +45,7 @@ def select_top_k(
         q_starts, q_sizes: (M,) or (B, H, M) int32, layout of the query blocks. kv_starts, kv_sizes: (N,) or (B, H, N).
         capacity: slots of each list. Default num_kept if it is an integer, else N.
         impl: auto | reference | cpu | triton.
+        q_max, kv_max: bounds on the sizes where the caller knows them, see `BlockSelection`; 0: unknown.
 
     Returns:
         BlockSelection with lists of `capacity` slots; slots beyond a row's count hold 0.
@@ -74,7 +77,7 @@ def select_top_k(
         rows = num_kept.to(torch.int32).clamp(1, capacity)
         rows = (rows[:, None] if rows.dim() == 1 else rows).expand(batch, heads, blocks).contiguous()
     counts, lists = _select(scores, rows, num_kept if fixed else 0, 2.0, 0, capacity, impl)
-    return BlockSelection(counts, lists, q_starts, q_sizes, kv_starts, kv_sizes)
+    return BlockSelection(counts, lists, q_starts, q_sizes, kv_starts, kv_sizes, q_max, kv_max)
 
 
 def select_top_p(
@@ -86,6 +89,8 @@ def select_top_p(
     kv_starts: Tensor,
     kv_sizes: Tensor,
     impl: str = "auto",
+    q_max: int = 0,
+    kv_max: int = 0,
 ) -> BlockSelection:
     """Lists key blocks in descending order up to and including the one with which a fraction p of the mass is reached.
 
@@ -107,7 +112,7 @@ def select_top_p(
     impl = resolve("select_top_p", impl, scores, ("reference", "cpu", "triton"))
     rows = torch.full(scores.shape[:3], least, dtype=torch.int32, device=scores.device)
     counts, lists = _select(scores, rows, 0, float(p), least, num_kv, impl)
-    return BlockSelection(counts, lists, q_starts, q_sizes, kv_starts, kv_sizes)
+    return BlockSelection(counts, lists, q_starts, q_sizes, kv_starts, kv_sizes, q_max, kv_max)
 
 
 def _prepare(scores: Tensor, kv_sizes: Tensor) -> Tensor:
