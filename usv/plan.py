@@ -73,10 +73,14 @@ def bin_of(timestep: float, edges: tuple[float, ...]) -> int:
 
 @dataclass(frozen=True)
 class SparsityPlan:
-    """A table of rungs: `rungs[bin][layer]`; `edges` are the bins' upper timesteps, ascending."""
+    """A table of rungs: `rungs[bin][layer]`; `edges` are the bins' upper timesteps, ascending.
+
+    steps: for a few-step student, whether it runs at each bin's upper edge; () where steps are not the plan's to decide.
+    """
 
     edges: tuple[float, ...]
     rungs: tuple[tuple[Rung, ...], ...]
+    steps: tuple[bool, ...] = ()
 
     def __post_init__(self):
         if len(self.edges) != len(self.rungs) or list(self.edges) != sorted(self.edges):
@@ -84,8 +88,14 @@ class SparsityPlan:
                 f"rungs: got {len(self.rungs)} rows for {len(self.edges)} edges {self.edges}, expected one row for each of "
                 "the ascending edges"
             )
+        if self.steps and (len(self.steps) != len(self.edges) or not self.steps[-1]):
+            raise ValueError(
+                f"steps: got {self.steps}, expected one of each of the {len(self.edges)} bins, the last True (pure noise)"
+            )
         if len({len(row) for row in self.rungs}) != 1:
-            raise ValueError(f"rungs: got rows of {sorted({len(r) for r in self.rungs})} layers, expected equal lengths")
+            raise ValueError(
+                f"rungs: got rows of {sorted({len(r) for r in self.rungs})} layers, expected equal lengths"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -100,17 +110,26 @@ class SparsityPlan:
         """The same rung everywhere."""
         return cls(tuple(edges), tuple((rung,) * num_layers for _ in edges))
 
+    def student_timesteps(self) -> list[float]:
+        """The timesteps that run, descending; [] where steps are not decided."""
+        return [edge for edge, run in zip(self.edges, self.steps) if run][::-1]
+
+    def running(self) -> tuple[tuple[Rung, ...], ...]:
+        """The rows that run."""
+        return tuple(row for row, run in zip(self.rungs, self.steps) if run) if self.steps else self.rungs
+
     def merged(self) -> float:
-        """Mean fraction of tokens merged."""
-        return _mean(MERGE_LADDER[rung.merge] for row in self.rungs for rung in row)
+        """Mean fraction of tokens merged in the rows that run."""
+        return _mean(MERGE_LADDER[rung.merge] for row in self.running() for rung in row)
 
     def density(self, num_blocks: int) -> float:
         """Mean fraction of block pairs computed, relative to the blocks that merging leaves."""
-        plans = (layer_plan(rung, num_blocks) for row in self.rungs for rung in row)
+        plans = (layer_plan(rung, num_blocks) for row in self.running() for rung in row)
         return _mean(1.0 if plan is None else plan.num_kept / num_blocks for plan in plans)
 
     def to_dict(self) -> dict:
-        return {"edges": list(self.edges), "rungs": [[[r.density, r.merge] for r in row] for row in self.rungs]}
+        rungs = [[[r.density, r.merge] for r in row] for row in self.rungs]
+        return {"edges": list(self.edges), "rungs": rungs, "steps": list(self.steps)}
 
     @classmethod
     def from_dict(cls, data: dict) -> SparsityPlan:
@@ -122,7 +141,8 @@ class SparsityPlan:
                         f"rungs: got ({density}, {merge}), expected density in 0..{len(DENSITY_LADDER) - 1} and merge in "
                         f"0..{len(MERGE_LADDER) - 1}"
                     )
-        return cls(tuple(data["edges"]), tuple(tuple(Rung(d, m) for d, m in row) for row in data["rungs"]))
+        rungs = tuple(tuple(Rung(d, m) for d, m in row) for row in data["rungs"])
+        return cls(tuple(data["edges"]), rungs, tuple(data.get("steps", ())))
 
 
 def _mean(values) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usv.policy.knapsack import choose
+from usv.policy.knapsack import choose, choose_rows
 
 
 def brute_force(values, costs, budget):
@@ -76,3 +76,33 @@ def test_wan_sized_problem_meets_its_budget_closely():
     values = np.log(costs)[None] * rng.uniform(0.5, 2, (240, 1))
     chosen = choose(values, costs, 0.3, resolution=100)
     assert 0.3 - 0.011 <= costs[chosen].mean() <= 0.3
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000))
+def test_rows_may_be_left_out(seed):
+    """choose_rows against brute force over jumps and choices, with costs on its grid; rows that must run do."""
+    rng = np.random.default_rng(seed)
+    rows, layers, choices = int(rng.integers(1, 4)), int(rng.integers(1, 3)), int(rng.integers(1, 4))
+    units, most = rng.integers(1, 11, choices), 40
+    costs, values = units / 10, rng.normal(size=(rows, layers, choices))
+    jump = rng.normal(size=rows)
+    jump[-1] = -np.inf
+    budget = max(most / 10, layers * costs.min()) / (rows * layers)  # 40 units of a tenth
+    chosen = choose_rows(values, costs, jump, budget, round(budget * rows * layers * 10))
+    best = -np.inf
+    options = [-1, *itertools.product(range(choices), repeat=layers)]
+    for pick in itertools.product(options, repeat=rows):
+        spent = sum(costs[c] for p in pick if p != -1 for c in p)
+        if spent <= budget * rows * layers + 1e-9:
+            worth = sum(jump[r] if p == -1 else sum(values[r, i, c] for i, c in enumerate(p)) for r, p in enumerate(pick))
+            best = max(best, worth)
+    assert (chosen[-1] >= 0).all() and all((row >= 0).all() or (row == -1).all() for row in chosen)
+    assert sum(costs[c] for c in chosen[chosen >= 0]) <= budget * rows * layers + 1e-9
+    got = sum(jump[r] if row[0] < 0 else sum(values[r, i, c] for i, c in enumerate(row)) for r, row in enumerate(chosen))
+    assert got == pytest.approx(best, abs=1e-9)
+
+
+def test_steps_that_must_run_above_the_budget_are_refused():
+    with pytest.raises(ValueError, match="the steps that must run cost 0.2500"):
+        choose_rows(np.zeros((2, 1, 1)), np.array([0.5]), np.array([0.0, -np.inf]), 0.2)

@@ -320,3 +320,27 @@ def test_an_axis_left_out_stays_dense(name, axis, kept):
         loss.backward()
         assert all(torch.isfinite(p.grad).all() for p in policy.parameters())
         assert float(policy.cell.grad.abs().sum()) > 0
+
+
+def test_steps_are_learned_under_the_same_budget():
+    """Of five candidate steps two hurt when jumped; at a budget of two dense forwards those two and pure noise stay."""
+    edges = timestep_bins(6, 3.0)
+    policy = GumbelPolicy(edges, LAYERS, COSTS, axes=["density"], steps=True)
+    for bin in range(5):
+        for _ in range(4):
+            policy.observe_jump(bin, 2.0 if bin in (1, 3) else 0.01)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
+    target = 3 * 0.6 / 6
+    for step in range(300):
+        policy.tau = 0.2 ** (step / 300)
+        optimizer.zero_grad()
+        policy.loss(target).backward()
+        optimizer.step()
+    plan = policy.decode(target)
+    assert plan.steps == (False, True, False, True, False, True)
+    assert plan.student_timesteps() == [edges[5], edges[3], edges[1]]
+    assert plan_cost(plan, SHAPE, LAYOUT) * sum(plan.steps) / 6 <= target + 1e-9
+    again = type(plan).from_dict(plan.to_dict())
+    assert again == plan
+    sampled = [policy.decide_steps(seeded(i)) for i in range(20)]
+    assert all(steps[-1] for steps in sampled)

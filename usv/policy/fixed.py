@@ -11,7 +11,12 @@ from usv.policy import AXES, Decisions, allowed
 
 
 def uniform_plan(
-    edges, num_layers: int, costs: Sequence[float], target: float, merge: int | None = None, axes: Sequence[str] = tuple(AXES)
+    edges,
+    num_layers: int,
+    costs: Sequence[float],
+    target: float,
+    merge: int | None = None,
+    axes: Sequence[str] = tuple(AXES),
 ) -> SparsityPlan:
     """The uniform plan of a cost: between the two neighbouring rungs that straddle the target, in the share that meets it.
 
@@ -48,7 +53,13 @@ class StaticPolicy:
     """The same cost everywhere, warmed down with the budget."""
 
     def __init__(self, edges, num_layers: int, costs: Sequence[float], merge: int | None = None, axes=tuple(AXES)):
-        self.edges, self.num_layers, self.costs, self.merge, self.axes = tuple(edges), num_layers, list(costs), merge, tuple(axes)
+        self.edges, self.num_layers, self.costs, self.merge, self.axes = (
+            tuple(edges),
+            num_layers,
+            list(costs),
+            merge,
+            tuple(axes),
+        )
         self.target = 1.0
 
     def decide(self, bin: int, generator: torch.Generator) -> Decisions:
@@ -81,7 +92,13 @@ class EntropyPolicy:
     """
 
     def __init__(
-        self, edges, num_layers: int, costs: Sequence[float], gamma: float = 1.0, merge_share: float = 0.5, axes=tuple(AXES)
+        self,
+        edges,
+        num_layers: int,
+        costs: Sequence[float],
+        gamma: float = 1.0,
+        merge_share: float = 0.5,
+        axes=tuple(AXES),
     ):
         self.axes = tuple(axes)
         self.edges, self.num_layers, self.costs = tuple(edges), num_layers, dict(zip(RUNGS, costs))

@@ -1,13 +1,18 @@
 """The learned policy: a categorical over the ladders for every (timestep bin, layer), sampled by Gumbel-max.
 
     logits[t, l, axis] = time[t] + layer[l] + cell[t, l] + content · entropy[t, l]      p = softmax(logits / tau)
-    minimise  mean over cells of  Σ_r p_r · damage_r   +   λ1 · Δ + λ2 · Δ²  −  β · H(p),     Δ = E[cost] − target
+    step[t]: whether a few-step student runs at the t-th of its candidate timesteps at all,       run = sigmoid(step / tau)
+    minimise  Σ_t [ run_t · Σ_l Σ_r p_r · damage_r + (1 − run_t) · damage of the jump ] / cells  +  λ1 · Δ + λ2 · Δ²  −  β · H,
+              Δ = E[cost] − target,  the cost of a jumped step being zero
 
 A hard choice gives the rungs that did not run no gradient. So in each forward a few layers also run a neighbouring rung and mix
 both updates half and half; d loss / d mix is then loss(other) − loss(rung) for a loss quadratic in the update. A cell is probed
 once in tens of steps, so these differences are remembered: `damage` is their running mean per (bin, layer, axis, pair),
 and its cumulative sum along the ladder is what p is averaged over at *every* step. The budget is an augmented Lagrangian
 on the exact expected cost; λ1 follows the violation.
+
+Steps: the candidates are the upper edges of the bins, so a bin is a step; the first (pure noise) always runs. The damage of a
+jump is the difference of two rollouts that share noise and all other steps, one with and one without it.
 """
 
 from __future__ import annotations
@@ -38,16 +43,21 @@ class GumbelPolicy(nn.Module):
         budget_rate: float = 0.02,
         init_keep: float = 3.0,
         axes: Sequence[str] = tuple(AXES),
+        steps: bool = False,
     ):
         super().__init__()
         self.edges, self.num_layers, self.probes, self.tau = tuple(edges), num_layers, probes, tau
-        self.entropy_bonus, self.memory = entropy_bonus, memory
+        self.entropy_bonus, self.memory, self.init_keep = entropy_bonus, memory, init_keep
         self.budget_quadratic, self.budget_rate = budget_quadratic, budget_rate
         bins, width = len(self.edges), sum(AXES.values())
         self.time = nn.Parameter(torch.zeros(bins, 1, width))
         self.layer = nn.Parameter(torch.zeros(1, num_layers, width))
         self.cell = nn.Parameter(torch.zeros(bins, num_layers, width))
         self.content = nn.Parameter(torch.zeros(width))
+        self.steps = steps
+        self.step = nn.Parameter(torch.zeros(bins)) if steps else None
+        self.register_buffer("jump_damage", torch.zeros(bins))
+        self.register_buffer("jump_seen", torch.zeros(bins))
         keep = torch.zeros(width)
         keep[0] = keep[AXES["density"]] = init_keep
         self.axes = tuple(axes)
@@ -68,6 +78,25 @@ class GumbelPolicy(nn.Module):
 
     def probabilities(self) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple((axis / self.tau).softmax(-1) for axis in self.logits())
+
+    def run_probability(self) -> torch.Tensor:
+        """(bins,) probability that the step at each bin's upper edge runs; 1 where steps are not decided."""
+        if not self.steps:
+            return self.jump_damage.new_ones(len(self.edges))
+        run = ((self.step + self.init_keep) / self.tau).sigmoid()
+        return torch.cat([run[:-1], torch.ones_like(run[-1:])])
+
+    @torch.no_grad()
+    def decide_steps(self, generator: torch.Generator) -> tuple[bool, ...]:
+        """Which candidate steps a rollout runs, by bin."""
+        return tuple((torch.rand(len(self.edges), generator=generator) < self.run_probability()).tolist())
+
+    @torch.no_grad()
+    def observe_jump(self, bin: int, damage: float) -> None:
+        """`damage`: how much worse the rollout without this step was, relative to the one with it."""
+        self.jump_seen[bin] += 1
+        rate = max(self.memory, 1 / float(self.jump_seen[bin]))
+        self.jump_damage[bin] += rate * (damage - self.jump_damage[bin])
 
     @torch.no_grad()
     def decide(self, bin: int, generator: torch.Generator) -> Decisions:
@@ -116,18 +145,25 @@ class GumbelPolicy(nn.Module):
         return tuple(axis.cumsum(-1) for axis in self.filled_damage().split(list(AXES.values()), dim=-1))
 
     def expected_cost(self) -> torch.Tensor:
-        """E[cost] over bins and layers as a fraction of dense, exact and differentiable."""
+        """E[cost] over bins and layers as a fraction of dense, exact and differentiable; a jumped step costs nothing."""
         density, merge = self.probabilities()
-        return torch.einsum("tlm,md,tld->tl", merge, self.costs, density).mean()
+        cells = torch.einsum("tlm,md,tld->tl", merge, self.costs, density)
+        return (self.run_probability()[:, None] * cells).mean()
 
     def gate_entropy(self) -> torch.Tensor:
         """Mean entropy of the two categoricals, 1 = uniform."""
         parts = [-(p * p.clamp_min(1e-9).log()).sum(-1).mean() / np.log(p.shape[-1]) for p in self.probabilities()]
+        if self.steps:
+            run = self.run_probability()[:-1]
+            both = torch.stack([run, 1 - run])
+            parts.append(-(both * both.clamp_min(1e-9).log()).sum(0).mean() / np.log(2))
         return sum(parts) / len(parts)
 
     def loss(self, target: float) -> torch.Tensor:
         excess = self.expected_cost() - target
-        damage = sum((p * d).sum(-1).mean() for p, d in zip(self.probabilities(), self.rung_damage()))
+        run = self.run_probability()
+        damage = sum((run[:, None] * (p * d).sum(-1)).mean() for p, d in zip(self.probabilities(), self.rung_damage()))
+        damage = damage + ((1 - run) * self.jump_damage).mean() / self.num_layers
         with torch.no_grad():
             self.multiplier.add_(self.budget_rate * excess.detach()).clamp_(min=0)
         budget = self.multiplier * excess + self.budget_quadratic * excess.clamp_min(0) ** 2
@@ -137,16 +173,25 @@ class GumbelPolicy(nn.Module):
     def decode(self, target: float) -> SparsityPlan:
         """Knapsack over log p, with the price that the Lagrangian put into p taken out: λ·cost is linear in the chosen."""
         density, merge = (axis.double().log_softmax(-1) for axis in self.logits())
-        values = (merge[..., :, None] + density[..., None, :]).flatten(2).flatten(0, 1).cpu().numpy()
+        values = (merge[..., :, None] + density[..., None, :]).flatten(2).cpu().numpy()
         costs = self.costs.flatten().double().cpu().numpy()
-        chosen = knapsack.choose(values, costs, target)
-        rows = [tuple(RUNGS[i] for i in row) for row in chosen.reshape(len(self.edges), self.num_layers)]
-        return SparsityPlan(self.edges, tuple(rows))
+        if not self.steps:
+            chosen = knapsack.choose(values.reshape(-1, len(RUNGS)), costs, target).reshape(values.shape[:2])
+            return SparsityPlan(self.edges, tuple(tuple(RUNGS[i] for i in row) for row in chosen))
+        values -= values.max(2, keepdims=True)  # a row that runs with its likeliest rungs costs no likelihood
+        run = self.run_probability().double().clamp(1e-9, 1 - 1e-9).cpu().numpy()
+        jump = np.log1p(-run) - np.log(run)
+        jump[-1] = -np.inf
+        chosen = knapsack.choose_rows(values, costs, jump, target)
+        runs = tuple(bool(row[0] >= 0) for row in chosen)
+        chosen = np.where(chosen < 0, values.argmax(2), chosen)  # training still passes through the bins of jumped steps
+        return SparsityPlan(self.edges, tuple(tuple(RUNGS[i] for i in row) for row in chosen), runs)
 
     @torch.no_grad()
     def summary(self) -> dict[str, float]:
         density, merge = self.probabilities()
-        return {
+        steps = {"expected_steps": float(self.run_probability().sum())} if self.steps else {}
+        return steps | {
             "gate_entropy": float(self.gate_entropy()),
             "temperature": float(self.tau),
             "expected_cost": float(self.expected_cost()),

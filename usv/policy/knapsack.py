@@ -1,4 +1,4 @@
-"""Multi-choice knapsack: one rung for each cell of the plan, best total value within a mean cost.
+"""Multi-choice knapsack: one rung for each cell of the plan, best total value within a mean cost; whole rows may be jumped.
 
 Exact up to the rounding of costs to a grid of `resolution` per cell; costs are rounded up, so the budget is never exceeded.
 """
@@ -52,4 +52,77 @@ def choose(values: np.ndarray, costs: np.ndarray, mean_budget: float, resolution
     for cell in reversed(range(cells)):
         chosen[cell] = taken[cell, position]
         position -= weight[cell, chosen[cell]]
+    return chosen
+
+
+def choose_rows(
+    values: np.ndarray, costs: np.ndarray, jump: np.ndarray, mean_budget: float, most: int = 2500
+) -> np.ndarray:
+    """As `choose`, for a table whose rows (steps) may also be left out at no cost.
+
+    Args:
+        values: (rows, layers, choices), to be maximised in sum over the rows that run.
+        costs: (choices,), each in [0, 1].
+        jump: (rows,), value of leaving a row out; -inf forbids.
+        mean_budget: bound on the sum of costs / (rows · layers).
+        most: units that the budget is divided into.
+
+    Returns:
+        (rows, layers) int, index of the choice, -1 in rows that are left out.
+
+    Raises:
+        ValueError: the rows that must run exceed the budget at their cheapest.
+    """
+    rows, layers, choices = values.shape
+    budget = mean_budget * rows * layers
+    least = np.where(np.isfinite(values), costs, np.inf).min(2).sum(1)
+    if least[~np.isfinite(jump)].sum() > budget + 1e-9:
+        needed = least[~np.isfinite(jump)].sum() / (rows * layers)
+        raise ValueError(
+            f"budget: got {mean_budget:.4f}, but the steps that must run cost {needed:.4f}; give at least that"
+        )
+    unit = budget / most
+    weight = np.ceil(costs / unit - 1e-9).astype(int)
+    best, history = np.full(most + 1, -np.inf), []
+    best[0] = 0.0
+    for row in range(rows):
+        inside = np.full(most + 1, -np.inf)  # value of this row's layers at each cost
+        inside[0] = 0.0
+        taken = np.zeros((layers, most + 1), dtype=np.int16)
+        for layer in range(layers):
+            following = np.full(most + 1, -np.inf)
+            for choice in range(choices):
+                w = weight[choice]
+                if w > most or not np.isfinite(values[row, layer, choice]):
+                    continue
+                candidate = inside[: most + 1 - w] + values[row, layer, choice]
+                better = candidate > following[w:]
+                following[w:][better] = candidate[better]
+                taken[layer, w:][better] = choice
+            inside = following
+        following, spent = best + jump[row], np.full(most + 1, -1)
+        for w in np.flatnonzero(np.isfinite(inside)):
+            candidate = best[: most + 1 - w] + inside[w]
+            better = candidate > following[w:]
+            following[w:][better] = candidate[better]
+            spent[w:][better] = w
+        history.append((spent, taken))
+        best = following
+    if not np.isfinite(best).any():  # only rounding stands between
+        cheapest = np.where(np.isfinite(values), costs, np.inf).argmin(2)
+        return np.where(np.isfinite(jump)[:, None], -1, cheapest)
+    return _walk_back(history, weight, int(np.argmax(best)), layers)
+
+
+def _walk_back(history: list, weight: np.ndarray, position: int, layers: int) -> np.ndarray:
+    chosen = np.full((len(history), layers), -1)
+    for row in reversed(range(len(history))):
+        spent, taken = history[row]
+        used = spent[position]
+        if used < 0:
+            continue
+        position -= used
+        for layer in reversed(range(layers)):
+            chosen[row, layer] = taken[layer, used]
+            used -= weight[chosen[row, layer]]
     return chosen
