@@ -41,6 +41,33 @@ def rollout(call: Callable, noise: torch.Tensor, timesteps: Sequence[float]) -> 
     return x0
 
 
+@torch.no_grad()
+def teacher_residual(x0, text, empty, teacher, guidance_scale: float, generator: torch.Generator, levels: int = 4) -> float:
+    """How far the guided teacher would move samples x0 (B, …): mean ‖x0 − teacher's x0‖² over noise levels 0.3 to 0.9.
+
+    A scalar that falls as samples come closer to what the teacher makes; it needs no reference clip.
+    """
+    total = 0.0
+    for level in range(levels):
+        sigma = torch.full((len(x0),), 0.3 + 0.6 * (level + 0.5) / levels, device=x0.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        x_t = flow.interpolate(x0, noise, sigma)
+        velocity = distill.guided_velocity(teacher, x_t, 1000 * sigma, text, empty, guidance_scale)
+        total += float((x0 - flow.x0_from_velocity(x_t, velocity.float(), sigma)).square().mean())
+    return total / levels
+
+
+@torch.no_grad()
+def jump_damage(call: Callable, judge: Callable, noise: torch.Tensor, edges: Sequence[float], steps: Sequence[bool], bin: int) -> float:
+    """Relative rise of `judge(x0)` when the step of `bin` is jumped; noise and all other steps are shared.
+
+    edges: candidate timesteps, ascending. steps: which of them run, by bin.
+    """
+    ladders = [[e for i, (e, run) in enumerate(zip(edges, steps)) if (run if i != bin else keep)][::-1] for keep in (True, False)]
+    kept, jumped = (judge(rollout(call, noise, ladder)) for ladder in ladders)
+    return (jumped - kept) / max(kept, 1e-12)
+
+
 class Critic:
     """The network that learns the distribution of the student's samples, with its own optimiser.
 
