@@ -10,7 +10,7 @@ from usv import flow
 from usv.checkpoint import Student
 from usv.generate import load_pipeline
 from usv.grid import Tile
-from usv.matching import Critic, random_rollout, rollout
+from usv.matching import Critic, jump_damage, random_rollout, rollout, teacher_residual
 from usv.models.wan import SparseWan
 from usv.sampler import StudentScheduler, renoise
 
@@ -104,3 +104,29 @@ def test_matching_pulls_samples_to_the_teacher_and_away_from_the_critic():
     before = critic.model.x0.detach().clone()
     critic.update(torch.zeros(2, *shape[1:]), text, torch.Generator().manual_seed(0))
     assert float((critic.model.x0.detach() - before).min()) > 0  # the critic follows the samples, from −1 up to 0
+
+
+def test_damage_of_a_jump_is_the_difference_of_two_rollouts():
+    """Each step that runs halves the error here; what the others do is the same in both rollouts."""
+    edges, steps = (300.0, 600.0, 1000.0), (True, False, True)
+    asked = []
+
+    def call(x, t):
+        asked.append(float(t[0]))
+        return torch.zeros_like(x)
+
+    def judge(x0):
+        ladder = tuple(asked)
+        asked.clear()
+        return {(1000.0, 300.0): 2.0, (1000.0,): 3.0, (1000.0, 600.0, 300.0): 1.0}[ladder]
+
+    noise = torch.randn(1, 2, 3, 4, 4)
+    assert jump_damage(call, judge, noise, edges, steps, 0) == pytest.approx(0.5)
+    assert jump_damage(call, judge, noise, edges, steps, 1) == pytest.approx(1.0)
+
+
+def test_residual_is_nothing_on_the_teacher_and_grows_away_from_it():
+    clip = torch.randn(1, 2, 3, 4, 4)
+    teacher = lambda x_t, t, text: ((x_t - clip) / flow.expand(t / 1000, x_t), {})  # noqa: E731
+    judge = lambda x0: teacher_residual(x0, torch.zeros(1, 1, 1), torch.zeros(1, 1), teacher, 1.0, torch.Generator().manual_seed(0))  # noqa: E731
+    assert judge(clip) < 1e-8 and judge(clip + 0.1) == pytest.approx(0.01, rel=1e-3)
