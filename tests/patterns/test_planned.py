@@ -21,7 +21,7 @@ from usv.patterns.protocol import Clock, PatternState, attend, plan_recall
 from usv.plan import LayerPlan, Rung, SparsityPlan, timestep_bins
 
 GRID, TILE = TokenGrid(5, 4, 4), Tile(*tiny.TILE)  # 80 tokens in 8 tiles
-CLUSTERS = {"q_clusters": 6, "k_clusters": 20}
+CLUSTERS = {"q_clusters": 12, "k_clusters": 32}
 OPTIONS = {"svg": {"block": 4}, "svg2": CLUSTERS, "radial": {"block": 4}, "sliding_tile": {"tile": (1, 2, 2)},
            "tile_top_k": {"tile": (1, 2, 2)}}  # fmt: skip
 EDGES = timestep_bins(2, 3.0)
@@ -135,7 +135,8 @@ def test_every_layer_and_step_runs_at_the_density_of_its_plan(pipe):
     assert [(c.layer, c.step) for c in record.calls] == [(layer, step) for layer, step, _ in planned]
     assert len({density for *_, density in planned}) == 2, "the case must hold two densities"
     for call, (_, _, wanted) in zip(record.calls, planned):
-        assert wanted * 0.95 <= call.density <= wanted and 0 < call.recall < 1
+        # 80 tokens in 12 × 32 clusters: one pair of clusters is a few hundredths of a rung.
+        assert wanted * 0.9 <= call.density <= wanted and 0 < call.recall < 1
     assert record.mean_density() == pytest.approx(density, rel=0.05)
     text = usv.summary(pipe)
     assert "blocks by SVG2(" in text and "cluster" in text and "recall" in text
