@@ -11,6 +11,7 @@ With distill=consistency the student learns where the teacher's flow ends, for f
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -19,7 +20,6 @@ from pathlib import Path
 
 import hydra
 import torch
-from accelerate import Accelerator
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -30,8 +30,10 @@ from usv.cpu import keep_freed_memory
 from usv.dry_run import report
 from usv.models.wan import Probe
 from usv.plan import bin_of
-from usv.tracking import Tracker
-from usv.training import Run, budget_at, build, log_step, precision, resume, save, temperature_at, validate
+from usv.run_state import resume, save
+from usv.runtime import RankError, launched, lost_ranks, start
+from usv.tracking import Silent, Tracker
+from usv.training import Run, budget_at, build, log_step, temperature_at, validate
 
 ROOT = Path(__file__).resolve().parent
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
@@ -40,44 +42,46 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 def train(config: TrainConfig) -> Path:
     """The whole job; returns the student's folder."""
     keep_freed_memory()
-    accelerator = Accelerator(mixed_precision=precision(config))
-    run = build(config, accelerator)
-    tracker = Tracker(config.logger, run.folder, asdict(config), run.folder.name)
+    accelerator, ranks = start(config)
+    run = build(config, accelerator, ranks)
+    tracker = Tracker(config.logger, run.folder, asdict(config), run.folder.name) if ranks.first else Silent()
     resume(run)
     stop = {"asked": False}
     signal.signal(signal.SIGINT, lambda *_: stop.update(asked=True))  # Ctrl-C: finish the step, save, leave
-    bar = tqdm(total=config.optim.steps, initial=run.step, desc=run.folder.name, dynamic_ncols=True)
-    saved = time.monotonic()
+    bar = tqdm(total=config.optim.steps, initial=run.step, desc=run.folder.name, dynamic_ncols=True, disable=not ranks.first)
+    saved, stopped = time.monotonic(), False
     batches = iter(run.data)
-    while run.step < config.optim.steps and not stop["asked"]:  # a batch taken is trained on: the data's position is saved
-        record = step(run, next(batches), accelerator)
+    while run.step < config.optim.steps and not stopped:  # a batch taken is trained on: the data's position is saved
+        record = step(run, next(batches))
         run.step += 1
         bar.update(1)
         bar.set_postfix(record.brief())
         log_step(run, record, tracker)
         if run.step % config.logger.validate_every == 0 or run.step == config.optim.steps:
             validate(run, tracker)
-        if time.monotonic() - saved > config.runtime.checkpoint_seconds:
+        stopped, due = ranks.any(stop["asked"], time.monotonic() - saved > config.runtime.checkpoint_seconds)
+        if due and not run.skipped_in_a_row:
             save(run)
             saved = time.monotonic()
     bar.close()
     student = save(run)
     tracker.close()
     state = "stopped, resume=auto goes on" if run.step < config.optim.steps else "finished"
-    print(f"{state} at step {run.step}; student: {student}")
+    if ranks.first:
+        print(f"{state} at step {run.step}; student: {student}" + (f"; {run.skipped} steps skipped" if run.skipped else ""))
     return student
 
 
-def step(run: Run, batch: dict, accelerator: Accelerator):
+def step(run: Run, batch: dict):
     """One optimiser step."""
     config, record = run.config, run.record()
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + run.step)
     x0, text = batch["latents"].to(run.device), batch["text"].to(run.device)
 
     # 1. noise levels within one bin, so that the whole batch runs one plan of static shape
-    u = (run.bin_order(run.step) + flow.stratified_uniform(len(x0), generator)) / len(run.edges)
+    u = (run.bin_order(run.step) + flow.stratified_uniform(len(x0), generator, run.share)) / len(run.edges)
     sigma = flow.shift_sigma(u, config.model.flow_shift).to(run.device)
-    noise = torch.randn(x0.shape, generator=generator).to(run.device)
+    noise = flow.normal(x0.shape, generator, run.share).to(run.device)
     x_t, timestep = flow.interpolate(x0, noise, sigma), 1000 * sigma
 
     # 2. how sparse
@@ -86,7 +90,7 @@ def step(run: Run, batch: dict, accelerator: Accelerator):
     probes = {p.layer: Probe(p.other, torch.tensor(0.5, device=run.device, requires_grad=True)) for p in decisions.probes}
 
     # 3. teacher and student at the same point, through the same code
-    with accelerator.autocast():
+    with run.engine.autocast():
         wanted = distill.guided_velocity(run.teacher, x_t, timestep, text, run.empty, config.model.guidance_scale)
         if config.distill.name == "consistency":
             following = flow.shift_sigma((u - 1 / config.distill.solver_steps).clamp_min(0), config.model.flow_shift).to(run.device)
@@ -102,20 +106,34 @@ def step(run: Run, batch: dict, accelerator: Accelerator):
             loss = loss + config.distill.distribution * judged
     policy_loss = run.policy_loss(target_cost)
 
-    # 4. one backward for both
-    accelerator.backward(loss if policy_loss is None else loss + policy_loss)
-    norm = accelerator.clip_grad_norm_(run.student.parameters(), config.optim.grad_clip)
-    if not math.isfinite(loss.item() + float(norm)):
-        run.fail(f"loss {loss.item()}, gradient norm {float(norm)} at step {run.step}, timestep bin {decisions.bin}")
-    run.observe(decisions, probes, stats, loss.item())
-    run.optimizer_step(policy_loss)
+    # 4. backward and step of both; a step that is not finite on any rank is skipped on all
+    total, norm = run.update(loss, policy_loss)
+    if not math.isfinite(norm):
+        run.skip(f"loss {total}, gradient norm {norm} at step {run.step}, timestep bin {decisions.bin}")
+        record.skip(run.skipped)
+        return record
+    run.observe(decisions, probes, stats, total)
+    if run.decides_steps():  # one candidate step: a rollout with it and one without, judged by the teacher
+        probe_step(run, noise, text, generator)
     if samples is not None:
         for _ in range(config.distill.critic_updates):
             critic_loss = run.critic.update(samples.detach(), text, generator)
-    record.fill(loss=loss.item(), norm=float(norm), decisions=decisions, stats=stats, target_cost=target_cost)
+    record.fill(loss=total, norm=norm, decisions=decisions, stats=stats, target_cost=target_cost)
     if samples is not None:
         record.values |= {"loss/distribution": judged.item(), "loss/critic": critic_loss}
     return record
+
+
+def probe_step(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> None:
+    """Tell the policy what jumping one of its candidate steps does to the student's samples."""
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    steps, bin = run.policy.decide_steps(generator), int(torch.randint(len(run.edges) - 1, (1,), generator=generator))
+    rungs = {edge: run.rungs_at(edge, generator) for edge in run.edges}
+    call = lambda x, t: run.student(x, t, text, rungs[run.edges[bin_of(float(t[0]), run.edges)]], None, run.config.attention.impl)[0]  # noqa: E731
+    judge = lambda x0: matching.teacher_residual(  # noqa: E731
+        x0, text, run.empty, run.teacher, run.config.model.guidance_scale, torch.Generator().manual_seed(seed)
+    )
+    run.policy.observe_jump(bin, matching.jump_damage(call, judge, noise, run.edges, steps, bin))
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -126,9 +144,13 @@ def main(config: DictConfig) -> None:
         if settings.dry_run:
             report(settings)
         else:
-            train(settings)
+            with lost_ranks(launched()):
+                train(settings)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except RankError as error:
+        print(f"RankError: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # leaving the ordinary way waits for the process that is gone
 
 
 if __name__ == "__main__":

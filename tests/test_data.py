@@ -284,3 +284,67 @@ def test_another_model_is_refused(tmp_path):
     (model / "vae" / "config.json").write_text(json.dumps({"latents_std": [1.0, 3.0]}))
     with pytest.raises(DataError, match="its vae and text_encoder differ"):
         ShardDataset(folder, 4, model=model)
+
+
+# ---- several datasets, remote data -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Samples 0–3 and 4–13."""
+    return [make_folder(tmp_path / "few", (4,)), make_folder(tmp_path / "many", (6, 4), first=4)]
+
+
+def test_weights_are_shares_whatever_the_sizes(pair):
+    """Half of every epoch from each of 4 and 10 samples; within its own stream no sample comes back before all were seen."""
+    dataset = ShardDataset(pair, 1, seed=1, drop_text=0.0, weights=[1.0, 1.0])
+    numbers = [int(b["index"]) for b in take(dataset, 14 * 5)]
+    for epoch in range(5):
+        part = numbers[14 * epoch : 14 * (epoch + 1)]
+        assert sum(n < 4 for n in part) == 7
+    orders = [dataset.order(epoch)[0] for epoch in range(5)]
+    assert [n for order in orders for n in order.tolist()] == numbers
+    counts = torch.bincount(torch.tensor(numbers), minlength=14)
+    assert counts[:4].max() - counts[:4].min() <= 1 and counts[4:].max() - counts[4:].min() <= 1
+    assert orders[0].tolist() != orders[1].tolist()
+    uneven = ShardDataset(pair, 1, weights=[3.0, 1.0])
+    assert sum(int(n) < 4 for n in uneven.order(0)[0]) == 11  # 10.5, the larger remainder first
+
+
+def test_weighted_order_resumes_exactly_on_any_number_of_ranks(pair):
+    whole = take(ShardDataset(pair, 4, seed=2, weights=[2.0, 1.0]), 9)
+    first = ShardDataset(pair, 4, seed=2, weights=[2.0, 1.0])
+    take(first, 4)
+    state = json.loads(json.dumps(first.state_dict()))
+    ranks = [ShardDataset(pair, 2, seed=2, rank=r, world_size=2, weights=[2.0, 1.0]) for r in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    for batch, left, right in zip(whole[4:], *(take(rank, 5) for rank in ranks)):
+        assert torch.equal(batch["index"], torch.cat([left["index"], right["index"]]))
+        assert torch.equal(batch["text"], torch.cat([left["text"], right["text"]]))
+    with pytest.raises(DataError, match="streams was"):
+        ShardDataset(pair, 4, seed=2, weights=[1.0, 1.0]).load_state_dict(state)
+    for weights in ([1.0], [1.0, 0.0]):
+        with pytest.raises(DataError, match="one above 0 for each"):
+            ShardDataset(pair, 4, weights=weights)
+
+
+def test_remote_shards_are_those_at_home(folder, tmp_path):
+    """Through fsspec's memory file system: the same batches, each shard fetched once and whole, errors that name the URL."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/bucket/clips", recursive=True)
+    cache = tmp_path / "cache"
+    remote = ShardDataset("memory://bucket/clips", 4, seed=3, cache_folder=cache)
+    assert same(take(remote, 5), take(ShardDataset(folder, 4, seed=3), 5))
+    assert len(list(cache.iterdir())) == 3 and not list(cache.glob(".*"))
+    single = ShardDataset("memory://bucket/clips/train-00001.tar", 1, shuffle=False, repeat=False, cache_folder=cache)
+    assert [int(b["index"]) for b in single] == [0, 1, 2]
+    memory.rm("/bucket/clips/train-00002.tar")
+    again = ShardDataset("memory://bucket/clips", 14, cache_folder=tmp_path / "empty")
+    with pytest.raises(DataError, match="memory://bucket/clips/train-00002.tar: cannot be fetched"):
+        take(again, 1)
+    assert not list((tmp_path / "empty").glob(".*"))
+    with pytest.raises(DataError, match="memory://bucket/none/index.json: cannot be read"):
+        ShardDataset("memory://bucket/none", 4)

@@ -1,5 +1,6 @@
 """train.py and infer.py on a tiny world: kill, Ctrl-C and NaN lose nothing, resuming changes nothing, errors are one line."""
 
+import errno
 import json
 import os
 import runpy
@@ -67,7 +68,8 @@ def watched(monkeypatch):
         seen = {}
 
         def spy(run, record, tracker):
-            seen[run.step] = (record.values["loss/velocity"], record.values["optim/gradient_norm"])
+            if "loss/velocity" in record.values:  # not of a skipped step
+                seen[run.step] = (record.values["loss/velocity"], record.values["optim/gradient_norm"])
             original(run, record, tracker)
             if at and run.step in at:
                 at[run.step](run)
@@ -146,6 +148,22 @@ def test_gradient_checkpointing_trains_the_same(make, watched, tmp_path):
     assert plain == again
 
 
+def test_steps_are_decided_with_the_rungs(make, watched, tmp_path):
+    """policy.steps: jumps are measured, the plan says which steps run, the student samples with those, the budget is all steps'."""
+    config = make(tmp_path / "run")
+    config.policy.steps, config.policy.bins, config.policy.budget, config.distill.name = True, 3, 0.4, "consistency"
+    seen = []
+    watched(config, at={4: lambda run: seen.append(run.policy.jump_seen.clone())})
+    assert float(seen[0].sum()) == 4 and float(seen[0][-1]) == 0  # a jump a step; pure noise is never jumped
+    record = read_config(tmp_path / "run" / "student")
+    plan = SparsityPlan.from_dict(record["plan"])
+    assert len(plan.steps) == 3 and plan.steps[-1]
+    assert record["sampling"]["student_timesteps"] == plan.student_timesteps()
+    last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    cost = [line["validation/plan_cost"] for line in last if "validation/plan_cost" in line][-1]
+    assert cost * sum(plan.steps) / 3 <= 0.4 + 1e-6
+
+
 def test_few_steps_from_a_velocity_student(make, watched, tmp_path):
     """distill=few_step on the plan of another run: the plan is inherited, the critic learns, resume is exact."""
     first = make(tmp_path / "first", steps=2)
@@ -169,29 +187,94 @@ def test_few_steps_from_a_velocity_student(make, watched, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_damaged_data_stops_before_it_spoils_anything(make, watched, tmp_path, monkeypatch):
-    """NaN in the fourth batch: a report, the checkpoint of step 3 untouched, and from it the run goes on as if nothing was."""
-    whole, _, _ = watched(make(tmp_path / "whole"))
-    config = make(tmp_path / "run")
-    config.runtime.checkpoint_seconds = 0.0
+@pytest.fixture
+def poison(monkeypatch):
+    """NaN in the training batches of these numbers, counted from 1; gives the patch, to be undone."""
     original, count = ShardDataset._batch, []
 
     def poisoned(self, epoch, position):
         batch = original(self, epoch, position)
         if self.repeat:
             count.append(1)
-            if len(count) == 4:
+            if len(count) in poison.numbers:
                 batch["latents"][0, 0, 0] = float("nan")
         return batch
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardDataset, "_batch", poisoned)
-        with pytest.raises(FloatingPointError, match=r"loss nan.* at step 3.*last good checkpoint is in .*state"):
-            watched(config)
+    def poison(numbers):
+        poison.numbers = numbers
+        monkeypatch.setattr(ShardDataset, "_batch", poisoned)
+        return lambda: monkeypatch.setattr(ShardDataset, "_batch", original)
+
+    return poison
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(make, watched, poison, tmp_path):
+    poison({4})
+    config = make(tmp_path / "run", "static")
+    seen, weights, _ = watched(config)
+    assert sorted(seen) == [1, 2, 3, 5, 6, 7, 8] and all(torch.isfinite(w).all() for w in weights.values())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["optim/skipped_steps"]) for x in lines if "optim/skipped_steps" in x] == [(4, 1.0)]
+    assert torch.load(tmp_path / "run" / "state" / "trainer.pt", weights_only=True)["skipped"] == 1
+
+
+def test_damaged_data_stops_before_it_spoils_anything(make, watched, poison, tmp_path):
+    """NaN from the fourth batch on: a report, the checkpoint of step 3 untouched, and from it the run goes on as if nothing was."""
+    whole, _, _ = watched(make(tmp_path / "whole"))
+    config = make(tmp_path / "run")
+    config.runtime.checkpoint_seconds = 0.0
+    mend = poison(range(4, 100))
+    with pytest.raises(FloatingPointError, match=r"loss nan.* at step 7.*5 steps in a row.*last good checkpoint is in .*state"):
+        watched(config)
+    mend()
     assert torch.load(tmp_path / "run" / "state" / "trainer.pt", weights_only=True)["step"] == 3
-    assert json.loads((tmp_path / "run" / "failure.json").read_text())["step"] == 3
+    assert json.loads((tmp_path / "run" / "failure.json").read_text())["step"] == 7
     resumed, _, _ = watched(config)
     assert resumed == {step: whole[step] for step in range(4, STEPS + 1)}
+
+
+@pytest.mark.parametrize("module, function", [("usv.checkpoint.torch", "save"), ("usv.checkpoint", "save_file")])
+def test_a_full_disk_during_a_save_leaves_the_checkpoint_before(make, watched, tmp_path, monkeypatch, module, function):
+    """The third write of the trainer's state, or of the student, fills the disk half way through."""
+    import importlib
+
+    whole, _, _ = watched(make(tmp_path / "whole", "static", steps=4))
+    config = make(tmp_path / "run", "static", steps=4)
+    config.runtime.checkpoint_seconds = 0.0
+    owner = importlib.import_module("torch" if module.endswith("torch") else module)
+    original, calls = getattr(owner, function), []
+
+    def full(obj, path, *args, **kwargs):
+        calls.append(1)
+        if len(calls) < 3:
+            return original(obj, path, *args, **kwargs)
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, full)
+        with pytest.raises(OSError, match="No space left"):
+            watched(config)
+    assert torch.load(tmp_path / "run" / "state" / "trainer.pt", weights_only=True)["step"] == 2
+    assert load_file(tmp_path / "run" / "student" / "student.safetensors") and read_config(tmp_path / "run" / "student")
+    left = {p.name for p in (tmp_path / "run").rglob("*") if p.name.startswith(".")}
+    assert not left, "half-written files stay behind"
+    resumed, _, _ = watched(config)
+    assert resumed == {step: whole[step] for step in (3, 4)}
+
+
+def test_checkpoints_rotate(make, watched, tmp_path):
+    """The last two are kept whole beside the best student, and a run goes on from an older one."""
+    config = make(tmp_path / "run", "static", keep=2)
+    config.runtime.checkpoint_seconds = 0.0
+    whole, _, _ = watched(config)
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-0000007", "step-0000008"]
+    assert read_config(tmp_path / "run" / "best")["training"]["steps"] in (4, 8)
+    older = tmp_path / "run" / "checkpoints" / "step-0000007"
+    assert read_config(older / "student")["training"]["steps"] == 7
+    again, _, _ = watched(make(tmp_path / "other", "static", resume=str(older / "state")))
+    assert again == {8: whole[8]}
 
 
 @pytest.fixture
@@ -311,7 +394,7 @@ def test_diverging_training_stops_with_a_report(make, tmp_path, monkeypatch):
         message = message_of("train.py", arguments(config), monkeypatch)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert message.startswith("FloatingPointError: loss") and "No checkpoint was written yet" in message and "optim.lr" in message
+    assert message.startswith("FloatingPointError: loss") and "in a row" in message and "No checkpoint was written yet" in message and "optim.lr" in message
     report = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert report["config"]["optim"]["lr"] == 1e30 and not (tmp_path / "run" / "student").exists()
 

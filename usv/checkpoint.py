@@ -1,6 +1,8 @@
 """A student on disk: config.json (model shape, plan, sampler) and student.safetensors (weights and gates), nothing pickled.
 
-A folder is written beside its name and renamed when complete. Loading refuses what was made for another model or grid.
+A folder is written beside its name and renamed when complete. Loading refuses what was made for another model or grid. Which
+weights stand there, config.json says: all of them; adapters, merged into the model when loaded ("lora"); or only the gates,
+the rest being the exported pipeline's own transformer ("fingerprint", usv/export.py).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from usv import lora
 from usv.grid import Tile
 from usv.models.wan import SparseWan
 from usv.plan import SparsityPlan
@@ -33,12 +36,19 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Student:
-    """A sparse network, the plan it runs, and how it is sampled (height, width, num_frames, num_inference_steps, …)."""
+    """A sparse network, the plan it runs, and how it is sampled (height, width, num_frames, num_inference_steps, …).
+
+    policy: tables the plan was decoded from. lora: rank, alpha, targets of `adapters` (a state dict of theirs), which `model`
+    has merged in; None where all weights were trained.
+    """
 
     model: SparseWan
     plan: SparsityPlan
     sampling: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
+    policy: dict = field(default_factory=dict)
+    lora: dict | None = None
+    adapters: dict | None = None
 
 
 def atomic_folder(path: Path, write) -> None:
@@ -70,30 +80,44 @@ def settle(path: Path) -> None:
 
 def save_student(path: str | Path, student: Student) -> None:
     """Write a student folder."""
-    config = dict(student.model.config)
-    record = {
-        "format": FORMAT,
-        "transformer": {key: config[key] for key in SHAPE_KEYS},
-        "tile": [student.model.tile.t, student.model.tile.h, student.model.tile.w],
-        "plan": student.plan.to_dict(),
-        "sampling": student.sampling,
-        "training": student.training,
-    }
+    state, record = student.model.state_dict(), record_of(student)
+    if student.adapters is not None:
+        record["lora"] = student.lora
+        gates = {name: value for name, value in state.items() if name.startswith("gates.")}
+        state = {**gates, **lora.diffusers_names(student.adapters)}
 
     def write(folder: Path) -> None:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in student.model.state_dict().items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         save_file(tensors, folder / "student.safetensors")
         (folder / "config.json").write_text(json.dumps(record, indent=1))
 
     atomic_folder(Path(path), write)
 
 
+def record_of(student: Student) -> dict:
+    """config.json of a student."""
+    config = dict(student.model.config)
+    return {
+        "format": FORMAT,
+        "transformer": {key: config[key] for key in SHAPE_KEYS},
+        "tile": [student.model.tile.t, student.model.tile.h, student.model.tile.w],
+        "plan": student.plan.to_dict(),
+        "sampling": student.sampling,
+        "training": student.training,
+        "policy": student.policy,
+    }
+
+
 def read_config(path: str | Path) -> dict:
     """config.json of a student folder. CheckpointError where it is missing or something else."""
     path = Path(path)
     settle(path)
+    if (path / "usv" / "config.json").exists():  # a pipeline folder of usv.export
+        path = path / "usv"
     if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint; give a folder written by train.py, e.g. ckpt=outputs/usv_mini/student")
+        raise CheckpointError(
+            f"{path}: no such checkpoint; give a folder written by train.py, e.g. ckpt=outputs/usv_mini/student"
+        )
     file = path / "config.json"
     if not file.exists():
         inner = sorted(p.parent.name for p in path.glob("*/config.json"))
@@ -118,12 +142,22 @@ def read_config(path: str | Path) -> dict:
 def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
     """A student for the model `base` belongs to. CheckpointError when shapes differ or a file is damaged."""
     path, record = Path(path), read_config(path)
+    path = path / "usv" if (path / "usv" / "config.json").exists() else path
     wanted = {key: _plain(dict(base.config)[key]) for key in SHAPE_KEYS}
-    differing = [f"{k}: {record['transformer'].get(k)} against {v}" for k, v in wanted.items() if record["transformer"].get(k) != v]
+    differing = [
+        f"{k}: {record['transformer'].get(k)} against {v}"
+        for k, v in wanted.items()
+        if record["transformer"].get(k) != v
+    ]
     if differing:
         raise CheckpointError(
             f"{path}: made for another model ({'; '.join(differing)}, checkpoint against model); load it beside the model "
             "it was trained from, or train one for this model"
+        )
+    if record.get("fingerprint") and not _matches(record["fingerprint"], base):
+        raise CheckpointError(
+            f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; load "
+            f"WanPipeline.from_pretrained({str(path.parent)!r}) first"
         )
     transformer = WanTransformer3DModel.from_config(base.config)
     try:
@@ -137,14 +171,41 @@ def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
     model = SparseWan(transformer, tile)
     try:
         tensors = load_file(path / "student.safetensors")
+        if record.get("lora") or record.get("fingerprint"):  # the rest is the model's own
+            tensors = {
+                **{f"transformer.{name}": value for name, value in base.state_dict().items()},
+                **lora.from_diffusers_names(tensors),
+            }
+        if record.get("lora"):
+            tensors = lora.merged(tensors, record["lora"]["alpha"] / record["lora"]["rank"])
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path}/student.safetensors: damaged or incomplete ({error}); use another checkpoint") from None
+        raise CheckpointError(
+            f"{path}/student.safetensors: damaged or incomplete ({error}); use another checkpoint"
+        ) from None
     for mine, theirs in zip(transformer.parameters(), base.parameters()):  # a bf16 model keeps some parts in fp32
         mine.data = mine.data.to(theirs.dtype)
     model.gates.to(base.dtype)
     model = model.to(device=base.device).eval().requires_grad_(False)
-    return Student(model, plan, record["sampling"], record["training"])
+    return Student(model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"))
+
+
+def fingerprint(transformer: WanTransformer3DModel) -> dict[str, list[float]]:
+    """A few weights of the first and last block, by which an exported student knows its pipeline."""
+    state = transformer.state_dict()
+    names = [
+        f"blocks.{i}.{layer}.weight" for i in (0, len(transformer.blocks) - 1) for layer in ("attn1.to_q", "ffn.net.2")
+    ]
+    return {name: state[name].flatten()[:64].float().tolist() for name in names}
+
+
+def _matches(wanted: dict[str, list[float]], transformer: WanTransformer3DModel) -> bool:
+    """Whether a transformer, perhaps loaded in bf16 (2⁻⁹ relative), has these weights."""
+    found = fingerprint(transformer) if all(f"{name}" in transformer.state_dict() for name in wanted) else {}
+    return all(
+        name in found and torch.allclose(torch.tensor(found[name]), torch.tensor(values), rtol=2**-8, atol=1e-8)
+        for name, values in wanted.items()
+    )
 
 
 def check_grid(student_sampling: dict, height: int, width: int, num_frames: int) -> None:

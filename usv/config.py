@@ -72,10 +72,14 @@ class ModelConfig:
 class PolicyConfig:
     """How sparsity is decided. `budget`: mean cost of a forward as a fraction of the dense one's FLOPs.
 
-    name: gumbel (learned) | entropy | static | inherit (the plan of distill.init, from the first step on).
+    name: gumbel (learned) | entropy | static | inherit (the plan of distill.init, from the first step on). axes: what is
+    decided; an axis left out stays dense. steps: also decide which of the bins' upper edges a few-step student runs at; budget is
+    then the whole sampling's cost as a fraction of that many (`bins`) dense forwards.
     """
 
     name: str = "gumbel"
+    axes: list[str] = field(default_factory=lambda: ["density", "merge"])
+    steps: bool = False
     budget: float = 0.32
     bins: int = 8
     probes: int = 2
@@ -92,7 +96,8 @@ class PolicyConfig:
 class AttentionConfig:
     """How the sparse attention runs. impl: auto | reference | cpu | triton | flex.
 
-    In infer.py without a checkpoint, `pattern` names a training-free pattern and `options` its settings (usv/patterns).
+    In infer.py `pattern` names a training-free pattern and `options` its settings (usv/patterns); beside a checkpoint it chooses
+    the blocks at the densities of the student's plan.
     """
 
     impl: str = "auto"
@@ -121,9 +126,10 @@ class DistillConfig:
 
 @dataclass
 class DataConfig:
-    """Shards of data/prepare.py."""
+    """Shards of data/prepare.py: a folder or a URL. mix: several with their weights, {folder or URL: share}, instead of path."""
 
     path: str = "data/shards/camera"
+    mix: dict[str, float] = field(default_factory=dict)
     drop_text: float = 0.05
     validation_clips: int = 8
 
@@ -260,6 +266,8 @@ def check_overrides(arguments: list[str], schema: type, groups: dict[str, list[s
                 f"{argument}: there is no {key} {value!r}; accepted: {', '.join(groups[key])}"
                 + (f"; did you mean {key}={nearest[0]}?" if nearest else "")
             )
+        if key.startswith("attention.options."):
+            continue  # each pattern knows its own
         if key not in keys:
             nearest = difflib.get_close_matches(key, [*keys, *groups], 1, 0.0)
             raise SettingError(f"{argument}: there is no setting {key!r}; did you mean {nearest[0]!r}? See conf/ for all")
@@ -280,6 +288,7 @@ def typed(config: DictConfig, schema: type):
 
 
 POLICIES = ("static", "entropy", "gumbel", "inherit")
+RUNTIMES = ("single", "ddp", "zero2", "zero3")
 IMPLS = ("auto", "reference", "cpu", "triton", "flex")
 
 
@@ -300,6 +309,8 @@ def check_train(config: TrainConfig) -> None:
         ("distill.solver_steps", config.distill.solver_steps, config.distill.solver_steps >= 1, "at least 1"),
         ("distill.student_timesteps", config.distill.student_timesteps, _ladder(config.distill.student_timesteps), "1000 first, then descending above 0, or none"),
         ("distill.student_timesteps", config.distill.student_timesteps, bool(config.distill.student_timesteps) or not config.distill.distribution, "timesteps, where distill.distribution is above 0"),
+        ("policy.axes", config.policy.axes, bool(config.policy.axes) and set(config.policy.axes) <= {"density", "merge"}, "[density], [merge] or both"),
+        ("policy.steps", config.policy.steps, not config.policy.steps or (config.policy.name == "gumbel" and config.distill.name == "consistency"), "true with policy=gumbel and distill=consistency"),
         ("policy.budget", config.policy.budget, 0 < config.policy.budget <= 1, "a fraction of the dense cost in (0, 1]"),
         ("policy.bins", config.policy.bins, config.policy.bins >= 1, "at least 1"),
         ("policy.freeze_at", config.policy.freeze_at, 0 < config.policy.freeze_at <= 1, "a share of the run in (0, 1]"),
@@ -312,6 +323,12 @@ def check_train(config: TrainConfig) -> None:
         ("optim.steps", config.optim.steps, config.optim.steps >= 1, "at least 1"),
         ("optim.batch_size", config.optim.batch_size, config.optim.batch_size >= 1, "at least 1"),
         ("model.tile", config.model.tile, len(config.model.tile) == 3 and min(config.model.tile) >= 1, "[t, h, w], each ≥ 1"),
+        ("runtime.name", config.runtime.name, config.runtime.name in RUNTIMES, " | ".join(RUNTIMES)),
+        ("runtime.keep", config.runtime.keep, config.runtime.keep >= 0, "0 or more"),
+        ("runtime.max_skipped", config.runtime.max_skipped, config.runtime.max_skipped >= 1, "at least 1"),
+        ("lora.rank", config.lora.rank, config.lora.rank >= 0, "0 (all weights) or more"),
+        ("optim.optimizer", config.optim.optimizer, config.optim.optimizer in ("adamw", "adamw8bit"), "adamw | adamw8bit"),
+        ("model.weights", config.model.weights, config.model.weights in ("pretrained", "random"), "pretrained | random"),
         ("runtime.precision", config.runtime.precision, config.runtime.precision in ("auto", "fp32", "bf16"), "auto | fp32 | bf16"),
         ("logger.name", config.logger.name, config.logger.name in ("wandb", "none"), "wandb | none"),
         ("logger.mode", config.logger.mode, config.logger.mode in ("auto", "online", "offline"), "auto | online | offline"),
@@ -319,3 +336,19 @@ def check_train(config: TrainConfig) -> None:
     for name, got, fine, accepted in rules:
         if not fine:
             raise SettingError(f"{name}: got {got}, accepted: {accepted}")
+    check_combination(config)
+
+
+def check_combination(config: TrainConfig) -> None:
+    """SettingError for what does not work together."""
+    if config.distill.distribution and config.runtime.name != "single":
+        raise SettingError(
+            f"distill.distribution: got {config.distill.distribution} with runtime={config.runtime.name}, accepted: runtime=single; "
+            "the critic is not yet shared over ranks. distill=consistency runs on many"
+        )
+    if config.lora.rank and (config.distill.distribution or config.distill.init or config.runtime.name == "zero3"):
+        raise SettingError(
+            f"lora.rank: got {config.lora.rank} with distill.distribution={config.distill.distribution}, distill.init={config.distill.init}, "
+            f"runtime={config.runtime.name}; accepted: without distribution and init, on single | ddp | zero2 (adapters are small: zero2 partitions "
+            "their states; zero3 would partition the frozen base that the teacher shares)"
+        )

@@ -4,8 +4,11 @@ Sample number n of the endless stream is `permutation(seed, n // N)[n % N]`. A g
 world_size numbers and rank r takes its r-th run of batch_size, so the union over ranks is the same for any number of
 ranks, and a position is enough to go on from. Caption dropping is drawn per (seed, epoch, sample), not per batch.
 
+With weights, each dataset is an endless shuffled stream of its own and an epoch takes its share of every stream.
+
 A folder of shards is what data/prepare.py writes: tars of `<key>.safetensors` and `<key>.json`, an `index.json` that
-names the model the latents belong to, and `empty.safetensors`, the embedding of the empty prompt.
+names the model the latents belong to, and `empty.safetensors`, the embedding of the empty prompt. It may lie anywhere fsspec
+reaches (s3://…, gs://…, https://…): shards are then fetched once, whole, into a local folder.
 """
 
 from __future__ import annotations
@@ -13,14 +16,16 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
+import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 
 FORMAT = 1
 DROP_SEED = 0x5EED  # separates the stream of caption dropping from that of the order
@@ -31,10 +36,66 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One tar: its path and how many samples its index promises."""
+class Remote:
+    """A file or folder that fsspec reaches; as much of Path as is needed here."""
 
-    path: Path
+    url: str
+
+    def __truediv__(self, name: str) -> Remote:
+        return Remote(f"{self.url.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> Remote:
+        return Remote(self.url.rstrip("/").rsplit("/", 1)[0])
+
+    def read_bytes(self) -> bytes:
+        """DataError where it cannot be read."""
+        import fsspec
+
+        try:
+            with fsspec.open(self.url, "rb") as file:
+                return file.read()
+        except Exception as error:  # every file system raises its own kinds
+            raise DataError(
+                f"{self.url}: cannot be read ({type(error).__name__}: {error}); check the URL and your access"
+            ) from None
+
+
+def fetched(path: Path | Remote, cache: Path) -> Path:
+    """A local file with the contents of `path`: itself, or fetched into `cache`, complete or not at all. DataError."""
+    if isinstance(path, Path):
+        return path
+    import fsspec
+
+    target = cache / f"{hashlib.sha256(path.url.encode()).hexdigest()[:16]}-{path.name}"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")  # ranks may fetch the same shard at once
+        try:
+            with fsspec.open(path.url, "rb") as remote, open(temporary, "wb") as local:
+                shutil.copyfileobj(remote, local, 1 << 22)
+            os.replace(temporary, target)
+        except Exception as error:
+            raise DataError(
+                f"{path.url}: cannot be fetched ({type(error).__name__}: {error}); check the URL and your access"
+            ) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    return target
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its path or URL and how many samples its index promises."""
+
+    path: Path | Remote
     count: int
 
 
@@ -42,8 +103,8 @@ class ShardDataset:
     """Seeded, resumable batches from one or several folders of shards.
 
     Args:
-        source: a folder of data/prepare.py, a tar file, a glob of either, or a list of these. Shards named directly are
-            taken whatever their split.
+        source: a folder of data/prepare.py, a tar file, a glob of either, a URL of either, or a list of these. Shards named
+            directly are taken whatever their split.
         batch_size: samples per rank and batch.
         seed: of the order and of caption dropping.
         rank, world_size: which share of every global batch this process gets.
@@ -56,6 +117,8 @@ class ShardDataset:
             False: every `iter()` is the same single pass from the start, of len(self) batches; the incomplete last
             global batch is left out. For validation.
         cache_bytes: decoded samples are kept in memory up to this size.
+        weights: one for each entry of a list `source`: its share of an epoch, whatever its size. None: all samples once.
+        cache_folder: where remote shards are fetched to.
 
     A batch is a dict: `latents` (B, C, T, h, w) float32, normalised as the transformer takes them; `text` (B, L, D)
     float32, zero rows beyond each caption's end; `captions`, list of B, "" where dropped; `index` (B,) int64, number of
@@ -79,6 +142,8 @@ class ShardDataset:
         shuffle: bool = True,
         repeat: bool = True,
         cache_bytes: int = 1 << 30,
+        weights: Sequence[float] | None = None,
+        cache_folder: str | Path = "data/cache/shards",
     ):
         if batch_size < 1 or not 0 <= rank < world_size:
             raise DataError(f"got batch_size={batch_size}, rank={rank}, world_size={world_size}: need batch_size >= 1 "
@@ -94,6 +159,8 @@ class ShardDataset:
         self.empty = None if self.text_dim is None else _pad(_read_empty(folder), self.text_length)
         self._ends = torch.tensor([shard.count for shard in self.shards]).cumsum(0)
         self.num_samples = int(self._ends[-1])
+        self.cache_folder = Path(cache_folder)
+        self.streams = None if weights is None else _streams(source, weights, split, self.num_samples)
         if not repeat and self.num_samples < batch_size * world_size:
             raise DataError(f"{folder}: {self.num_samples} samples of split {split!r} make no batch of {batch_size} x "
                             f"{world_size} ranks; use a smaller batch, or prepare more clips")  # fmt: skip
@@ -122,11 +189,20 @@ class ShardDataset:
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands: samples of `epoch` already handed out on all ranks; equal on every rank."""
-        return {"epoch": self.epoch, "position": self.position, "num_samples": self.num_samples, "seed": self.seed}
+        streams = None if self.streams is None else [list(stream) for stream in self.streams]
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "streams": streams,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a state, also one saved with another number of ranks. DataError where data or seed are others."""
-        for name, now in (("num_samples", self.num_samples), ("seed", self.seed)):
+        for name, now in self.state_dict().items():
+            if name in ("epoch", "position"):
+                continue
             if state.get(name, now) != now:
                 raise DataError(f"cannot continue the data order: {name} was {state[name]} when the state was saved "
                                 f"and is {now} now; use the same data and seed, or start a new run")  # fmt: skip
@@ -135,7 +211,9 @@ class ShardDataset:
     def order(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(N,) int64 sample numbers of one epoch in their order, and (N,) bool by sample number: caption dropped."""
         if epoch not in self._orders:
-            if self.shuffle:
+            if self.streams is not None:
+                order = self._mixed(epoch)
+            elif self.shuffle:
                 order = torch.randperm(self.num_samples, generator=_generator(self.seed, epoch))
             else:
                 order = torch.arange(self.num_samples)
@@ -143,6 +221,17 @@ class ShardDataset:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}  # a batch may straddle two epochs
             self._orders[epoch] = order, uniform < self.drop_text
         return self._orders[epoch]
+
+    def _mixed(self, epoch: int) -> torch.Tensor:
+        """(N,) sample numbers of one epoch: of every stream its quota, going on where the last epoch stopped, shuffled together."""
+        parts = []
+        for number, (begin, size, quota) in enumerate(self.streams):
+            slots = torch.arange(epoch * quota, (epoch + 1) * quota)
+            for turn in (slots // size).unique().tolist():
+                order = torch.randperm(size, generator=_generator(self.seed + 7919 * (number + 1), turn))
+                parts.append(begin + order[slots[slots // size == turn] % size])
+        mixed = torch.cat(parts)
+        return mixed[torch.randperm(len(mixed), generator=_generator(self.seed, epoch))]
 
     def sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None, dict]:
         """Sample number `index`: latents (C, T, h, w) as stored, text (n, D) unpadded or None, and its json."""
@@ -152,8 +241,8 @@ class ShardDataset:
         shard = self.shards[number]
         row = index - int(self._ends[number]) + shard.count
         if number not in self._members:
-            self._members[number] = _scan(shard)
-        tensors, info = _read_sample(shard.path, self._members[number][row])
+            self._members[number] = _scan(shard, fetched(shard.path, self.cache_folder))
+        tensors, info = _read_sample(fetched(shard.path, self.cache_folder), self._members[number][row])
         latents, text = tensors.get("latents"), tensors.get("text")
         if latents is None or tuple(latents.shape) != self.latent_shape:
             found = None if latents is None else tuple(latents.shape)
@@ -196,8 +285,11 @@ class ShardDataset:
 def find_shards(source, split: str) -> tuple[list[Shard], dict[Path, dict]]:
     """The shards that `source` names (see ShardDataset) in a fixed order, and the index of every folder they lie in."""
     entries = [source] if isinstance(source, (str, Path)) else list(source)
-    paths: list[Path] = []
+    paths: list[Path | Remote] = []
     for entry in entries:
+        if "://" in str(entry):
+            paths.append(Remote(str(entry).rstrip("/")))
+            continue
         found = [Path(entry)] if Path(entry).exists() else [Path(p) for p in sorted(glob.glob(str(entry)))]
         if not found:
             raise DataError(f"{entry}: no such folder or shard; make one with data/prepare.py")
@@ -207,10 +299,11 @@ def find_shards(source, split: str) -> tuple[list[Shard], dict[Path, dict]]:
     indices = {}
     shards = []
     for path in paths:
-        folder = path if path.is_dir() else path.parent
+        whole = not path.name.endswith(".tar") if isinstance(path, Remote) else path.is_dir()
+        folder = path if whole else path.parent
         index = indices.setdefault(folder, None) or read_index(folder)
         indices[folder] = index
-        if path.is_dir():
+        if whole:
             if split not in index["splits"]:
                 raise DataError(f"{folder} has no split {split!r}, only {sorted(index['splits'])}; "
                                 "prepare it again with --split")  # fmt: skip
@@ -229,15 +322,28 @@ def find_shards(source, split: str) -> tuple[list[Shard], dict[Path, dict]]:
 REMEDY = "delete that file and run the same data/prepare.py command again: it rewrites only what is missing"
 
 
-def read_index(folder: Path) -> dict:
+def _streams(source, weights: Sequence[float], split: str, num_samples: int) -> list[tuple[int, int, int]]:
+    """(first sample number, size, samples an epoch) of every entry of `source`. DataError for weights that do not fit."""
+    entries = [source] if isinstance(source, (str, Path)) else list(source)
+    if len(weights) != len(entries) or min(weights) <= 0:
+        raise DataError(f"weights: got {list(weights)} for {len(entries)} datasets, accepted: one above 0 for each")
+    sizes = [sum(shard.count for shard in find_shards(entry, split)[0]) for entry in entries]
+    exact = [num_samples * weight / sum(weights) for weight in weights]
+    quotas = [int(share) for share in exact]
+    for i in sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])[: num_samples - sum(quotas)]:
+        quotas[i] += 1
+    return [(sum(sizes[:i]), sizes[i], quotas[i]) for i in range(len(sizes))]
+
+
+def read_index(folder: Path | Remote) -> dict:
     """index.json of one folder. DataError where there is none, or one of another format."""
     path = folder / "index.json"
-    if not path.exists():
+    if isinstance(path, Path) and not path.exists():
         tars = len(list(folder.glob("*.tar")))
         what = f"{tars} shards but no index.json: preparing was not finished" if tars else "no shards and no index.json"
         raise DataError(f"{folder}: {what}; run data/prepare.py with --out {folder} (finished shards are kept)")
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is not readable ({error}); {REMEDY}") from None
     if index.get("format") != FORMAT:
@@ -305,16 +411,16 @@ def _identity(folders: list[Path]) -> str | None:
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 
-def _scan(shard: Shard) -> list[tuple[int, int, int, int]]:
+def _scan(shard: Shard, file: Path) -> list[tuple[int, int, int, int]]:
     """(offset, size) in bytes of the tensors and of the json of every sample, from the tar's headers."""
     parts: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        with tarfile.open(shard.path, "r:") as tar:
+        with tarfile.open(file, "r:") as tar:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
                 if suffix:
                     parts.setdefault(key, {})[suffix] = member.offset_data, member.size
-        end = shard.path.stat().st_size
+        end = file.stat().st_size
         samples = [(*part["safetensors"], *part["json"]) for part in parts.values()]
         if any(part[2] + part[3] > end for part in samples):
             raise tarfile.ReadError("it ends too early")
@@ -340,11 +446,11 @@ def _read_sample(path: Path, member: tuple[int, int, int, int]) -> tuple[dict[st
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from None
 
 
-def _read_empty(folder: Path) -> torch.Tensor:
+def _read_empty(folder: Path | Remote) -> torch.Tensor:
     """(n, D) embedding of the empty prompt."""
     path = folder / "empty.safetensors"
     try:
-        return load_file(path)["text"]
+        return load(path.read_bytes())["text"]
     except (OSError, SafetensorError, KeyError) as error:
         raise DataError(f"{path}, the embedding of the empty prompt, cannot be read ({error}); {REMEDY}") from None
 

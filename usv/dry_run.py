@@ -6,7 +6,9 @@ estimate: nothing was run. Attention's own workspace, allocator fragmentation an
 
 Activations of a trained block, bytes a token that autograd keeps (counted on dense blocks, tests/test_dry_run.py):
 
-    under bf16 autocast   72 · d + 4 · d_ff          in fp32   90 · d + 8 · d_ff
+    under bf16 autocast   72 · d + 4 · d_ff          in fp32   90 · d + 8 · d_ff          adapters   + 18 · d + 2 · d_ff
+
+Teacher and critic run while no student's graph is held, so what they need beyond the student's activations is counted.
 """
 
 from __future__ import annotations
@@ -167,10 +169,13 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
         else (0, counts["transformer"] + counts["gates"])
     )
     kept = clips * activation_bytes(shape, tokens, bf16, config.runtime.gradient_checkpointing)
-    if bf16 and not lora:  # autocast's copies of the weights live until the step ends
-        kept += 2 * counts["transformer"] * (1 / shape.num_layers if config.runtime.gradient_checkpointing else 1)
+    blocks = 1 if config.runtime.gradient_checkpointing else shape.num_layers
+    if lora:  # the inputs of A, once for each target
+        kept += clips * blocks * tokens * (18 * shape.dim + 2 * shape.ffn_dim)
+    elif bf16:  # autocast's copies of the weights live until the step ends
+        kept += 2 * counts["transformer"]
     branches = 1 if config.model.guidance_scale == 1 else 2
-    transient = clips * branches * forward_bytes(shape, tokens, bf16)
+    transient = max(0.0, clips * branches * forward_bytes(shape, tokens, bf16) - kept)
     cells = config.policy.bins * shape.num_layers * 10 if config.policy.name == "gumbel" else 0
     found = [
         trained_role("student", frozen, trained, config, True, kept),
@@ -198,11 +203,12 @@ def has_critic(config: TrainConfig) -> bool:
 
 
 def step_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> dict[str, float]:
-    """FLOPs of one optimiser step over the whole batch, by part. Backward is 2 forwards, of attention 2.5."""
+    """FLOPs of one optimiser step over the whole batch, by part. Backward is 2 forwards (1 of frozen weights), of attention 2.5."""
     batch, dense = config.optim.batch_size, dense_flops(shape, tokens)
     attention = shape.num_layers * block_flops(shape, tokens)["attention"]
     sparse = config.policy.budget * (1 + config.policy.probes / shape.num_layers)
-    backward = 2 * dense + 0.5 * attention + (dense if config.runtime.gradient_checkpointing else 0)
+    linear = 1 if config.lora.rank else 2  # frozen weights need no gradient of their own
+    backward = linear * (dense - attention) + 2.5 * attention + (dense if config.runtime.gradient_checkpointing else 0)
     flops = {
         "teacher": batch * dense * (1 if config.model.guidance_scale == 1 else 2),
         "student forward": batch * sparse * dense,
@@ -212,7 +218,7 @@ def step_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> dict[str,
         flops["student forward"] += batch * config.policy.budget * dense
     if has_critic(
         config
-    ):  # a rollout of half the ladder on average, judged by teacher and critic; then the critic's own steps
+    ):  # a rollout of half the ladder on average is judged by teacher and critic; then the critic's steps
         calls = (1 + len(config.distill.student_timesteps)) / 2
         flops["student forward"] += batch * config.policy.budget * dense * calls
         flops["student backward"] *= 2

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 
@@ -39,7 +42,25 @@ def x0_from_velocity(x_t: torch.Tensor, v: torch.Tensor, sigma: torch.Tensor) ->
     return x_t - expand(sigma, x_t) * v
 
 
-def stratified_uniform(count: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` uniforms, one in each of `count` equal strata, shuffled: every batch covers all noise levels."""
-    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return u[torch.randperm(count, generator=generator)]
+@dataclass(frozen=True)
+class Share:
+    """Which rows of a global batch this process works on: run `rank` of `world` equal runs."""
+
+    rank: int = 0
+    world: int = 1
+
+    def rows(self, batch: torch.Tensor) -> torch.Tensor:
+        """(world · B, …) -> this process's (B, …)."""
+        return batch.chunk(self.world)[self.rank]
+
+
+def normal(shape: Sequence[int], generator: torch.Generator, share: Share = Share()) -> torch.Tensor:
+    """Gaussian noise of `shape` (B, …): this process's rows of the global batch's noise, which every process draws."""
+    return share.rows(torch.randn(share.world * shape[0], *shape[1:], generator=generator))
+
+
+def stratified_uniform(count: int, generator: torch.Generator, share: Share = Share()) -> torch.Tensor:
+    """`count` uniforms; over all processes one in each of equally many strata, shuffled: every batch covers all noise levels."""
+    whole = count * share.world
+    u = (torch.arange(whole) + torch.rand(whole, generator=generator)) / whole
+    return share.rows(u[torch.randperm(whole, generator=generator)])

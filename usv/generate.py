@@ -22,10 +22,14 @@ class Generation:
     forwards: int
 
 
-def load_pipeline(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> WanPipeline:
-    """A Wan-format folder or hub id as a WanPipeline. SettingError when it cannot be had."""
+def load_pipeline(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", text: bool = True) -> WanPipeline:
+    """A Wan-format folder or hub id as a WanPipeline; without `text` it has no text encoder and takes embeddings.
+
+    SettingError when it cannot be had.
+    """
+    without = {} if text else {"text_encoder": None, "tokenizer": None}
     try:
-        pipe = WanPipeline.from_pretrained(path, dtype=dtype)
+        pipe = WanPipeline.from_pretrained(path, dtype=dtype, **without)
     except (OSError, ValueError) as error:
         raise SettingError(
             f"model.path={path}: no Wan pipeline could be loaded ({str(error).splitlines()[0][:200]}); give a diffusers folder or a "
@@ -49,9 +53,12 @@ def generate(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     progress=None,
+    embeds: torch.Tensor | None = None,
+    empty: torch.Tensor | None = None,
 ) -> Generation:
     """One video for each (prompt, seed); the start noise depends on the seed alone, not on batching or method.
 
+    embeds (N, L, D) and empty (L, D): embeddings of the prompts and of the empty one, instead of asking the text encoder.
     guidance_scale None: the model's own for a dense pipeline, 1 for an enabled one.
     """
     enabled = isinstance(getattr(pipe, "_usv", None), Enabled)  # a training-free pattern keeps the model's guidance
@@ -62,12 +69,16 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         texts, numbers = list(prompts[start : start + batch_size]), seeds[start : start + batch_size]
         begun = time.perf_counter()
-        embeds, negative = pipe.encode_prompt(
-            texts, "", scale > 1, max_sequence_length=model.max_sequence_length, device=pipe.device
-        )
+        if embeds is None:
+            positive, negative = pipe.encode_prompt(
+                texts, "", scale > 1, max_sequence_length=model.max_sequence_length, device=pipe.device
+            )
+        else:
+            positive = embeds[start : start + batch_size].to(pipe.device, pipe.transformer.dtype)
+            negative = empty.to(positive).expand_as(positive) if scale > 1 else None
         encoded = time.perf_counter()
         latents = pipe(
-            prompt_embeds=embeds, negative_prompt_embeds=negative, height=model.height, width=model.width,
+            prompt_embeds=positive, negative_prompt_embeds=negative, height=model.height, width=model.width,
             num_frames=frames_argument(pipe, model.num_frames), num_inference_steps=steps, guidance_scale=scale,
             generator=[torch.Generator().manual_seed(int(n)) for n in numbers], output_type="latent",
             max_sequence_length=model.max_sequence_length,

@@ -24,9 +24,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from diffusers import WanPipeline, WanTransformer3DModel
 
 from usv.config import SettingError, TrainConfig
 from usv.cpu import fast_dtype
+from usv.dry_run import transformer_config
+from usv.generate import load_pipeline
 
 BUCKET = 1 << 26  # elements of gradient averaged by one call
 
@@ -96,6 +99,11 @@ def launched() -> int:
 def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
     """Join the processes of the run. SettingError where the runtime and the launch do not fit."""
     name, world = config.runtime.name, launched()
+    if config.model.experts > 1:
+        raise SettingError(
+            f"model.experts: got {config.model.experts}, accepted in training: 1; of two experts only dry_run=true is built. "
+            "Train experiment=usv_wan_14b, which has one"
+        )
     if name == "single" and world > 1:
         raise SettingError(
             f"runtime.name: got single on {world} processes, accepted: ddp | zero2 | zero3, e.g. runtime=ddp"
@@ -113,8 +121,9 @@ def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
     plugin = None
     if name != "ddp":
         _alone_if_not_launched()
-        if cpu:
+        if cpu:  # to accelerate, "cpu" excludes DeepSpeed; without a GPU it takes the CPU by itself
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            os.environ["ACCELERATE_USE_CPU"], cpu = "false", False
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, world), zero3_init_flag=False)
     accelerator = Accelerator(
         mixed_precision="no" if plugin else precision(config),
@@ -153,6 +162,25 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict:
         "gradient_clipping": config.optim.grad_clip, "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True, "bf16": {"enabled": False}, "fp16": {"enabled": False},
     }  # fmt: skip
+
+
+def frozen_pipeline(config: TrainConfig, ranks: Ranks) -> WanPipeline:
+    """The teacher and what validation decodes with. On a GPU under bf16 the teacher is bf16 and no text encoder is loaded: the
+    shards hold the embeddings. With weights=random only a transformer, which validates without videos."""
+    m = config.model
+    if m.weights == "random":
+        torch.manual_seed(config.seed)
+        transformer = WanTransformer3DModel.from_config(transformer_config(config))
+        transformer.rope.freqs_cos, transformer.rope.freqs_sin = (
+            transformer.rope.freqs_cos.float(),
+            transformer.rope.freqs_sin.float(),
+        )
+        pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
+        pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal = m.codec.scale_spatial, m.codec.scale_temporal
+        return pipe.to(str(ranks.device))
+    gpu = ranks.device.type == "cuda"
+    half = gpu and precision(config) == "bf16"
+    return load_pipeline(m.path, torch.bfloat16 if half else torch.float32, str(ranks.device), text=not gpu)
 
 
 def make_optimizer(config: TrainConfig, parameters) -> torch.optim.Optimizer:
@@ -257,9 +285,9 @@ class Engine:
         return flat[self.ranks.rank * size : (self.ranks.rank + 1) * size]
 
     @torch.no_grad()
-    def weights(self, averaged: bool = False) -> dict[str, torch.Tensor]:
-        """Whole state dict of the model, on the CPU; collective. With `averaged` the running average of what is trained."""
-        state = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+    def weights(self, averaged: bool = False, trained: bool = False) -> dict[str, torch.Tensor]:
+        """Whole state dict of the model, or only of what is trained, on the CPU; collective. `averaged`: the running average."""
+        state = {} if trained else {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         for (name, p), mean in zip(self.trained, self.average):
             state[name] = self.whole(mean if averaged else _local(p).detach(), p).cpu().clone()
         return state
@@ -276,6 +304,8 @@ class Engine:
         for index, (name, p) in enumerate(self.trained):
             value = state[name].to(device=self.ranks.device, dtype=torch.float32)
             _local(p).copy_(self.shard(value, p).view_as(_local(p)))
+            if p.data.shape == value.shape:  # zero3 keeps small tensors whole beside their partition
+                p.data.copy_(value)
             if self.zero:
                 self._set_zero(p, value, None)
             mean = value if average is None else average[name].to(value)
@@ -295,9 +325,10 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = self.optimizer.optimizer.state
-        if not inner:
+        steps = [float(state["step"]) for state in inner.values() if "step" in state]
+        if not steps:
             return {}
-        count = torch.tensor(float(next(iter(inner.values()))["step"]))
+        count = torch.tensor(steps[0])
         keys = ("exp_avg", "exp_avg_sq")
         return {
             n: {"step": count.clone(), **{k: safe_get_full_optimizer_state(p, k).detach().cpu() for k in keys}}
@@ -334,7 +365,7 @@ class Engine:
 
         if hasattr(p, "ds_tensor"):
             place, _ = self.optimizer._get_fp32_opt_state_partition(p, False, key)
-            place.copy_(self.shard(value, p).to(place))
+            place.copy_(self.shard(value, p)[: place.numel()].to(place))
         elif key is None:
             safe_set_full_fp32_param(p, value)
         else:

@@ -63,3 +63,15 @@ class Tracker:
         self.file.close()
         if self.run is not None:
             self.run.finish()
+
+
+class Silent:
+    """The tracker of every rank but the first: one process writes a run."""
+
+    def scalars(self, *_) -> None:
+        pass
+
+    heatmap = video = scalars
+
+    def close(self) -> None:
+        pass

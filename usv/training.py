@@ -12,32 +12,24 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
-from usv import distill, flow
-from usv.checkpoint import CheckpointError, Student, atomic_folder, load_student, save_file_atomic, save_student, settle
+from usv import distill, flow, lora
+from usv.checkpoint import Student, load_student
 from usv.config import SettingError, TrainConfig
 from usv.cost import ModelShape, plan_cost, rung_costs
-from usv.cpu import fast_dtype
 from usv.data import ShardDataset
-from usv.generate import generate, load_pipeline
+from usv.generate import generate
 from usv.grid import Tile, tile_layout
 from usv.matching import Critic
 from usv.models.wan import SparseWan
 from usv.pipeline import disable, enable
 from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, SparsityPlan, bin_of, timestep_bins
-from usv.policy import Decisions
+from usv.policy import Decisions, allowed
 from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
+from usv.run_state import policy_tables, save_best
+from usv.runtime import Engine, Ranks, frozen_pipeline
 from usv.video import contact_sheet, write_mp4
-
-
-def precision(config: TrainConfig) -> str:
-    """accelerate's name of the precision."""
-    if config.runtime.precision == "auto":
-        bf16 = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else fast_dtype() == torch.bfloat16
-        return "bf16" if bf16 else "no"
-    return {"fp32": "no", "bf16": "bf16"}[config.runtime.precision]
 
 
 @lru_cache(maxsize=1)  # of the code that was loaded; and a git status for each checkpoint would cost more than the write
@@ -93,8 +85,13 @@ class Record:
             self.values["attention/coarse_recall"] = sum(float(s.coarse_recall) for s in stats.values()) / len(stats)
             self.values["attention/coarse_entropy"] = sum(float(s.entropy) for s in stats.values()) / len(stats)
 
+    def skip(self, count: int) -> None:
+        self.values = {"optim/skipped_steps": count}
+
     def brief(self) -> dict[str, str]:
         v = self.values
+        if "loss/velocity" not in v:
+            return {"skipped": f"{v['optim/skipped_steps']:.0f}"}
         return {
             "loss": f"{v['loss/velocity']:.4f}", "density": f"{v['sparsity/density']:.2f}", "merged": f"{v['sparsity/merged']:.2f}",
             "cost": f"{v['sparsity/cost']:.2f}/{v['sparsity/target_cost']:.2f}",
@@ -104,10 +101,12 @@ class Record:
 class Run:
     """Everything one training run holds. Built by `build`; the step itself is in train.py."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator):
-        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+    def __init__(self, config: TrainConfig, ranks: Ranks):
+        self.config, self.ranks, self.device = config, ranks, ranks.device
+        self.share = flow.Share(ranks.rank, ranks.world)
         self.folder = Path(config.output_dir)
-        self.step, self.plan, self.running, self.critic = 0, None, None, None
+        self.step, self.plan, self.running, self.critic, self.best = 0, None, None, None, None
+        self.skipped, self.skipped_in_a_row = 0, 0
 
     def record(self) -> Record:
         run = self
@@ -143,99 +142,125 @@ class Run:
         bin = bin_of(timestep, self.edges)
         return self.plan.rungs[bin] if self.plan is not None else self.policy.decide(bin, generator).rungs
 
+    def decides_steps(self) -> bool:
+        """Whether the policy is still learning which steps run."""
+        return self.plan is None and getattr(self.policy, "steps", False)
+
     def policy_loss(self, target: float) -> torch.Tensor | None:
         return None if self.plan is not None else self.policy.loss(target)
 
     def observe(self, decisions, probes, stats, loss: float) -> None:
+        """What the policy learns from: the means over ranks, so that all ranks go on deciding alike."""
         self.running = loss if self.running is None else 0.95 * self.running + 0.05 * loss
         if self.plan is None:
-            damages = {layer: float(p.mix.grad) / max(self.running, 1e-12) for layer, p in probes.items()}
-            self.policy.observe(decisions, damages, {layer: float(s.entropy) for layer, s in stats.items()})
+            seen = [float(p.mix.grad) / max(self.running, 1e-12) for p in probes.values()] + [float(s.entropy) for s in stats.values()]
+            seen = self.ranks.mean(seen)
+            self.policy.observe(decisions, dict(zip(probes, seen)), dict(zip(stats, seen[len(probes) :])))
 
-    def optimizer_step(self, policy_loss: torch.Tensor | None) -> None:
+    def update(self, loss: torch.Tensor, policy_loss: torch.Tensor | None) -> tuple[float, float]:
+        """Backward and step of student and policy; the loss, mean over ranks, and the gradient's norm. Not finite: nothing moved."""
+        mean = self.ranks.mean([loss.item()])[0]
         warm = min(1.0, (self.step + 1) / max(1, self.config.optim.warmup))
         decay = 0.5 * (1 + math.cos(math.pi * self.step / self.config.optim.steps))
-        self.optimizer.param_groups[0]["lr"] = self.config.optim.lr * warm * (0.05 + 0.95 * decay)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        rate = 1 - min(self.config.optim.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.bare().parameters()], rate)
+        norm = self.engine.update(loss, self.config.optim.lr * warm * (0.05 + 0.95 * decay))
+        if math.isfinite(norm):
+            if policy_loss is not None:  # the same on every rank: what it learns from was averaged
+                self.policy_optimizer.zero_grad(set_to_none=True)
+                policy_loss.backward()
+                self.policy_optimizer.step()
+            self.engine.update_average(1 - min(self.config.optim.ema, (1 + self.step) / (10 + self.step)))
+            self.skipped_in_a_row = 0
+        return mean, norm
 
-    def bare(self) -> SparseWan:
-        return self.accelerator.unwrap_model(self.student)
+    def skip(self, what: str) -> None:
+        """Count a step that was not finite and left everything as it was; too many in a row end the run with a report."""
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.config.runtime.max_skipped:
+            self.fail(f"{what}; {self.skipped_in_a_row} steps in a row were not finite")
 
-    def student_with_average(self) -> Student:
-        """The averaged student as it is saved and validated: its own copy of the weights."""
-        model = SparseWan(type(self.bare().transformer).from_config(self.bare().config), self.bare().tile)
-        model.load_state_dict(self.bare().state_dict())
-        with torch.no_grad():
-            for parameter, average in zip(model.parameters(), self.ema):
-                parameter.copy_(average)
+    def student_with_average(self, device=None) -> Student | None:
+        """The averaged student as it is saved and validated, its own copy of the weights; collective, None but on rank 0."""
+        weights = self.engine.weights(averaged=True)
+        if not self.ranks.first:
+            return None
+        setting, adapters, used = self.config.lora, None, None
+        if setting.rank:
+            adapters = {name: value for name, value in weights.items() if lora.is_adapter(name)}
+            weights = lora.merged(weights, setting.alpha / setting.rank)
+            used = {"rank": setting.rank, "alpha": setting.alpha, "targets": list(setting.targets)}
+        model = SparseWan(type(self.engine.model.transformer).from_config(self.engine.model.config), self.engine.model.tile)
+        model.load_state_dict(weights)
+        if device is None:  # validated in the teacher's precision: bf16 on a GPU, but for what diffusers keeps in fp32
+            kinds = {name.replace(".base_layer.", "."): p.dtype for name, p in self.pipe.transformer.named_parameters()}
+            for name, p in model.transformer.named_parameters():
+                p.data = p.data.to(kinds[name])
         m = self.config.model
         sampling = {
             "height": m.height, "width": m.width, "num_frames": m.num_frames, "num_inference_steps": m.num_inference_steps,
             "max_sequence_length": m.max_sequence_length, "flow_shift": m.flow_shift, "guidance_folded_in": m.guidance_scale,
         }  # fmt: skip
-        if steps := list(self.config.distill.student_timesteps):
+        if steps := self.current_plan().student_timesteps() or list(self.config.distill.student_timesteps):
             sampling |= {"student_timesteps": steps, "num_inference_steps": len(steps)}
         training = {"steps": self.step, "policy": self.config.policy.name, "seed": self.config.seed, "commit": commit()}
-        model = model.to(self.device).eval().requires_grad_(False)
-        return Student(model, self.current_plan(), sampling, training)
+        model = model.to(device or self.device).eval().requires_grad_(False)
+        return Student(model, self.current_plan(), sampling, training, policy_tables(self.policy), used, adapters)
 
     def fail(self, what: str) -> None:
         """Stop on a non-finite step. The last checkpoint stands; a report says what was seen."""
         last = "The last good checkpoint is in" if (self.folder / "state").exists() else "No checkpoint was written yet to"
         report = {"what": what, "step": self.step, "config": asdict(self.config)}
         path = self.folder / "failure.json"
-        path.write_text(json.dumps(report, indent=1))
+        if self.ranks.first:
+            path.write_text(json.dumps(report, indent=1))
         raise FloatingPointError(
             f"{what}. {last} {self.folder}/state, the report in {path}. Lower optim.lr or "
             "optim.grad_clip and run again with runtime.resume=auto"
         )
 
 
-def build(config: TrainConfig, accelerator: Accelerator) -> Run:
+def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     """Pipeline, teacher, student, policy, data, optimiser. All that can be wrong with the settings shows here."""
-    if accelerator.num_processes > 1:
-        raise SettingError(
-            f"num_processes: got {accelerator.num_processes}, accepted: 1; data and noise are not yet split over processes"
-        )
-    run = Run(config, accelerator)
-    prepare_folder(run.folder)
+    run = Run(config, ranks)
+    prepare_folder(run.folder, ranks.rank)
     m = config.model
-    run.pipe = load_pipeline(m.path, device=str(run.device))
+    run.pipe = frozen_pipeline(config, ranks)
     transformer = run.pipe.transformer
     tile = Tile(*m.tile)
-    run.teacher = SparseWan(transformer, tile).eval().requires_grad_(False)
-    copy = type(transformer).from_config(transformer.config)
-    copy.load_state_dict(transformer.state_dict())
     torch.manual_seed(config.seed)
-    student = SparseWan(copy, tile)
+    if config.lora.rank:
+        student = lora.adapt(transformer, tile, config.lora.rank, config.lora.alpha, config.lora.targets)
+        run.teacher = lora.Teacher(student)
+    else:
+        run.teacher = SparseWan(transformer, tile).eval().requires_grad_(False)
+        copy = type(transformer).from_config(transformer.config)
+        copy.load_state_dict(transformer.state_dict())
+        student = SparseWan(copy, tile)
     if config.runtime.gradient_checkpointing:
-        copy.enable_gradient_checkpointing()
+        student.transformer.enable_gradient_checkpointing()
     run.num_layers = student.num_layers
     latent_shape = _latent_shape(run.pipe, m)
     layout = tile_layout(student.grid_of(latent_shape), tile)
     shape = ModelShape.of(transformer.config, m.max_sequence_length)
     costs = rung_costs(shape, layout)
     run.costs, run.shape, run.layout = dict(zip(RUNGS, costs)), shape, layout
-    if min(costs) > config.policy.budget:
+    least = min(cost for cost, rung in zip(costs, RUNGS) if allowed(rung, config.policy.axes))
+    if least > config.policy.budget:
         raise SettingError(
-            f"policy.budget: got {config.policy.budget}, but the sparsest rung still costs {min(costs):.3f} of a dense forward at "
-            f"this size; accepted: {min(costs):.3f} to 1"
+            f"policy.budget: got {config.policy.budget}, but the sparsest rung still costs {least:.3f} of a dense forward at "
+            f"this size; accepted: {least:.3f} to 1"
         )
     run.edges = timestep_bins(config.policy.bins, m.flow_shift)
     run.policy = make_policy(config, run.edges, run.num_layers, costs)
-    groups = [{"params": list(student.parameters()), "lr": config.optim.lr, "weight_decay": config.optim.weight_decay}]
-    if isinstance(run.policy, torch.nn.Module):
-        groups.append({"params": list(run.policy.parameters()), "lr": config.policy.lr, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=tuple(config.optim.betas))
-    run.student, run.optimizer = accelerator.prepare(student, optimizer)
-    run.ema = [p.detach().clone() for p in run.bare().parameters()]
+    learned = isinstance(run.policy, torch.nn.Module)
+    betas = tuple(config.optim.betas)
+    run.policy_optimizer = torch.optim.AdamW(run.policy.parameters(), lr=config.policy.lr, betas=betas, weight_decay=0.0) if learned else None
+    run.engine = Engine(config, accelerator, ranks, student)
+    run.student = run.engine
     data = dict(latent_shape=latent_shape, model=m.path)
-    run.data = ShardDataset(config.data.path, config.optim.batch_size, config.seed, drop_text=config.data.drop_text, **data)
-    run.validation = ShardDataset(config.data.path, config.data.validation_clips, split="val", drop_text=0.0, shuffle=False, repeat=False, **data)  # fmt: skip
+    d, mine = config.data, config.optim.batch_size // ranks.world
+    source, weights = (list(d.mix), list(d.mix.values())) if d.mix else (d.path, None)
+    run.data = ShardDataset(source, mine, config.seed, ranks.rank, ranks.world, d.drop_text, weights=weights, **data)
+    run.validation = ShardDataset(source, d.validation_clips, split="val", drop_text=0.0, shuffle=False, repeat=False, **data)
     run.empty = run.data.empty.to(run.device)
     warm_start(run, config)
     return run
@@ -246,8 +271,7 @@ def warm_start(run: Run, config: TrainConfig) -> None:
     d = config.distill
     if d.init is not None:
         start = load_student(d.init, run.pipe.transformer)
-        run.bare().load_state_dict(start.model.state_dict())
-        run.ema = [p.detach().clone() for p in run.bare().parameters()]
+        run.engine.load_weights(start.model.state_dict())
         if config.policy.name == "inherit":
             run.plan = start.plan
             run.edges = start.plan.edges
@@ -261,17 +285,17 @@ def make_policy(config: TrainConfig, edges, num_layers: int, costs):
     """The policy that the settings name."""
     p = config.policy
     if p.name in ("static", "inherit"):  # inherit: run.plan is fixed before the first step
-        return StaticPolicy(edges, num_layers, costs)
+        return StaticPolicy(edges, num_layers, costs, axes=p.axes)
     if p.name == "entropy":
-        return EntropyPolicy(edges, num_layers, costs, p.gamma)
-    return GumbelPolicy(edges, num_layers, costs, p.probes, p.tau_start, p.entropy_bonus)
+        return EntropyPolicy(edges, num_layers, costs, p.gamma, axes=p.axes)
+    return GumbelPolicy(edges, num_layers, costs, p.probes, p.tau_start, p.entropy_bonus, axes=p.axes, steps=p.steps)
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path, rank: int = 0) -> None:
     """Make the output folder and prove that it can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable{rank}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
@@ -290,67 +314,12 @@ def _latent_shape(pipe, m) -> tuple[int, ...]:
     return (pipe.transformer.config.in_channels, (m.num_frames - 1) // time_ + 1, m.height // space, m.width // space)
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def save(run: Run) -> Path:
-    """Write student and trainer state; what stood before stands until both are complete."""
-    save_student(run.folder / "student", run.student_with_average())
-    policy = run.policy.state_dict()
-    state = {
-        "step": run.step, "running": run.running, "student": run.bare().state_dict(), "ema": run.ema,
-        "optimizer": run.optimizer.state_dict(), "policy": policy, "data": run.data.state_dict(),
-        "plan": None if run.plan is None else run.plan.to_dict(), "steps": run.config.optim.steps,
-        "critic": None if run.critic is None else run.critic.state_dict(),
-    }  # fmt: skip
-
-    def write(folder: Path) -> None:
-        save_file_atomic(folder / "trainer.pt", state)
-
-    atomic_folder(run.folder / "state", write)
-    return run.folder / "student"
-
-
-def resume(run: Run) -> None:
-    """Go on from the folder's state when resume=auto finds one, or from the folder that resume names."""
-    wish = run.config.runtime.resume
-    if wish == "never":
-        return
-    folder = run.folder / "state" if wish == "auto" else Path(wish)
-    settle(folder)
-    file = folder / "trainer.pt"
-    if not file.exists():
-        if wish != "auto":
-            raise CheckpointError(f"runtime.resume={wish}: no trainer.pt there; accepted: auto, never, or a run's state folder")
-        return
-    try:
-        state = torch.load(file, weights_only=True, map_location=run.device)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"{file}: damaged ({type(error).__name__}); delete {folder} to start again") from None
-    if state["steps"] != run.config.optim.steps:
-        raise CheckpointError(
-            f"{folder}: belongs to a run of {state['steps']} steps, this one has {run.config.optim.steps}, and schedules would "
-            "differ; use the same optim.steps, another output_dir, or runtime.resume=never"
-        )
-    try:
-        run.bare().load_state_dict(state["student"])
-        run.policy.load_state_dict(state["policy"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        if run.critic is not None:
-            run.critic.load_state_dict(state["critic"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: of another model or policy ({str(error).splitlines()[0]}); use another output_dir") from None
-    run.data.load_state_dict(state["data"])
-    run.ema, run.step, run.running = state["ema"], state["step"], state["running"]
-    run.plan = None if state["plan"] is None else SparsityPlan.from_dict(state["plan"])
-
-
 # ---- logging and validation ------------------------------------------------------------------------------------------
 
 
 def log_step(run: Run, record: Record, tracker) -> None:
     """Scalars every `logger.every` steps."""
-    if run.step % run.config.logger.every and run.step != 1:
+    if run.step % run.config.logger.every and run.step != 1 and "optim/skipped_steps" not in record.values:
         return
     memory = torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else _resident_gib()
     policy = {f"gates/{k}": v for k, v in run.policy.summary().items()} if run.plan is None else {}
@@ -407,7 +376,11 @@ def velocity_error(run: Run, student: Student) -> dict[str, float]:
 def validate(run: Run, tracker) -> dict[str, float]:
     """Held-out error of the averaged student under the plan it would be saved with; pictures and, at the end, videos."""
     student = run.student_with_average()
-    values = velocity_error(run, student)
+    if student is None:
+        run.ranks.wait()
+        return {}
+    with run.engine.autocast():
+        values = velocity_error(run, student)
     values["validation/plan_cost"] = plan_cost(student.plan, run.shape, run.layout)
     values["validation/plan_density"] = student.plan.density(run.layout.num_blocks)
     values["validation/plan_merged"] = student.plan.merged()
@@ -416,8 +389,11 @@ def validate(run: Run, tracker) -> dict[str, float]:
     tracker.heatmap(run.step, "sparsity/density_map", list(zip(*table)), "layer", "timestep bin")
     table = [[MERGE_LADDER[r.merge] for r in row] for row in student.plan.rungs]
     tracker.heatmap(run.step, "sparsity/merged_map", list(zip(*table)), "layer", "timestep bin")
-    if run.config.logger.videos and run.step == run.config.optim.steps:
+    if run.config.runtime.keep:
+        save_best(run, student, values["validation/velocity_error"])
+    if run.config.logger.videos and run.step == run.config.optim.steps and run.pipe.vae is not None:
         side_by_side(run, student, tracker)
+    run.ranks.wait()
     return values
 
 
@@ -425,10 +401,12 @@ def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
     """Validation videos teacher | student for the same prompts, seeds and timesteps as inference uses."""
     batch = next(iter(run.validation))
     prompts, seeds = batch["captions"][:count], list(range(count))
-    dense = generate(run.pipe, run.config.model, prompts, seeds).videos
+    embedded = {} if run.pipe.text_encoder is not None else {"embeds": batch["text"][:count], "empty": run.empty}
+    with lora.base_only(run.pipe.transformer):
+        dense = generate(run.pipe, run.config.model, prompts, seeds, **embedded).videos
     enable(run.pipe, student)
     try:
-        sparse = generate(run.pipe, run.config.model, prompts, seeds, num_inference_steps=student.sampling["num_inference_steps"]).videos
+        sparse = generate(run.pipe, run.config.model, prompts, seeds, num_inference_steps=student.sampling["num_inference_steps"], **embedded).videos
     finally:
         disable(run.pipe)
     for i, prompt in enumerate(prompts):

@@ -1,0 +1,193 @@
+"""Two real processes over gloo: every runtime gives what one process gives, whoever saved a checkpoint anyone resumes it,
+a dead process ends the run with a message and loses nothing.
+
+Rounding: two ranks sum a batch's gradient in another order. AdamW's first steps divide it by its own size, so a difference in
+the last bits of a gradient near zero becomes a visible share of lr (1e-3) in that weight: losses agree to 1e-4 relative,
+weights to a twentieth of the distance that lr · steps allows.
+"""
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from usv.checkpoint import read_config
+from usv.config import (
+    DataConfig,
+    LoggerConfig,
+    ModelConfig,
+    OptimConfig,
+    PolicyConfig,
+    RuntimeConfig,
+    SettingError,
+    TrainConfig,
+)  # fmt: skip
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, LR = 6, 1e-3
+SLOWLY = -1
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+SERVER = multiprocessing.get_context("forkserver")  # imports torch, diffusers and DeepSpeed once, then forks quickly
+SERVER.set_forkserver_preload(["train", "deepspeed"])
+
+
+def settings(model, shards, folder, runtime, steps=STEPS, **more) -> TrainConfig:
+    return TrainConfig(
+        output_dir=str(folder), seed=3,
+        model=ModelConfig(str(model), tiny.SIZE, tiny.SIZE, tiny.FRAMES, tiny.TEXT, list(tiny.TILE), num_inference_steps=2),
+        policy=PolicyConfig("gumbel", budget=0.8, bins=2, warm_down=[0.0, 0.4], freeze_at=0.7),
+        data=DataConfig(str(shards), drop_text=0.2, validation_clips=2),
+        optim=OptimConfig(steps=steps, batch_size=4, lr=LR, warmup=2, weight_decay=0.01),
+        runtime=RuntimeConfig(name=runtime, precision="fp32", **{"checkpoint_seconds": 1e9, "zero3_persist": 200, **more}),
+        logger=LoggerConfig("none", every=1, validate_every=100, videos=False),
+    )  # fmt: skip
+
+
+def work(rank, world, port, config, stop, out):
+    """One process: train, and on rank 0 leave the exact losses and gradient norms in `out`."""
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    if world > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    torch.set_num_threads(1)
+    sys.stderr = sys.stdout = open(f"{out}.{rank}.log", "w", buffering=1)
+    faulthandler.dump_traceback_later(100, file=sys.stderr)  # where a process hangs, before the parent gives up
+    import train as program
+    from usv.runtime import RankError, lost_ranks
+
+    seen, original = {}, program.log_step
+
+    def spy(run, record, tracker):
+        seen[run.step] = record.values["loss/velocity"], record.values["optim/gradient_norm"]
+        original(run, record, tracker)
+        if stop == SLOWLY:
+            time.sleep(0.3)
+        if stop == run.step:
+            signal.raise_signal(signal.SIGINT)
+
+    program.log_step = spy
+    try:
+        with lost_ranks(world):
+            program.train(config)
+    except RankError as error:
+        sys.stdout.write(f"RankError: {error}\n")
+        sys.stdout.flush()
+        os._exit(3)
+    if rank == 0:
+        Path(out).write_text(json.dumps(seen))
+    sys.stdout.flush()
+    os._exit(0)  # no destructors of process groups, which wait for one another
+
+
+def begin(world, config, stop, out):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [SERVER.Process(target=work, args=(r, world, port, config, stop, str(out))) for r in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run(world, config, stop=None):
+    """{step: (loss, norm)} of a run that ended well."""
+    out = Path(config.output_dir + ".json")
+    processes = begin(world, config, stop, out)
+    for process in processes:
+        process.join(150)
+    logs = [Path(f"{out}.{r}.log").read_text()[-3000:] for r in range(world)]
+    assert [p.exitcode for p in processes] == [0] * world, "\n".join(logs)
+    return {int(step): tuple(pair) for step, pair in json.loads(out.read_text()).items()}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_wan, tiny_shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return lambda name, runtime, **more: settings(tiny_wan, tiny_shards, folder / name, runtime, **more)
+
+
+@pytest.fixture(scope="module")
+def reference(world):
+    config = world("reference", "single")
+    return (
+        run(1, config),
+        load_file(config.output_dir + "/student/student.safetensors"),
+        read_config(config.output_dir + "/student"),
+    )
+
+
+def assert_same(config, losses, reference, first=1):
+    whole, weights, record = reference
+    assert sorted(losses) == list(range(first, STEPS + 1))
+    for step, (loss, norm) in losses.items():
+        assert loss == pytest.approx(whole[step][0], rel=1e-4), f"step {step}"
+        assert norm == pytest.approx(whole[step][1], rel=1e-3), f"step {step}"
+    mine = load_file(config.output_dir + "/student/student.safetensors")
+    assert mine.keys() == weights.keys()
+    worst = max(float((mine[name] - weights[name]).abs().max()) for name in weights)
+    assert worst < LR * STEPS / 20
+    assert read_config(config.output_dir + "/student")["plan"] == record["plan"]
+
+
+@pytest.mark.parametrize("runtime", ["ddp", "zero2", "zero3"])
+def test_two_ranks_equal_one(world, reference, runtime):
+    config = world(f"two_{runtime}", runtime)
+    assert_same(config, run(2, config), reference)
+
+
+@pytest.mark.parametrize(
+    "first, second", [(("zero3", 2), ("single", 1)), (("single", 1), ("zero2", 2)), (("ddp", 2), ("zero3", 2))]
+)
+def test_any_runtime_resumes_any_other(world, reference, first, second):
+    name = f"{first[0]}_{second[0]}"
+    early = run(first[1], world(name, first[0]), stop=3)
+    config = world(name, second[0])
+    late = run(second[1], config)
+    assert sorted(early) == [1, 2, 3]
+    assert_same(config, late, reference, first=4)
+
+
+def test_a_dead_rank_ends_the_run_with_a_message_and_loses_nothing(world, reference):
+    """Rank 1 killed without warning while a checkpoint follows every step; one process goes on as if nothing had been."""
+    config = world("dead", "ddp", checkpoint_seconds=0.0)
+    out = Path(config.output_dir + ".json")
+    processes = begin(2, config, SLOWLY, out)
+    log, deadline = Path(config.output_dir) / "metrics.jsonl", time.monotonic() + 100
+    while time.monotonic() < deadline and (not log.exists() or len(log.read_text().splitlines()) < 2):
+        time.sleep(0.005)
+    os.kill(processes[1].pid, signal.SIGKILL)
+    processes[0].join(30)
+    if processes[0].is_alive():
+        processes[0].kill()
+        pytest.fail("rank 0 hangs after rank 1 died")
+    said = Path(f"{out}.0.log").read_text()
+    assert processes[0].exitcode == 3 and "another of the 2 processes has ended" in said and "resume=auto" in said, (
+        said[-2000:]
+    )
+    config = world("dead", "single")
+    late = run(1, config)
+    assert 1 < min(late) < STEPS
+    assert_same(config, late, reference, first=min(late))
+
+
+def test_launch_and_settings_must_fit(world, monkeypatch):
+    from usv.runtime import start
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingError, match="runtime.name: got single on 2 processes, accepted: ddp"):
+        start(world("x", "single"))
+    config = world("x", "ddp")
+    config.optim.batch_size = 3
+    with pytest.raises(SettingError, match="optim.batch_size: got 3, accepted: multiples of the 2 processes"):
+        start(config)
