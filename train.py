@@ -133,7 +133,8 @@ def probe_step(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: tor
     judge = lambda x0: matching.teacher_residual(  # noqa: E731
         x0, text, run.empty, run.teacher, run.config.model.guidance_scale, torch.Generator().manual_seed(seed)
     )
-    run.policy.observe_jump(bin, matching.jump_damage(call, judge, noise, run.edges, steps, bin))
+    damage = matching.jump_damage(call, judge, noise, run.edges, steps, bin)
+    run.policy.observe_jump(bin, run.ranks.mean([damage])[0])
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

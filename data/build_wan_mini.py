@@ -1,6 +1,6 @@
 """Rebuild data/wan-mini from nothing: codec, clips, teacher. One command, resumable from its last minute:
 
-    python data/build_wan_mini.py            # about 2½ hours on 2 cores
+    python data/build_wan_mini.py            # about 1½ hours on 2 cores
 
 Curriculum of the teacher: first places (two minutes on pure noise), then half-size clips, where a clip costs a sixth and the
 words of subject and motion are learned, then the full token grid. RoPE positions are given in full-grid tokens throughout, so

@@ -97,8 +97,10 @@ def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, re
                 usv.enable(pipe, checkpoint)
             timesteps = [1000.0]
             if checkpoint is not None:
-                edges = pipe._usv.student.plan.edges
-                timesteps = [(low + high) / 2 for low, high in zip((0.0, *edges), edges)]
+                student = pipe._usv.student
+                timesteps = student.sampling.get("student_timesteps") or [
+                    (low + high) / 2 for low, high in zip((0.0, *student.plan.edges), student.plan.edges)
+                ]
             begun = time.perf_counter()
             with torch.no_grad():
                 for timestep in timesteps:
