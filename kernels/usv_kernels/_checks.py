@@ -64,8 +64,7 @@ def check_attention(q, k, v, selection, key_bias, block_gate) -> None:
 def check_values(selection, q_len: int, kv_len: int) -> None:
     """Looks at the integers of a selection: counts, listed indices, block bounds.
 
-    On the CPU a wrong value raises a ValueError. On a GPU the same conditions become device-side assertions
-    (`torch._assert_async`), which cost no synchronisation and abort the next one.
+    On the CPU a wrong value raises a ValueError, on a GPU the device asserts: see `require_each`.
     """
     counts, lists = selection.kv_num_blocks, selection.kv_indices
     used = selection.used_slots()
@@ -79,8 +78,28 @@ def check_values(selection, q_len: int, kv_len: int) -> None:
         inside = (starts >= 0) & (sizes >= 0) & (starts.long() + sizes <= length)
         conditions.append((f"selection.{side}_sizes", starts + sizes, inside, f"blocks inside 0..{length} (start + size)"))
     for name, values, valid, expected in conditions:
-        if valid.device.type == "cpu":
-            if not bool(valid.all()):
-                raise ValueError(f"{name}: got {values[~valid].flatten()[:4].tolist()}, expected {expected}")
-        else:
-            torch._assert_async(valid.all(), f"{name}: expected {expected}")
+        require_each(name, values, valid, expected)
+
+
+def require_each(name: str, values: Tensor, valid: Tensor, expected: str, on_device: bool | None = None) -> None:
+    """Refuses `values` (integers) where `valid` is False.
+
+    On the CPU a ValueError names the first of them. `on_device` (default: for tensors elsewhere) makes the condition a
+    device-side assertion instead, which costs no synchronisation and aborts the next one.
+    """
+    if valid.device.type != "cpu" if on_device is None else on_device:
+        torch._assert_async(valid.all(), f"{name}: expected {expected}")
+    elif not bool(valid.all()):
+        raise ValueError(f"{name}: got {values[~valid].flatten()[:4].tolist()}, expected {expected}")
+
+
+def looks_at_values(x: Tensor, debug: bool) -> bool:
+    """Whether integers are checked: always on the CPU, where it is cheap, elsewhere in debug mode. Never in a compiled graph
+    or on a tensor without values (fake, meta)."""
+    return type(x) is Tensor and x.device.type != "meta" and not torch.compiler.is_compiling() and (debug or x.device.type == "cpu")
+
+
+def check_range(name: str, values: Tensor, count: int, letter: str, debug: bool) -> None:
+    """Refuses integers outside 0..count - 1."""
+    if looks_at_values(values, debug):
+        require_each(name, values, (values >= 0) & (values < count), f"values in 0..{count - 1} ({letter} - 1)")

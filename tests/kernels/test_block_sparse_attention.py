@@ -93,6 +93,15 @@ def test_closed_gates_and_closed_keys(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("which", "value"), [(3, 200.0), (3, -200.0), (4, 200.0), (4, -200.0)])
+def test_logits_that_exp_alone_cannot_hold(impl, which, value):
+    """Small q and k under one large bias or gate for all: e^200 is inf in fp32 and e^-200 is 0, their softmax is neither."""
+    case = make_case([16, 16, 5], [16, 16, 7])
+    case.tensors[which] = case.tensors[which] + value
+    assert_close(run(case, impl), case, torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_unused_slots_are_never_read(impl):
     case = make_case([16, 16, 16, 5], [16, 16, 16, 16])
     clean = run(case, impl)

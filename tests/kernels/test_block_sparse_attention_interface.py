@@ -62,6 +62,29 @@ def test_refusals_name_argument_got_and_expected(message):
     assert ", expected " in str(error.value)
 
 
+def test_debug_makes_the_same_refusals_on_the_device(monkeypatch):
+    """What a GPU runs in debug mode, here on CPU tensors: the conditions become device-side assertions, none waits."""
+    from usv_kernels import _checks
+
+    plain = _checks.require_each
+    monkeypatch.setattr(_checks, "require_each", lambda *given: plain(*given, on_device=True))
+    for message, given in REFUSED.items():
+        if "\\[" in message:  # wrong values, not shapes
+            name = message.split(":")[0]
+            with pytest.raises(RuntimeError, match=f"{name}: expected "):
+                block_sparse_attention(**given(), debug=True)
+    block_sparse_attention(**arguments(), debug=True)
+
+
+def test_values_are_looked_at_where_it_is_cheap_or_asked_for():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from usv_kernels._checks import looks_at_values
+
+    assert looks_at_values(torch.zeros(1), False) and not looks_at_values(torch.zeros(1, device="meta"), True)
+    with FakeTensorMode():
+        assert not looks_at_values(torch.zeros(1), True)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(zip("qkv", [torch.zeros(2, 2, s, 40) for s in (37, 39, 39)], strict=True)), "D = 40"),
     (dict(zip("qkv", [torch.zeros(2, 2, s, 32, dtype=torch.float64) for s in (37, 39, 39)], strict=True)), "float64"),

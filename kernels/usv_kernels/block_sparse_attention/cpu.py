@@ -4,7 +4,8 @@ A work item is (a run of query rows, the tokens its list names). Items of equal 
 gather and a few `bmm` calls, so nothing that is not listed is computed and the score matrix of a batch stays in cache.
 Regular tiles are gathered whole; blocks of any other layout token by token, sorted by size so that padding a batch to
 its largest item wastes little. The backward recomputes the scores (no score matrix is kept) and adds dK and dV in list
-order, so it is deterministic. Half precision is computed in fp32: without native bf16 units that is also faster.
+order, so it is deterministic. Half precision is computed in fp32, converted tile by tile after the gather: without native
+bf16 units that is also faster.
 
 Letters: G = B * H, n items of a batch, p query rows of an item, L tokens of its list, c slots of its list, D channels.
 """
@@ -17,10 +18,9 @@ from torch import Tensor
 from .cpu_plan import Batch, Layout, make_batch, make_plan
 
 
-def _units(x_BHSd: Tensor, tile: int, count: int, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+def _units(x: Tensor, tile: int, count: int, fill: float = 0.0) -> Tensor:
     """(B, H, S, d) -> (G * count, tile * d) whole tiles, zero-padded; (G * S, d) for tile 1."""
-    batch, heads, length, dim = x_BHSd.shape
-    x = x_BHSd.to(dtype)
+    batch, heads, length, dim = x.shape
     if tile > 1 and count * tile != length:
         x = torch.nn.functional.pad(x, (0, 0, 0, count * tile - length), value=fill)
     return x.reshape(-1, tile * dim)
@@ -34,18 +34,20 @@ class Scratch:
         self.dtype = dtype
         self.buffers: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         count = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < count:
-            self.buffers[name] = torch.empty(count, dtype=self.dtype)
+            self.buffers[name] = torch.empty(count, dtype=dtype or self.dtype)
         return self.buffers[name][:count].view(shape)
 
     def take(self, name: str, units: Tensor, index, *shape: int) -> Tensor:
-        """Rows `index` of `units` as `shape`, copied unless they are consecutive."""
+        """Rows `index` of `units` as `shape` in the buffers' dtype, copied unless they are consecutive and have it."""
         if isinstance(index, slice):
-            return units[index].view(shape)
-        rows = self(name, len(index), units.shape[1])
-        return torch.index_select(units, 0, index, out=rows).view(shape)
+            rows = units[index]
+        else:
+            buffer = name if units.dtype == self.dtype else "to convert"
+            rows = torch.index_select(units, 0, index, out=self(buffer, len(index), units.shape[1], dtype=units.dtype))
+        return (rows if rows.dtype == self.dtype else self(name, *rows.shape).copy_(rows)).view(shape)
 
     def place(self, name: str, units: Tensor, index, *shape: int) -> Tensor:
         """Where to compute rows `index` of `units`: in place if they are consecutive, else a buffer for `_put`."""
@@ -82,13 +84,28 @@ def _scores(q_npD: Tensor, k_nLD: Tensor, column: Tensor | None, scale: float, s
 
 def _inputs(q, k, v, key_bias, block_gate, layout: Layout, dtype):
     kv = layout.kv_tile
-    q_units = _units(q, layout.q_tile, layout.num_q, dtype)
-    k_units, v_units = _units(k, kv, layout.num_kv, dtype), _units(v, kv, layout.num_kv, dtype)
+    q_units = _units(q, layout.q_tile, layout.num_q)
+    k_units, v_units = _units(k, kv, layout.num_kv), _units(v, kv, layout.num_kv)
     bias = None
     if key_bias is not None:
-        bias = _units(key_bias.expand(*k.shape[:3]).unsqueeze(-1), kv, layout.num_kv, dtype)
+        bias = _units(key_bias.expand(*k.shape[:3]).unsqueeze(-1).to(dtype), kv, layout.num_kv)
     gate = None if block_gate is None else block_gate.reshape(-1, block_gate.shape[-1]).to(dtype)
     return q_units, k_units, v_units, bias, gate
+
+
+def _exponents_fit(q: Tensor, k: Tensor, bias: Tensor | None, gate: Tensor | None, layout: Layout, scale: float) -> bool:
+    """Whether no logit can leave -40..40, by |<q, k>| <= |q| |k|. Then exp needs no maximum subtracted: the largest term of a
+    row is at least e^-40 and its sum at most e^40 times its length, far inside fp32. Saves two of four passes over scores.
+    NaN counts for nothing: where it is listed it spoils its row either way, and where it is not it must not matter."""
+    bound = abs(scale)
+    for x in (q, k):
+        norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        bound *= float(norms.nan_to_num(0.0, posinf=math.inf).amax()) if x.numel() else 0.0
+    if gate is not None:
+        gate = torch.where(torch.arange(gate.shape[1]) < layout.counts.unsqueeze(-1), gate, 0.0)
+    for x in (bias, gate):
+        bound += float(x.abs().nan_to_num(0.0, posinf=math.inf).amax()) if x is not None and x.numel() else 0.0
+    return bound <= 40.0
 
 
 def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0, kv_max: int = 0) -> tuple[Tensor, Tensor]:
@@ -101,6 +118,7 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
     out = (torch.empty if layout.uniform else torch.zeros)(q_units.shape, dtype=q.dtype)
     # lse = tops + log(totals): rows that no batch writes keep log(0) = -inf.
     tops, totals = torch.zeros(2, q_units.shape[0], layout.q_tile, dtype=dtype)
+    shifted = not _exponents_fit(q, k, bias, gate, layout, scale)
     scratch = Scratch(dtype)
     for first, last in layout.batches:
         b = make_batch(layout, first, last)
@@ -109,18 +127,21 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
         k_nLD = scratch.take("k", k_units, b.kv_index, n, length, dim)
         column = _column_bias(b, layout, bias, gate, dtype)
         s = _scores(q_npD, k_nLD, column, scale, scratch("s", n, p, length))
-        top = torch.amax(s, -1, keepdim=True, out=scratch.place("top", tops, b.q_index, n, p, 1))
-        if column is not None:
-            top.masked_fill_(top == float("-inf"), 0.0)
-        torch.exp(s.sub_(top), out=s)
+        if shifted:
+            top = torch.amax(s, -1, keepdim=True, out=scratch.place("top", tops, b.q_index, n, p, 1))
+            if column is not None:
+                top.masked_fill_(top == float("-inf"), 0.0)
+            s.sub_(top)
+            _put(tops, b.q_index, top)
+        torch.exp(s, out=s)
         total = torch.sum(s, -1, keepdim=True, out=scratch.place("total", totals, b.q_index, n, p, 1))
         # K is no longer needed: V takes its buffer, which is still in cache.
         v_nLD = scratch.take("k", v_units, b.kv_index, n, length, dim)
         o_npD = torch.bmm(s, v_nLD, out=scratch("o", n, p, dim))
         divisor = total if column is None else torch.where(total == 0, 1.0, total)
         o_npD = torch.div(o_npD, divisor, out=scratch.place("o", out, b.q_index, n, p, dim))
-        for units, values in ((out, o_npD), (tops, top), (totals, total)):
-            _put(units, b.q_index, values)
+        _put(out, b.q_index, o_npD)
+        _put(totals, b.q_index, total)
     lse = tops + totals.log_()
     out = out.view(batch, heads, -1, dim)[:, :, :q_len]
     return out.contiguous(), lse.view(batch, heads, -1)[:, :, :q_len].contiguous()
@@ -139,10 +160,10 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
         delta = delta - grad_lse.unsqueeze(-1)
     # A row without keys has lse = -inf; +inf makes its probabilities exp(s - inf) = 0 instead of NaN.
     lse = torch.where(lse == float("-inf"), float("inf"), lse).unsqueeze(-1)
-    go_units = _units(grad_out, layout.q_tile, layout.num_q, dtype)
-    lse_units = _units(lse, layout.q_tile, layout.num_q, dtype, fill=float("inf"))
-    delta_units = _units(delta, layout.q_tile, layout.num_q, dtype)
-    dq, dk, dv = torch.zeros_like(q_units), torch.zeros_like(k_units), torch.zeros_like(v_units)
+    go_units = _units(grad_out, layout.q_tile, layout.num_q)
+    lse_units = _units(lse, layout.q_tile, layout.num_q, fill=float("inf"))
+    delta_units = _units(delta, layout.q_tile, layout.num_q)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype) for x in (q_units, k_units, v_units))
     dbias = None if bias is None else torch.zeros_like(bias)
     dgate = None if gate is None else torch.zeros_like(gate)
     scratch = Scratch(dtype)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Score elements per batch: 1 MB in fp32, so that scores and gathered tiles stay in the caches of a core.
+# Score elements per batch and thread: 1 MB in fp32, so that scores and gathered tiles stay in the caches of a core.
 BATCH_ELEMENTS = 1 << 18
 # Longest run of query rows in one work item; longer blocks are split, which bounds the score matrix.
 MAX_ROWS = 256
@@ -53,11 +53,12 @@ def _group(p: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, list]:
     order = np.lexsort((tokens, np.ceil(np.log2(np.maximum(p, 1)) * 4)))
     order = order[(p[order] > 0) & (tokens[order] > 0)]
     batches, first, real, top_p, top_l = [], 0, 0, 0, 0
+    limit = BATCH_ELEMENTS * torch.get_num_threads()
     for i, (rows, length) in enumerate(zip(p[order].tolist(), tokens[order].tolist(), strict=True)):
         new_p, new_l, number = max(top_p, rows), max(top_l, length), i - first + 1
         padded, new_real = new_p * new_l * number, real + rows * length
         wasteful = padded > PADDING_FACTOR * new_real and padded - new_real > PADDING_PAIRS
-        if number > 1 and (padded > BATCH_ELEMENTS or wasteful):
+        if number > 1 and (padded > limit or wasteful):
             batches.append((first, i))
             first, real, top_p, top_l = i, rows * length, rows, length
         else:
@@ -79,7 +80,7 @@ def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) ->
         lowest, highest = (int(counts.min()), int(counts.max())) if counts.numel() else (0, 0)
         layout = Layout(lists, counts, torch.arange(groups * num_q), [], q_tile, kv_tile, num_q, num_kv, kv_rest=kv_len % kv_tile)
         if lowest == highest > 0:
-            step = max(1, BATCH_ELEMENTS // (q_tile * highest * kv_tile))
+            step = max(1, BATCH_ELEMENTS * torch.get_num_threads() // (q_tile * highest * kv_tile))
             layout.batches = [(i, min(i + step, len(counts))) for i in range(0, len(counts), step)]
             layout.uniform, layout.lists = highest, lists[:, :highest].contiguous()
         else:
