@@ -80,6 +80,7 @@ class PolicyConfig:
     name: str = "gumbel"
     axes: list[str] = field(default_factory=lambda: ["density", "merge"])
     steps: bool = False
+    most_density: float = 1.0  # bound on the decoded plan's mean density, beside the budget (gumbel)
     budget: float = 0.32
     bins: int = 8
     probes: int = 2
@@ -310,6 +311,7 @@ def check_train(config: TrainConfig) -> None:
         ("distill.student_timesteps", config.distill.student_timesteps, _ladder(config.distill.student_timesteps), "1000 first, then descending above 0, or none"),
         ("distill.student_timesteps", config.distill.student_timesteps, bool(config.distill.student_timesteps) or not config.distill.distribution, "timesteps, where distill.distribution is above 0"),
         ("policy.axes", config.policy.axes, bool(config.policy.axes) and set(config.policy.axes) <= {"density", "merge"}, "[density], [merge] or both"),
+        ("policy.most_density", config.policy.most_density, 0 < config.policy.most_density <= 1, "a density in (0, 1]"),
         ("policy.steps", config.policy.steps, not config.policy.steps or (config.policy.name == "gumbel" and config.distill.name == "consistency"), "true with policy=gumbel and distill=consistency"),
         ("policy.budget", config.policy.budget, 0 < config.policy.budget <= 1, "a fraction of the dense cost in (0, 1]"),
         ("policy.bins", config.policy.bins, config.policy.bins >= 1, "at least 1"),

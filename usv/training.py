@@ -288,7 +288,7 @@ def make_policy(config: TrainConfig, edges, num_layers: int, costs):
         return StaticPolicy(edges, num_layers, costs, axes=p.axes)
     if p.name == "entropy":
         return EntropyPolicy(edges, num_layers, costs, p.gamma, axes=p.axes)
-    return GumbelPolicy(edges, num_layers, costs, p.probes, p.tau_start, p.entropy_bonus, axes=p.axes, steps=p.steps)
+    return GumbelPolicy(edges, num_layers, costs, p.probes, p.tau_start, p.entropy_bonus, axes=p.axes, steps=p.steps, most_density=p.most_density)
 
 
 def prepare_folder(folder: Path, rank: int = 0) -> None:

@@ -344,3 +344,16 @@ def test_steps_are_learned_under_the_same_budget():
     assert again == plan
     sampled = [policy.decide_steps(seeded(i)) for i in range(20)]
     assert all(steps[-1] for steps in sampled)
+
+
+@pytest.mark.parametrize("bound", [0.25, 0.1])
+def test_a_bound_on_density_is_met_and_costs_likelihood_only_where_it_binds(bound):
+    torch.manual_seed(0)
+    free, bounded = (GumbelPolicy(EDGES, LAYERS, COSTS, most_density=d) for d in (1.0, bound))
+    torch.nn.init.normal_(free.cell, std=2.0)
+    bounded.load_state_dict(free.state_dict())
+    mean = lambda plan: sum(DENSITY_LADDER[r.density] for row in plan.rungs for r in row) / LAYERS / len(EDGES)  # noqa: E731
+    plan = bounded.decode(0.3)
+    assert mean(free.decode(0.3)) > bound >= mean(plan)
+    assert mean(plan) > 0.5 * bound  # the least price, not the sparsest plan
+    assert plan_cost(plan, SHAPE, LAYOUT) <= 0.3 + 1e-9

@@ -44,6 +44,7 @@ class GumbelPolicy(nn.Module):
         init_keep: float = 3.0,
         axes: Sequence[str] = tuple(AXES),
         steps: bool = False,
+        most_density: float = 1.0,
     ):
         super().__init__()
         self.edges, self.num_layers, self.probes, self.tau = tuple(edges), num_layers, probes, tau
@@ -54,7 +55,7 @@ class GumbelPolicy(nn.Module):
         self.layer = nn.Parameter(torch.zeros(1, num_layers, width))
         self.cell = nn.Parameter(torch.zeros(bins, num_layers, width))
         self.content = nn.Parameter(torch.zeros(width))
-        self.steps = steps
+        self.steps, self.most_density = steps, most_density
         self.step = nn.Parameter(torch.zeros(bins)) if steps else None
         self.register_buffer("jump_damage", torch.zeros(bins))
         self.register_buffer("jump_seen", torch.zeros(bins))
@@ -171,8 +172,23 @@ class GumbelPolicy(nn.Module):
 
     @torch.no_grad()
     def decode(self, target: float) -> SparsityPlan:
-        """Knapsack over log p, with the price that the Lagrangian put into p taken out: λ·cost is linear in the chosen."""
+        """Knapsack over log p within the budget. Where `most_density` binds, density is given the least price that meets it."""
+        plan = self._decode(target, 0.0)
+        low, high = 0.0, 1.0
+        if _mean_density(plan) <= self.most_density:
+            return plan
+        while _mean_density(self._decode(target, high)) > self.most_density:
+            low, high = high, 4 * high
+            if high > 1e9:
+                raise ValueError(f"most_density: got {self.most_density}, but no plan of this budget is as sparse; raise one of them")
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (low, middle) if _mean_density(self._decode(target, middle)) <= self.most_density else (middle, high)
+        return self._decode(target, high)
+
+    def _decode(self, target: float, density_price: float) -> SparsityPlan:
         density, merge = (axis.double().log_softmax(-1) for axis in self.logits())
+        density = density - density_price * density.new_tensor(DENSITY_LADDER)
         values = (merge[..., :, None] + density[..., None, :]).flatten(2).cpu().numpy()
         costs = self.costs.flatten().double().cpu().numpy()
         if not self.steps:
@@ -199,3 +215,9 @@ class GumbelPolicy(nn.Module):
             "expected_merged": float((merge * merge.new_tensor(MERGE_LADDER)).sum(-1).mean()),
             "budget_multiplier": float(self.multiplier),
         }
+
+
+def _mean_density(plan: SparsityPlan) -> float:
+    """Mean of the density ladder's values over the rows that run."""
+    rungs = [rung for row in plan.running() for rung in row]
+    return sum(DENSITY_LADDER[rung.density] for rung in rungs) / len(rungs)
