@@ -103,4 +103,4 @@ def test_two_experts_and_missing_packages_are_refused():
         start(config)
     config = settings("optim.optimizer=adamw8bit")
     with pytest.raises(SettingError, match="bitsandbytes"):
-        make_optimizer(config, [torch.nn.Parameter(torch.zeros(2))])
+        make_optimizer(config, [("x", torch.nn.Parameter(torch.zeros(2)))])

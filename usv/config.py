@@ -139,7 +139,7 @@ class DataConfig:
 class OptimConfig:
     """AdamW, gradient clipping, moving average of the student. batch_size: of the whole step, over all ranks.
 
-    optimizer: adamw | adamw8bit (moments in 8 bits; needs the package bitsandbytes and a GPU).
+    optimizer: adamw | muon (matrices of the blocks by Muon, the rest by AdamW) | adamw8bit (moments in 8 bits; needs the package bitsandbytes and a GPU).
     """
 
     steps: int = 600
@@ -329,7 +329,7 @@ def check_train(config: TrainConfig) -> None:
         ("runtime.keep", config.runtime.keep, config.runtime.keep >= 0, "0 or more"),
         ("runtime.max_skipped", config.runtime.max_skipped, config.runtime.max_skipped >= 1, "at least 1"),
         ("lora.rank", config.lora.rank, config.lora.rank >= 0, "0 (all weights) or more"),
-        ("optim.optimizer", config.optim.optimizer, config.optim.optimizer in ("adamw", "adamw8bit"), "adamw | adamw8bit"),
+        ("optim.optimizer", config.optim.optimizer, config.optim.optimizer in ("adamw", "muon", "adamw8bit"), "adamw | muon | adamw8bit"),
         ("model.weights", config.model.weights, config.model.weights in ("pretrained", "random"), "pretrained | random"),
         ("runtime.precision", config.runtime.precision, config.runtime.precision in ("auto", "fp32", "bf16"), "auto | fp32 | bf16"),
         ("logger.name", config.logger.name, config.logger.name in ("wandb", "none"), "wandb | none"),

@@ -30,6 +30,7 @@ from usv.config import SettingError, TrainConfig
 from usv.cpu import fast_dtype
 from usv.dry_run import transformer_config
 from usv.generate import load_pipeline
+from usv.optim import MuonAdamW
 
 BUCKET = 1 << 26  # elements of gradient averaged by one call
 
@@ -183,22 +184,24 @@ def frozen_pipeline(config: TrainConfig, ranks: Ranks) -> WanPipeline:
     return load_pipeline(m.path, torch.bfloat16 if half else torch.float32, str(ranks.device), text=not gpu)
 
 
-def make_optimizer(config: TrainConfig, parameters) -> torch.optim.Optimizer:
-    """AdamW, or AdamW with 8-bit moments. SettingError where that is not installed."""
+def make_optimizer(config: TrainConfig, named: list) -> torch.optim.Optimizer:
+    """What optim.optimizer names, over (name, parameter). SettingError where it is not installed or does not fit the runtime."""
     o = config.optim
-    kind, options = torch.optim.AdamW, {}
+    kind, parameters = torch.optim.AdamW, [p for _, p in named]
+    if o.optimizer != "adamw" and config.runtime.name.startswith("zero"):  # a partition is neither a matrix nor 8 bits
+        raise SettingError(
+            f"optim.optimizer: got {o.optimizer} with runtime={config.runtime.name}, accepted: adamw there, or runtime=single | ddp"
+        )
+    if o.optimizer == "muon":
+        return MuonAdamW(named, o.lr, tuple(o.betas), o.weight_decay)
     if o.optimizer == "adamw8bit":
-        if config.runtime.name.startswith("zero"):
-            raise SettingError(
-                f"optim.optimizer: got adamw8bit with runtime={config.runtime.name}, accepted: adamw there, or runtime=single | ddp"
-            )
         try:
             from bitsandbytes.optim import AdamW8bit as kind
         except ImportError as error:
             raise SettingError(
                 f"optim.optimizer: got adamw8bit, which needs a package ({error}); pip install bitsandbytes, or adamw"
             ) from None
-    return kind(parameters, lr=o.lr, betas=tuple(o.betas), weight_decay=o.weight_decay, **options)
+    return kind(parameters, lr=o.lr, betas=tuple(o.betas), weight_decay=o.weight_decay)
 
 
 class Engine:
@@ -213,8 +216,7 @@ class Engine:
         self.zero = config.runtime.name.startswith("zero")
         self.bf16 = precision(config) == "bf16"
         self.trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        parameters = [p for _, p in self.trained]
-        optimizer = make_optimizer(config, parameters)
+        optimizer = make_optimizer(config, self.trained)
         if self.zero:
             self.forward, wrapped = accelerator.prepare(model, optimizer)
             self.optimizer = wrapped.optimizer  # DeepSpeed's; its `.optimizer` is ours
