@@ -62,7 +62,7 @@ def work(rank, world, port, config, stop, out):
         )
     torch.set_num_threads(1)
     sys.stderr = sys.stdout = open(f"{out}.{rank}.log", "w", buffering=1)
-    faulthandler.dump_traceback_later(100, file=sys.stderr)  # where a process hangs, before the parent gives up
+    faulthandler.dump_traceback_later(200, file=sys.stderr)  # where a process hangs, before the parent gives up
     import train as program
     from usv.runtime import RankError, lost_ranks
 
@@ -105,7 +105,7 @@ def run(world, config, stop=None):
     out = Path(config.output_dir + ".json")
     processes = begin(world, config, stop, out)
     for process in processes:
-        process.join(150)
+        process.join(240)
     logs = [Path(f"{out}.{r}.log").read_text()[-3000:] for r in range(world)]
     assert [p.exitcode for p in processes] == [0] * world, "\n".join(logs)
     return {int(step): tuple(pair) for step, pair in json.loads(out.read_text()).items()}

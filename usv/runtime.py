@@ -125,6 +125,10 @@ def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
         if cpu:  # to accelerate, "cpu" excludes DeepSpeed; without a GPU it takes the CPU by itself
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             os.environ["ACCELERATE_USE_CPU"], cpu = "false", False
+            import deepspeed.ops
+
+            # compiled at start (over a minute, and a build that was killed leaves a lock on which the next run hangs)
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, world), zero3_init_flag=False)
     accelerator = Accelerator(
         mixed_precision="no" if plugin else precision(config),
