@@ -245,7 +245,7 @@ def test_training_step_trains_a_copy(model, inputs):
 def test_memory_in_a_fresh_process(monkeypatch, tmp_path, tiny_wan):
     """One side really in a process of its own, which sees what it allocates."""
     model = ModelConfig(path=str(tiny_wan), height=32, width=32, num_frames=5, tile=list(tiny.TILE))
-    specs = memory.specs("forward", model, {"mine": "x"}, (0.5, 0.25), (0.0, 0.5), 1)
+    specs = memory.specs("train", model, {"mine": "x"}, (0.5, 0.25), (0.0, 0.5), 1)
     assert [s.name for s in specs] == [
         "dense",
         "mine",
