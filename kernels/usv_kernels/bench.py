@@ -1,35 +1,29 @@
 """Micro-benchmark of block-sparse attention: `python -m usv_kernels.bench` on the CPU, `--gpu` on a GPU.
 
 First the correctness gate: a result that disagrees with the fp64 reference ends the run and nothing is reported. Both sides
-of every ratio are measured in the same run, alternating. Only useful floating-point operations count: 4 * D a listed token
+of every ratio are measured in the same run, alternating. Beside the speed: what pooling, selection and permutation add, and
+the peak memory of both sides. Only useful floating-point operations count: 4 * D a listed token
 pair forward, 14 * D forward and backward. The ideal speed-up of a density is 1 / density.
 """
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import BlockSelection, block_sparse_attention
+from .bench_companions import companions
+from .bench_memory import compare_on_cpu, cuda_peak
+from .bench_timing import environment, measure, random_selection
 
 FORWARD_FLOPS, BOTH_FLOPS = 4, 14
-
-
-def random_selection(heads: int, length: int, block: int, density: float, device) -> BlockSelection:
-    """The same number of random blocks for every query block, the diagonal block among them."""
-    count = -(-length // block)
-    keep = max(1, round(density * count))
-    scores = torch.rand(1, heads, count, count, device=device)
-    scores.diagonal(dim1=-2, dim2=-1).fill_(2.0)
-    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(keep, -1).indices, True)
-    sizes = torch.full((count,), block)
-    sizes[-1] = length - (count - 1) * block
-    return BlockSelection.from_mask(mask, sizes, sizes, capacity=keep)
+# The shape of the stated goal first, so that a slow machine's cut falls on the others: (S, D, 1 / density).
+GPU_GRID = [(s, d, r) for r in (8, 4, 16, 2, 32) for s in (32760, 8192, 75600) for d in (128, 64)]
+LAST_START = 45.0  # seconds that one more shape may take, compilation included
 
 
 def gate(impl: str, device: str) -> dict:
@@ -52,38 +46,6 @@ def gate(impl: str, device: str) -> dict:
     return errors
 
 
-def quantiles(samples: list[float]) -> dict:
-    """Milliseconds: median, 20% and 80% quantile."""
-    ordered = sorted(samples)
-    pick = {"p20_ms": 0.2, "median_ms": 0.5, "p80_ms": 0.8}
-    return {name: 1e3 * ordered[min(len(ordered) - 1, int(f * len(ordered)))] for name, f in pick.items()} | {"samples": len(ordered)}
-
-
-def measure(functions: dict, device: str, budget: float) -> dict:
-    """Times all functions alternately until the budget in seconds is spent, at least 3 times each, after a warm-up."""
-
-    def once(function) -> float:
-        if device == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            return begin.elapsed_time(end) / 1e3
-        begin = time.perf_counter()
-        function()
-        return time.perf_counter() - begin
-
-    samples = {name: [] for name in functions}
-    for function in functions.values():
-        once(function)
-    deadline = time.monotonic() + budget
-    while len(next(iter(samples.values()))) < 3 or (time.monotonic() < deadline and len(next(iter(samples.values()))) < 100):
-        for name, function in functions.items():
-            samples[name].append(once(function))
-    return {name: quantiles(values) for name, values in samples.items()}
-
-
 def candidates(heads, length, dim, density, block, dtype, device, impl, backward: bool, flex: bool) -> tuple[dict, BlockSelection]:
     """Functions to time: dense SDPA, ours, our own dense rate (all blocks listed), FlexAttention with the same mask."""
     q, k, v, grad = (torch.randn(1, heads, length, dim, device=device, dtype=dtype) for _ in range(4))
@@ -99,8 +61,14 @@ def candidates(heads, length, dim, density, block, dtype, device, impl, backward
 
         return function
 
+    def dense():
+        if device != "cuda":
+            return F.scaled_dot_product_attention(q, k, v)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v)
+
     functions = {
-        "sdpa_dense": timed(lambda: F.scaled_dot_product_attention(q, k, v)),
+        "sdpa_dense": timed(dense),
         "ours": timed(lambda: block_sparse_attention(q, k, v, selection, impl=impl)[0]),
     }
     if device == "cuda":
@@ -119,7 +87,10 @@ def flex_call(q, k, v, selection, block):
                                     s.kv_num_blocks, BlockSelection.from_mask(s.to_mask(), s.q_sizes, s.kv_sizes).kv_indices,
                                     BLOCK_SIZE=block, seq_lengths=(q.shape[2], k.shape[2]))  # fmt: skip
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=mask)
+    # On a GPU its own tiles (128 rows) would refuse blocks of 64: tiles of the block's size, in both passes.
+    tiles = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
+    options = dict.fromkeys(tiles, block) if q.is_cuda else None
+    return lambda: compiled(q, k, v, block_mask=mask, kernel_options=options)
 
 
 def case(heads, length, dim, density, block, dtype, device, impl, budget, flex=True) -> list[dict]:
@@ -128,6 +99,9 @@ def case(heads, length, dim, density, block, dtype, device, impl, budget, flex=T
     for backward in (False, True):
         with_flex = flex and not (backward and device == "cpu")  # FlexAttention has no CPU backward
         functions, selection = candidates(heads, length, dim, density, block, dtype, device, impl, backward, with_flex)
+        flex_failed = failure(functions["flex"]) if with_flex else None
+        if flex_failed:
+            del functions["flex"]
         times = measure(functions, device, budget)
         executed = float(selection.density())
         flops = (BOTH_FLOPS if backward else FORWARD_FLOPS) * dim * heads * length * length
@@ -136,6 +110,10 @@ def case(heads, length, dim, density, block, dtype, device, impl, budget, flex=T
                "dtype": str(dtype).removeprefix("torch."), "density": executed, "times": times, "speedup_over_sdpa": speedup,
                "share_of_ideal": speedup * executed,
                "tflops": {name: flops * (1 if "dense" in name else executed) / t["median_ms"] / 1e9 for name, t in times.items()}}  # fmt: skip
+        if flex_failed:
+            row["flex_failed"] = flex_failed
+        if device == "cuda":
+            row["peak_bytes"] = {name: cuda_peak(functions[name]) for name in ("sdpa_dense", "ours")}
         if "ours_dense" in times:
             row["share_of_own_dense_rate"] = row["tflops"]["ours"] / row["tflops"]["ours_dense"]
         rows.append(row)
@@ -145,19 +123,14 @@ def case(heads, length, dim, density, block, dtype, device, impl, budget, flex=T
     return rows
 
 
-def environment(device: str) -> dict:
-    """Everything a reader needs to judge the figures."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    changed = subprocess.run(["git", "status", "--porcelain", "."], capture_output=True, text=True, cwd=Path(__file__).parent)
-    info = {"torch": torch.__version__, "python": platform.python_version(), "commit": git.stdout.strip() or None,
-            "uncommitted_changes": bool(changed.stdout.strip()), "threads": torch.get_num_threads()}  # fmt: skip
-    if device == "cuda":
-        import triton
-
-        return info | {"device": torch.cuda.get_device_name(), "triton": triton.__version__, "cuda": torch.version.cuda}
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return info | {"device": model, "capability": torch.backends.cpu.get_cpu_capability()}
+def failure(function) -> str | None:
+    """The error of a first call, or None: a rival that does not compile is reported as such and ends nothing else."""
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001, whatever a compiler raises
+        message = f"{type(error).__name__}: {error}"[:500]
+        print(f"flex failed: {message}", flush=True)
+        return message
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -178,34 +151,49 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def gpu_rows(report: dict, grid: list, heads: int, budget: float, deadline: float, flex: bool, device: str = "cuda", impl: str = "triton") -> None:
+    """Adds the grid's rows to the report; shapes that `deadline` (of time.monotonic) leaves no time for are listed."""
+    for length, dim, ratio in grid:
+        if time.monotonic() > deadline - LAST_START:
+            report["left_out"].append([length, dim, ratio])
+            continue
+        # Each new flex shape compiles for seconds: one density of each length suffices for the comparison.
+        report["rows"] += case(heads, length, dim, 1 / ratio, 64, torch.bfloat16, device, impl, budget, flex and ratio == 8)
+        if ratio == 8:
+            report["companions"] += companions(heads, length, dim, 1 / ratio, 64, torch.bfloat16, device, impl, budget)
+
+
+def cpu_rows(report: dict, length: int, heads: int, budget: float, flex: bool) -> None:
+    """Adds the rows of one length: D 64, density 1/8, both dtypes."""
+    for dtype in (torch.bfloat16, torch.float32):
+        report["rows"] += case(heads, length, 64, 1 / 8, 64, dtype, "cpu", "cpu", budget, flex)
+        report["companions"] += companions(heads, length, 64, 1 / 8, 64, dtype, "cpu", "cpu", budget)
+        report["memory"] += compare_on_cpu(heads, length, 64, 1 / 8, 64, dtype)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="the GPU grid: densities, lengths up to 75,600, D 64 and 128")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop starting new shapes after this time (GPU)")
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of the CPU case")
+    parser.add_argument("--seq", type=int, nargs="+", default=[8192], help="tokens of the CPU cases, e.g. --seq 8192 32760")
+    parser.add_argument("--heads", type=int, help="default: 2 on the CPU, 12 on a GPU")
+    parser.add_argument("--budget", type=float, help="seconds of timing a row, default 3 on the CPU and 0.5 on a GPU")
     parser.add_argument("--out", type=Path, default=Path("data/results"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.gpu and not torch.cuda.is_available():
         raise SystemExit("--gpu: got no CUDA device, expected one; without a GPU no GPU figure is reported")
     started, device = time.monotonic(), "cuda" if args.gpu else "cpu"
     impl = "triton" if args.gpu else "cpu"
-    report = {"environment": environment(device), "gate": gate(impl, device), "rows": [], "left_out": []}
+    report = {"environment": environment(device), "gate": gate(impl, device), "rows": [], "companions": [], "memory": [], "left_out": []}
     if args.gpu:
-        # The shape of the stated goal first, so that a slow machine's cut falls on the others.
-        shapes = [(s, d, r) for r in (8, 4, 16, 2, 32) for s in (32760, 8192, 75600) for d in (128, 64)]
-        for length, dim, ratio in shapes:
-            if time.monotonic() - started > 60 * args.minutes - 20:
-                report["left_out"].append([length, dim, ratio])
-                continue
-            # Each new flex shape compiles for seconds: one density of each length suffices for the comparison.
-            flex = not args.no_flex and ratio == 8
-            report["rows"] += case(12, length, dim, 1 / ratio, 64, torch.bfloat16, device, impl, 0.5, flex)
+        gpu_rows(report, GPU_GRID, args.heads or 12, args.budget or 0.5, started + 60 * args.minutes, not args.no_flex)
+        name = "attention_gpu"
     else:
-        for dtype in (torch.bfloat16, torch.float32):
-            report["rows"] += case(2, args.length, 64, 1 / 8, 64, dtype, device, impl, 3.0, not args.no_flex)
+        for length in args.seq:
+            cpu_rows(report, length, args.heads or 2, args.budget or 3.0, not args.no_flex)
+        name = "attention_cpu" if 8192 in args.seq else f"attention_cpu_{args.seq[0]}"
     args.out.mkdir(parents=True, exist_ok=True)
-    name = f"attention_{'gpu' if args.gpu else 'cpu'}"
     (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(report["rows"], args.out / f"{name}.png")
     print(f"wrote {args.out / name}.json and .png")

@@ -1,0 +1,69 @@
+"""What the benchmarks share: random block lists, alternating timing, quantiles, and the environment a figure belongs to."""
+
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from .selection import BlockSelection
+
+
+def random_selection(heads: int, length: int, block: int, density: float, device) -> BlockSelection:
+    """The same number of random blocks for every query block, the diagonal block among them."""
+    count = -(-length // block)
+    keep = max(1, round(density * count))
+    scores = torch.rand(1, heads, count, count, device=device)
+    scores.diagonal(dim1=-2, dim2=-1).fill_(2.0)
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(keep, -1).indices, True)
+    sizes = torch.full((count,), block)
+    sizes[-1] = length - (count - 1) * block
+    return BlockSelection.from_mask(mask, sizes, sizes, capacity=keep)
+
+
+def quantiles(samples: list[float]) -> dict:
+    """Milliseconds: median, 20% and 80% quantile."""
+    ordered = sorted(samples)
+    pick = {"p20_ms": 0.2, "median_ms": 0.5, "p80_ms": 0.8}
+    return {name: 1e3 * ordered[min(len(ordered) - 1, int(f * len(ordered)))] for name, f in pick.items()} | {"samples": len(ordered)}
+
+
+def measure(functions: dict, device: str, budget: float) -> dict:
+    """Times all functions alternately until the budget in seconds is spent, at least 3 times each, after a warm-up."""
+
+    def once(function) -> float:
+        if device == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            return begin.elapsed_time(end) / 1e3
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+
+    samples = {name: [] for name in functions}
+    for function in functions.values():
+        once(function)
+    deadline = time.monotonic() + budget
+    while len(next(iter(samples.values()))) < 3 or (time.monotonic() < deadline and len(next(iter(samples.values()))) < 100):
+        for name, function in functions.items():
+            samples[name].append(once(function))
+    return {name: quantiles(values) for name, values in samples.items()}
+
+
+def environment(device: str) -> dict:
+    """Everything a reader needs to judge the figures."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    changed = subprocess.run(["git", "status", "--porcelain", "."], capture_output=True, text=True, cwd=Path(__file__).parent)
+    info = {"torch": torch.__version__, "python": platform.python_version(), "commit": git.stdout.strip() or None,
+            "uncommitted_changes": bool(changed.stdout.strip()), "threads": torch.get_num_threads()}  # fmt: skip
+    if device == "cuda":
+        import triton
+
+        return info | {"device": torch.cuda.get_device_name(), "triton": triton.__version__, "cuda": torch.version.cuda}
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return info | {"device": model, "capability": torch.backends.cpu.get_cpu_capability()}

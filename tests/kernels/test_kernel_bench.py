@@ -1,0 +1,76 @@
+"""The benchmarks: both grids run end to end at toy sizes, and the memory figure sees an allocation."""
+
+import json
+import time
+
+import pytest
+import torch
+from usv_kernels import bench, bench_memory
+
+
+def test_cpu_report(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(bench, "compare_on_cpu", lambda *shape: measured.append(shape) or [{"ratio": 1.0}])
+    bench.main(["--seq", "320", "--heads", "1", "--budget", "0.01", "--no-flex", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "attention_cpu_320.json").read_text())
+    assert (tmp_path / "attention_cpu_320.png").stat().st_size > 0 and report["environment"][
+        "torch"
+    ] == torch.__version__
+    kinds = [(p, d) for d in ("bfloat16", "float32") for p in ("forward", "forward+backward")]
+    assert measured == [(1, 320, 64, 1 / 8, 64, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    assert report["memory"] == [{"ratio": 1.0}] * 2
+    for part in ("rows", "companions"):
+        assert [(r["pass"], r["dtype"]) for r in report[part]] == kinds
+    for row in report["companions"]:
+        median = {name: t["median_ms"] for name, t in row["times"].items()}
+        total = median["pooling"] + median["selection"] + median["permutation"]
+        assert row["share_of_attention"] == pytest.approx(total / median["attention"])
+
+
+def test_gpu_grid_without_a_gpu():
+    """The loop of `--gpu` on the CPU, through the interpreter: rows in order, a cut is reported, a failing rival too."""
+    report = {"rows": [], "companions": [], "left_out": []}
+    bench.gpu_rows(report, [(128, 32, 8), (192, 32, 2)], 1, 0.0, time.monotonic() + 1e4, False, "cpu", "triton")
+    assert [(r["S"], r["pass"]) for r in report["rows"]] == [
+        (s, p) for s in (128, 192) for p in ("forward", "forward+backward")
+    ]
+    assert [r["S"] for r in report["companions"]] == [128, 128] and not report["left_out"]
+    bench.gpu_rows(report, [(128, 32, 4)], 1, 0.0, time.monotonic() + bench.LAST_START - 1, False, "cpu", "triton")
+    assert report["left_out"] == [[128, 32, 4]] and len(report["rows"]) == 4
+    assert {(s, d, r) for s in (8192, 32760, 75600) for d in (64, 128) for r in (2, 4, 8, 16, 32)} == set(
+        bench.GPU_GRID
+    )
+
+
+def test_a_rival_that_fails_is_reported(monkeypatch):
+    def broken(*_):
+        raise NotImplementedError("no such tile")
+
+    monkeypatch.setattr(bench, "flex_call", lambda *_: broken)
+    row = bench.case(1, 128, 32, 0.5, 64, torch.float32, "cpu", "cpu", 0.0)[0]
+    assert row["flex_failed"] == "NotImplementedError: no such tile" and set(row["times"]) == {"sdpa_dense", "ours"}
+
+
+def test_a_red_gate_measures_nothing(monkeypatch):
+    attend = bench.block_sparse_attention
+
+    def wrong(*args, impl, **kwargs):
+        out, lse = attend(*args, impl=impl, **kwargs)
+        return (out if impl == "reference" else out * 1.01), lse
+
+    monkeypatch.setattr(bench, "block_sparse_attention", wrong)
+    with pytest.raises(SystemExit, match="correctness gate: cpu out"):
+        bench.gate("cpu", "cpu")
+
+
+def test_memory_of_both_sides(monkeypatch):
+    """Forward rows only, in processes of their own: more than the output, less than a dense score matrix."""
+    monkeypatch.setattr(bench_memory, "PASSES", (False,))
+    (row,) = bench_memory.compare_on_cpu(1, 4096, 32, 1 / 8, 64, torch.float32)
+    assert all(4096 * 32 * 4 <= b < 4096**2 * 4 for b in row["peak_bytes"].values())
+    assert row["ratio"] == row["peak_bytes"]["ours"] / row["peak_bytes"]["sdpa_dense"]
+
+
+def test_memory_sees_what_a_call_allocates_and_frees():
+    peak = bench_memory.cpu_peak(lambda: torch.ones(48 << 18).sum())
+    assert 47 << 20 <= peak <= 60 << 20
