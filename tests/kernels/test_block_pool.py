@@ -112,6 +112,7 @@ def test_refusals():
     for bad, name in (
         ((x[0], starts, sizes), "x"), ((x.int(), starts, sizes), "x"), ((x, starts[None], sizes), "starts"),
         ((x, starts, sizes[:1]), "sizes"), ((x, starts.float(), sizes), "starts"), ((x, starts, sizes, "gpu"), "impl"),
+        ((x, starts + 1, sizes), "sizes"), ((x, starts - 1, sizes), "sizes"), ((x, starts, -sizes), "sizes"),
         ((x.double(), starts, sizes, "triton"), "impl"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name}: got .*, expected "):

@@ -159,6 +159,8 @@ def test_refusals():
         ((x, weight, EPS, *tables(5, 24, "cpu")), "freqs_cos"),
         ((x, weight, EPS, cos, sin, torch.zeros(2, 4).long()), "positions"),
         ((x, weight, EPS, cos, sin, torch.zeros(2, 5)), "positions"),
+        ((x, weight, EPS, cos, sin, torch.full((2, 5), 5)), "positions"),
+        ((x, weight, EPS, cos, sin, torch.full((2, 5), -1)), "positions"),
         ((x, weight, EPS, cos, sin, None, "fast"), "impl"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: got .*, expected "):

@@ -80,6 +80,7 @@ def test_refusals():
     for bad, name in (
         ((x[0], index), "x"), ((x, index[:7]), "index"), ((x, index.float()), "index"),
         ((x, index.expand(2, 8)), "index"),
+        ((x, index + 1), "index"), ((x, index - 1), "index"),
         ((x, index, "flex"), "impl"), ((x.double(), index, "triton"), "impl"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name}: got .*, expected "):

@@ -159,6 +159,13 @@ def test_gather_kept_takes_rows_of_any_rank():
             assert torch.equal(found[b], x.to(DEVICE)[b % x.shape[0], merge_map.kept_index[b]])
 
 
+def test_bound_of_the_kept_sizes():
+    assert MergeLayout.build(CELLS, [8, 8], 3).kept_max == 5
+    one_cell = torch.arange(200).view(1, 200)
+    assert MergeLayout.build(one_cell, [200, 200, 90], [10, 10, 5]).kept_max == 190
+    assert MergeLayout.build(one_cell, [200, 90, 200], [10, 5, 10]).kept_max == 0  # no one tile shape fits
+
+
 def test_layout():
     one_count = MergeLayout.build(CELLS, [8, 4, 8, 1], 4)
     assert one_count.num_merged.tolist() == [4, 2, 4, 0]  # in proportion: 4 * 4 // 8, then no src is left

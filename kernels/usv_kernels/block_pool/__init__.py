@@ -10,33 +10,37 @@ is shared by batch and heads; differentiable once in x.
 import torch
 from torch import Tensor
 
-from .._checks import check_shape, require
+from .._checks import check_shape, looks_at_values, require, require_each
 from .._impl import check_float, check_integer, require_triton, resolve
 from . import cpu, reference
 
 __all__ = ["block_pool"]
 
 
-def block_pool(x: Tensor, starts: Tensor, sizes: Tensor, impl: str = "auto") -> Tensor:
+def block_pool(x: Tensor, starts: Tensor, sizes: Tensor, impl: str = "auto", debug: bool = False) -> Tensor:
     """Mean over the tokens of each block, summed in float32 (float64 for float64 input).
 
     Args:
         x: (B, H, S, D) floating.
         starts, sizes: (M,) int32 or int64, first token and number of tokens of each block; a size may be 0. Blocks lie
-            inside 0..S and do not overlap; the values are not looked at.
+            inside 0..S and do not overlap (overlaps are not looked for).
         impl: auto | reference | cpu | triton.
+        debug: check the values on a GPU too, by a device-side assertion; on a CPU they are always checked.
 
     Returns:
         (B, H, M, D) in x's dtype.
 
     Raises:
-        ValueError: wrong shape, dtype, device or impl.
+        ValueError: wrong shape, dtype, device, block or impl.
     """
     check_float("x", x, 4, "(B, H, S, D)")
     require(starts.dim() == 1, "starts", f"shape {tuple(starts.shape)}", "(M,)")
     check_shape("sizes", sizes, tuple(starts.shape), "(M,) of starts")
     check_integer("starts", starts, x.device)
     check_integer("sizes", sizes, x.device)
+    if looks_at_values(starts, debug):
+        inside = (starts >= 0) & (sizes >= 0) & (starts.long() + sizes <= x.shape[2])
+        require_each("sizes", starts + sizes, inside, f"blocks inside 0..{x.shape[2]} (start + size)")
     impl = resolve("block_pool", impl, x, ("reference", "cpu", "triton"))
     if impl == "reference":
         return reference.block_pool(x, starts, sizes)

@@ -12,7 +12,7 @@ instead of one per step. Gradients in x and weight, not in the tables. Limits: T
 import torch
 from torch import Tensor
 
-from .._checks import FLOAT_DTYPES, check_shape, require
+from .._checks import FLOAT_DTYPES, check_range, check_shape, require
 from .._impl import accumulator, check_float, check_integer, require_triton, resolve
 from . import cpu, reference
 
@@ -27,6 +27,7 @@ def norm_rope(
     freqs_sin: Tensor,
     positions: Tensor | None = None,
     impl: str = "auto",
+    debug: bool = False,
 ) -> Tensor:
     """Normalises and rotates projected queries or keys.
 
@@ -36,15 +37,16 @@ def norm_rope(
         eps: added to the mean square.
         freqs_cos, freqs_sin: (1, T, 1, D) as `WanRotaryPosEmbed` returns them, or (T, D): every angle stands twice in a
             row.
-        positions: (B, S) int32 or int64 in 0..T-1, the table row of every token, e.g. after merging; the values are not
-            looked at. Default: token s uses row s, and T must equal S.
+        positions: (B, S) int32 or int64 in 0..T-1, the table row of every token, e.g. after merging.
+            Default: token s uses row s, and T must equal S.
         impl: auto | reference | cpu | triton.
+        debug: check positions on a GPU too, by a device-side assertion; on a CPU they are always checked.
 
     Returns:
         (B, H, S, D) in x's dtype.
 
     Raises:
-        ValueError: wrong shape, dtype, device or impl.
+        ValueError: wrong shape, dtype, device, position or impl.
     """
     check_float("x", x, 3, "(B, S, H * D)")
     batch, length, channels = x.shape
@@ -60,6 +62,7 @@ def norm_rope(
     else:
         check_shape("positions", positions, (batch, length), "(B, S) of x")
         check_integer("positions", positions, x.device)
+        check_range("positions", positions, cos.shape[0], "T", debug)
     impl = resolve("norm_rope", impl, x, ("reference", "cpu", "triton"))
     require(impl != "triton" or channels <= 16384, "x", f"{channels} channels", "at most 16384 for impl='triton'")
     # Of the doubled table only one copy of every angle is needed; diffusers reads the same columns.

@@ -4,13 +4,13 @@
 
 SVG2 (https://arxiv.org/abs/2505.18875) makes clusters contiguous with it, SVG (https://arxiv.org/abs/2502.01776) turns
 frame-major into token-major order. The gradient is the inverse permutation: a gather, with no scatter and no atomics.
-Limits: index must be a permutation of 0..S-1 in every row (not checked: it would stall a GPU); differentiable in x.
+Limits: that a row of index names no token twice is not checked (it would cost a sort); differentiable in x.
 """
 
 import torch
 from torch import Tensor
 
-from .._checks import require
+from .._checks import check_range, require
 from .._impl import check_float, check_integer, require_triton, resolve
 from . import cpu, reference
 
@@ -25,24 +25,26 @@ def inverse_permutation(index: Tensor) -> Tensor:
     return torch.empty_like(index).scatter_(-1, index.long(), position.expand(index.shape))
 
 
-def permute(x: Tensor, index: Tensor, impl: str = "auto") -> Tensor:
+def permute(x: Tensor, index: Tensor, impl: str = "auto", debug: bool = False) -> Tensor:
     """Rows of x in the order of index.
 
     Args:
         x: (B, H, S, D) floating, any strides.
-        index: (S,) shared, or (B, H, S), int32 or int64.
+        index: (S,) shared, or (B, H, S), int32 or int64, values in 0..S-1.
         impl: auto | reference | cpu | triton.
+        debug: check the values on a GPU too, by a device-side assertion; on a CPU they are always checked.
 
     Returns:
         (B, H, S, D), contiguous.
 
     Raises:
-        ValueError: wrong shape, dtype, device or impl.
+        ValueError: wrong shape, dtype, device, index or impl.
     """
     check_float("x", x, 4, "(B, H, S, D)")
     check_integer("index", index, x.device)
     shapes = ((x.shape[2],), tuple(x.shape[:3]))
     require(tuple(index.shape) in shapes, "index", f"shape {tuple(index.shape)}", f"(S,) or (B, H, S): {shapes}")
+    check_range("index", index, x.shape[2], "S", debug)
     impl = resolve("permute", impl, x, ("reference", "cpu", "triton"))
     index = index.expand(x.shape[:3])
     if impl == "reference":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._checks import require
+from ..selection import known_bound
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class MergeLayout:
         tile_starts, tile_sizes, num_merged: (num_tiles,) int32, before merging.
         kept_starts, kept_sizes: (num_tiles,) int32, the tiles after merging.
         num_tokens, num_kept_tokens, max_tile: S, S_kept = S - sum of num_merged, and the largest tile: Python integers.
+        kept_max: the bound on kept_sizes that `BlockSelection` takes as q_max and kv_max.
     """
 
     dst: Tensor
@@ -33,6 +35,7 @@ class MergeLayout:
     num_tokens: int
     num_kept_tokens: int
     max_tile: int
+    kept_max: int = 0
 
     @classmethod
     def build(
@@ -90,6 +93,7 @@ class MergeLayout:
             num_tokens=total,
             num_kept_tokens=total - sum(counts),
             max_tile=largest,
+            kept_max=known_bound(kept_t.cpu()),
         )
 
 
