@@ -1,6 +1,7 @@
 """Quality and speed of students against the dense model, at the same prompts and seeds, in one process.
 
     python -m usv.evaluate --ckpt outputs/usv_mini/student --clips 120 --out data/results/usv_mini.json
+    python -m usv.evaluate --ckpt three=outputs/usv_few_step/student --ckpt two=outputs/usv_few_step/student@1000,750
 
 Prompts are CameraMotion captions, every subject with every motion in turn. Batches of the methods are interleaved, so that a
 noisy machine hurts all alike. Quality: subject and motion accuracy against the prompt, Fréchet distance to real clips,
@@ -21,12 +22,14 @@ import torch
 from tqdm import tqdm
 
 import usv
+from usv.checkpoint import CheckpointError, Student, load_student
 from usv.config import ModelConfig, SettingError
 from usv.cost import ModelShape, plan_cost
 from usv.cpu import keep_freed_memory
 from usv.generate import Generation, generate, load_pipeline
 from usv.grid import tile_layout
 from usv.metrics import build_prototypes, evaluate_videos, features
+from usv.sampler import StudentScheduler
 from usv.training import commit
 from usv.video import contact_sheet, write_mp4
 
@@ -117,7 +120,7 @@ def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_
     """The report: machine, commit, and one row of quality, speed and executed sparsity for each method."""
     keep_freed_memory()
     pipe = load_pipeline(model.path)
-    methods = {"dense": None, **checkpoints}
+    methods = {"dense": None, **{name: opened(pipe, path) for name, path in checkpoints.items()}}
     prompts, subjects, motions = requests(clips)
     seeds = list(range(clips))
     real, real_subjects = real_clips(model, 240)
@@ -169,6 +172,22 @@ def _flops_ratio(pipe, model: ModelConfig, checkpoint) -> float:
     return ratio
 
 
+def opened(pipe, path: str) -> str | Student:
+    """A checkpoint as it is, or for "FOLDER@1000,750" its student sampled at those timesteps instead of its own."""
+    folder, _, steps = path.partition("@")
+    if not steps:
+        return path
+    student = load_student(folder, pipe.transformer)
+    if not student.sampling.get("student_timesteps"):
+        raise CheckpointError(f"{path}: a student of the teacher's sampler has no timesteps to choose; drop @{steps}")
+    try:
+        timesteps = list(StudentScheduler([float(t) for t in steps.split(",")]).config.student_timesteps)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    student.sampling |= {"student_timesteps": timesteps, "num_inference_steps": len(timesteps)}
+    return student
+
+
 def show(folder: Path, prompts: list[str], videos: dict[str, torch.Tensor], count: int = 6) -> None:
     """A contact sheet and side-by-side mp4s (dense | students) of the first prompts."""
     rows = []
@@ -191,9 +210,24 @@ def table(report: dict) -> str:
     return "\n".join("".join(f"{cell:>13}" for cell in row) for row in zip(*lines))
 
 
+def markdown(report: dict) -> str:
+    """The report as the README shows it: a row for each method, 95% intervals where they were computed."""
+    lines = ["| method | forwards | s/forward | forward × | density | merged | subject | motion | Fréchet | denoising s | denoising × |"]
+    lines.append("|---" * 11 + "|")
+    for name, r in report["methods"].items():
+        between = lambda key: f" ({r[key + '_low']:.2f}–{r[key + '_high']:.2f})" if key + "_low" in r else ""  # noqa: B023, E731
+        lines.append(
+            f"| {name} | {r['forwards']} | {r['seconds_per_forward']['p50']:.4f} | {r['forward_speedup']:.2f} | {r['attention_density']:.3f} "
+            f"| {r['merged']:.0%} | {r['subject_accuracy']:.3f}{between('subject_accuracy')} "
+            f"| {r['motion_accuracy']:.3f}{between('motion_accuracy')} | {r.get('frechet_distance', float('nan')):.0f} "
+            f"| {r['denoise_seconds']:.2f} | {r['denoise_speedup']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", action="append", default=[], help="[name=]student folder; repeat for several")
+    parser.add_argument("--ckpt", action="append", default=[], help="[name=]student folder[@timesteps]; repeat for several")
     parser.add_argument("--model", default=str(ROOT / "data" / "wan-mini"))
     parser.add_argument("--clips", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=4)
