@@ -108,16 +108,21 @@ def svg_densities(grid: TokenGrid, density: float, block: int) -> tuple[float, f
     return tuple(mask_density(mask, sizes) for mask in masks)
 
 
-def search_top_p(density: float, executed: Callable[[float], float], rounds: int = 8) -> float:
-    """The p in (0, 1) with executed(p), which grows with p, nearest to `density`: false position, kept inside the interval."""
-    low, high = (0.0, 0.0), (1.0, 1.0)
+def search_top_p(density: float, executed: Callable[[float], float], rounds: int = 10) -> float:
+    """The p in (0, 1) with executed(p), which grows with p, nearest to `density`.
+
+    Concentrated attention executes little until p is within a hair of 1: the search is over the nines of p, u = −log10(1 − p),
+    by turns at the false position and in the middle of what is left.
+    """
+    low, high = (0.0, 0.0), (6.0, 1.0)
     best = (math.inf, 0.5)
-    for _ in range(rounds):
-        share = (density - low[1]) / max(high[1] - low[1], 1e-9)
-        p = low[0] + (high[0] - low[0]) * min(max(share, 0.15), 0.85)
+    for turn in range(rounds):
+        share = (density - low[1]) / max(high[1] - low[1], 1e-9) if turn % 2 == 0 else 0.5
+        u = low[0] + (high[0] - low[0]) * min(max(share, 0.1), 0.9)
+        p = round(1 - 10**-u, 7)
         value = executed(p)
         best = min(best, (abs(value / density - 1), p))
         if best[0] <= TOLERANCE / 4:
             break
-        low, high = ((p, value), high) if value < density else (low, (p, value))
-    return round(best[1], 6)
+        low, high = ((u, value), high) if value < density else (low, (u, value))
+    return best[1]
