@@ -156,6 +156,15 @@ def test_chunks(backend, name, monkeypatch):
     assert torch.equal(counts, counts_again)
 
 
+@pytest.mark.parametrize("limit", [1, 40, 2 * 37 * 6, 10**6])
+def test_heads_in_groups(limit, monkeypatch):
+    """One head in chunks, some together or all: the same assignment, for transposed views too."""
+    x, centroids = torch.randn(2, 37, 5, 8).transpose(1, 2), torch.randn(2, 5, 6, 8)
+    monkeypatch.setattr(cpu_backend, "LIMIT", limit)
+    found = cpu_backend.assign(x, centroids)
+    assert torch.equal(found, reference_backend.assign(x, centroids))
+
+
 def test_float64():
     x = torch.randn(1, 1, 30, 4, dtype=torch.float64)
     for impl in ("cpu", "reference"):
