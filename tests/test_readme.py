@@ -1,5 +1,6 @@
 """README.md is true: its links and paths exist, its commands parse against the programs they call, its Python names exist."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -32,7 +33,11 @@ def test_there_is_a_readme_with_commands():
 
 
 def test_links_lead_somewhere():
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text()) if not re.match(r"https?://|#|mailto:", link)]
+    links = [
+        link.split("#")[0]
+        for link in re.findall(r"\]\(([^)\s]+)\)", text())
+        if not re.match(r"https?://|#|mailto:", link)
+    ]
     assert links
     missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing, f"README links to nothing: {missing}"
@@ -121,6 +126,16 @@ def test_nothing_is_left_to_fill_in():
 def test_named_files_are_committed():
     """A clone has them: a path that exists here but is ignored or forgotten would break the README elsewhere."""
     files = tracked()
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text()) if not re.match(r"https?://|#", link)]
+    links = [
+        link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text()) if not re.match(r"https?://|#", link)
+    ]
     missing = [link for link in links if not any(f == link or f.startswith(link.rstrip("/") + "/") for f in files)]
     assert not missing, f"not committed: {missing}"
+
+
+def test_the_results_table_is_what_was_measured():
+    """Every figure of the table comes from the committed JSON, through the function that prints it."""
+    from usv.evaluate import markdown
+
+    report = json.loads((ROOT / "data" / "results" / "usv_mini.json").read_text())
+    assert markdown(report) in text()
