@@ -17,7 +17,7 @@ FLOORS = {
     "attention": 3, "parallel": 3,
     "models": 4, "lora": 5,
     "distill": 5, "data": 5, "checkpoint": 5, "metrics": 5, "video": 5,
-    "sampler": 5, "optim": 5, "matching": 5,
+    "sampler": 5, "remote": 1, "optim": 5, "matching": 5,
     "pipeline": 6, "patterns_pipeline": 6, "generate": 6,
     "compare_patterns": 7, "compare_report": 7, "matched_density": 7,
     "training": 7, "dry_run": 7, "runtime": 7, "run_state": 7, "export": 7, "tracking": 7, "evaluate": 7, "compare_policies": 7, "bench": 7, "report": 7,
@@ -88,7 +88,7 @@ def test_the_floor_test_sees_what_it_must():
     """The parser finds lazy, relative and from-imports; a wrong import would be noticed."""
     assert "usv.pipeline" in set(imports(ROOT / "usv" / "__init__.py"))  # inside a function
     assert "usv_kernels._checks" in set(imports(ROOT / "kernels" / "usv_kernels" / "_impl.py"))  # relative
-    assert "accelerate" in set(imports(ROOT / "usv" / "training.py"))
+    assert "accelerate" in set(imports(ROOT / "usv" / "runtime.py"))
     assert floor_of(ROOT / "usv" / "policy" / "gumbel.py") == 2 < FLOORS["training"]
 
 
