@@ -18,6 +18,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 from usv_kernels import norm_rope
+from usv_kernels.selection import known_bound
 from usv_kernels.token_merge import MergeLayout, MergeMap, gather_kept, match, merge, unmerge
 
 from usv.attention import AttentionStats, Fine, sparse_attention
@@ -231,6 +232,11 @@ def _merged(block, x: torch.Tensor, layout: TileLayout, fraction: float) -> Toke
 
 
 @lru_cache(maxsize=64)
+def _largest_tile(layout: TileLayout) -> int:
+    return known_bound(layout.sizes.cpu())
+
+
+@lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _merge_layout(layout: TileLayout, fraction: float) -> MergeLayout:
     counts = merged_tokens(LayerPlan(1, fraction), layout)
@@ -250,6 +256,7 @@ def _sparse_block(
         shift, scale, gate_msa, c_shift, c_scale, c_gate = modulation.chunk(6, dim=1)
     positions = None if merge_map is None else merge_map.kept_index
     key_bias = None if merge_map is None else merge_map.log_sizes()[:, None]
+    largest = _largest_tile(sequence.layout) if merge_map is None else merge_map.layout.kept_max
 
     hidden = torch.addcmul(shift, block.norm1(x.float()), 1 + scale).type_as(x)
     attn = block.attn1
@@ -260,7 +267,7 @@ def _sparse_block(
     value = attn.to_v(hidden).unflatten(2, (attn.heads, -1)).transpose(1, 2)
     coarse_gate = gate(hidden).transpose(1, 2)[..., None]
     fine = None if sequence.fine is None else sequence.fine[block]
-    out, stats = sparse_attention(query, key, value, *blocks, plan.num_kept, coarse_gate, key_bias, impl, fine)
+    out, stats = sparse_attention(query, key, value, *blocks, plan.num_kept, coarse_gate, key_bias, impl, fine, largest=largest)
     x = torch.addcmul(x.float(), attn.to_out[0](out.transpose(1, 2).flatten(2)).float(), gate_msa).type_as(x)
 
     x = x + block.attn2(block.norm2(x.float()).type_as(x), sequence.text, None, None)
