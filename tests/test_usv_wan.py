@@ -85,7 +85,7 @@ def test_full_width_trains(tmp_path):
         (["lora.rank=8", "runtime=zero3"], "lora.rank: got 8"),
         (["runtime=zero2", "distill.distribution=1.0", "distill.student_timesteps=[1000]"], "distill.distribution"),
         (["runtime.name=fsdp"], "runtime.name: got fsdp, accepted: single | ddp | zero2 | zero3"),
-        (["optim.optimizer=sgd"], "optim.optimizer: got sgd, accepted: adamw | adamw8bit"),
+        (["optim.optimizer=sgd"], "optim.optimizer: got sgd, accepted: adamw | muon | adamw8bit"),
         (["runtime.max_skipped=0"], "runtime.max_skipped: got 0"),
     ],
 )
