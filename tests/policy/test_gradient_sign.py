@@ -1,0 +1,72 @@
+"""Are the gates' gradients real? On the embedded model, against differences of the loss itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from usv import distill, flow
+from usv.generate import load_pipeline
+from usv.grid import Tile
+from usv.models.wan import Probe, SparseWan
+from usv.plan import Rung
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES, CLIPS = 24, 2
+
+
+@pytest.fixture(scope="module")
+def world():
+    """The teacher, a student that is already sparse, real clips' latents, and the guided velocities to reach."""
+    import sys
+
+    sys.path.insert(0, str(ROOT / "data"))
+    import camera_motion
+
+    pipe = load_pipeline(str(ROOT / "data" / "wan-mini"))
+    model = SparseWan(pipe.transformer, Tile(3, 4, 4)).eval().requires_grad_(False)
+    clips = [camera_motion.sample_clip(i * 37, 11) for i in range(CLIPS)]
+    video = torch.stack([c.frames for c in clips]).transpose(1, 2).float() / 127.5 - 1
+    std = torch.tensor(pipe.vae.config.latents_std).view(1, -1, 1, 1, 1)
+    with torch.no_grad():
+        x0 = pipe.vae.encode(video).latent_dist.mode() / std
+        text, empty = pipe.encode_prompt([c.caption for c in clips], "", True, max_sequence_length=16)
+    return model, x0, text, empty[0]
+
+
+def case(number, world):
+    """Noise level, layer, axis and direction of one case, the teacher's velocity, and rungs of a network on its way down."""
+    model, x0, text, empty = world
+    generator = torch.Generator().manual_seed(number)
+    sigma = flow.shift_sigma((number % 8 + torch.rand(1, generator=generator)) / 8, 3.0).expand(CLIPS)
+    x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator), sigma)
+    wanted = distill.guided_velocity(model, x_t, 1000 * sigma, text, empty, 3.0)
+    rungs = [Rung(int(d), int(m)) for d, m in zip(torch.randint(0, 5, (8,), generator=generator), torch.randint(0, 3, (8,), generator=generator))]
+    layer, axis = int(torch.randint(8, (1,), generator=generator)), ("density", "merge")[number % 2]
+    fields = {"density": rungs[layer].density, "merge": rungs[layer].merge}
+    other = Rung(**{**fields, axis: fields[axis] + 1})
+    return (x_t, 1000 * sigma, text), wanted, rungs, layer, other
+
+
+def loss_of(model, inputs, wanted, rungs, probes=None):
+    velocity, _ = model(*inputs, rungs, probes)
+    return distill.velocity_loss(velocity, wanted).mean()
+
+
+def test_probe_gradients_agree_with_the_loss(world):
+    """Sign of d loss / d mix at one half, which the policy learns from, against loss(other) − loss(rung): at least 90%.
+
+    The derivative at the end of the segment, which plain straight-through gates use, is counted beside it.
+    """
+    agree = {0.5: 0, 0.0: 0}
+    for number in range(CASES):
+        inputs, wanted, rungs, layer, other = case(number, world)
+        changed = [other if i == layer else r for i, r in enumerate(rungs)]
+        with torch.no_grad():
+            difference = float(loss_of(world[0], inputs, wanted, changed) - loss_of(world[0], inputs, wanted, rungs))
+        for at in agree:
+            mix = torch.tensor(at, requires_grad=True)
+            loss_of(world[0], inputs, wanted, rungs, {layer: Probe(other, mix)}).backward()
+            agree[at] += (float(mix.grad) > 0) == (difference > 0)
+    print({at: f"{count}/{CASES}" for at, count in agree.items()})
+    assert agree[0.5] >= 0.9 * CASES
