@@ -31,6 +31,7 @@ from usv.grid import TokenGrid
 from usv.matched_density import TOLERANCE, settings_for, svg_densities
 from usv.metrics import build_prototypes, evaluate_videos, features
 from usv.metrics.fidelity import find_ffmpeg
+from usv.metrics.frechet import MIN_CLIPS
 from usv.patterns import PATTERNS
 from usv.patterns.processors import token_grid
 from usv.patterns_pipeline import PatternRecord, calls_report
@@ -114,10 +115,9 @@ def temporal_share(record: PatternRecord, options: dict, grid: TokenGrid) -> flo
 def measured(setup: Setup, generation: Generation, twins: torch.Tensor | None, reference: tuple) -> dict:
     """Quality of the videos of one method."""
     prototypes, real = reference
-    clips = len(setup.prompts)
+    intervals = len(setup.prompts) >= 2 * MIN_CLIPS
     quality = evaluate_videos(
-        generation.videos, setup.subjects, setup.motions, real if clips >= 16 else None, twins, prototypes=prototypes,
-        intervals=clips >= 32,
+        generation.videos, setup.subjects, setup.motions, real, twins, prototypes=prototypes, intervals=intervals
     )  # fmt: skip
     return {name: round(value, 5) for name, value in quality.items()}
 
@@ -158,7 +158,7 @@ def compare(comparison: Comparison, setup: Setup, methods: list[str], densities:
     find_ffmpeg()  # VMAF's absence shows now, not after the first method
     keep_freed_memory()
     real, real_subjects = real_clips(setup.model, 240)
-    reference = build_prototypes(real, real_subjects), features(real)
+    reference = build_prototypes(real, real_subjects), features(real) if len(setup.prompts) >= MIN_CLIPS else None
     twins = dense_twins(comparison, setup, reference)
     for density in densities:
         for name in methods:
