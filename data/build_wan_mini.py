@@ -52,7 +52,7 @@ class Stage:
 
 STAGES = [
     Stage("half size", 48, 40, 32, 2.0e-3, 5.0),
-    Stage("full grid", 96, 28, 8, 1.5e-3, 4.0, cooldown=True),
+    Stage("full grid", 96, 46, 8, 1.5e-3, 4.0, cooldown=True),
 ]
 PLACES_BLOCK, PLACES_STEPS, PLACES_BATCH, PLACES_WEIGHT = 2, 400, 16, 0.1
 NUM_CLIPS = {48: 3_840, 96: 2_400}

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from usv.training import commit
@@ -22,11 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 POLICIES = ("gumbel", "static", "entropy")
 
 
-def run(policy: str, seed: int, steps: int, folder: Path, settings: list[str]) -> dict:
+def run(policy: str, seed: int, steps: int, folder: Path, settings: list[str], threads: int) -> dict:
     """Train one student and return what its last validation logged. Raises CalledProcessError when training fails."""
     words = [f"policy={policy}", f"seed={seed}", f"optim.steps={steps}", f"output_dir={folder}"]
     words += ["logger=none", "logger.videos=false", f"logger.validate_every={steps}"]
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *words, *settings], cwd=ROOT, check=True)
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *words, *settings], cwd=ROOT, check=True, env=env)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line.get("step") == steps and "validation/velocity_error" in line][-1]
     keys = ("velocity_error", "plan_cost", "plan_density", "plan_merged")
@@ -60,22 +63,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at one time, which share the cores")
     parser.add_argument("--runs", type=Path, default=Path("outputs/policies"), help="folder of the runs")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("settings", nargs="*", help="settings of train.py, after --")
     args = parser.parse_args()
     cells: dict[str, list[dict]] = {policy: [] for policy in POLICIES}
-    for seed in range(args.seeds):
-        for policy in POLICIES:  # seeds outermost: an interrupted comparison is still a fair one
-            folder = args.runs / f"{policy}-{seed}"
-            cells[policy].append(run(policy, seed, args.steps, folder.resolve(), args.settings))
-        rows = summarise(cells)
-        print(table(rows), flush=True)
-        if args.out is not None:
-            command = "python -m usv.compare_policies " + " ".join(sys.argv[1:])
-            report = {"commit": commit(), "command": command, "seeds": seed + 1, "rows": rows, "runs": cells}
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    order = [(seed, policy) for seed in range(args.seeds) for policy in POLICIES]  # cut off, the comparison is still a fair one
+    pool = ThreadPoolExecutor(args.jobs)
+    runs = {
+        (seed, policy): pool.submit(run, policy, seed, args.steps, (args.runs / f"{policy}-{seed}").resolve(), args.settings, threads)
+        for seed, policy in order
+    }
+    try:
+        for seed in range(args.seeds):
+            for policy in POLICIES:
+                cells[policy].append(runs[seed, policy].result())
+            rows = summarise(cells)
+            print(table(rows), flush=True)
+            if args.out is not None:
+                command = "python -m usv.compare_policies " + " ".join(sys.argv[1:])
+                report = {"commit": commit(), "command": command, "seeds": seed + 1, "rows": rows, "runs": cells}
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
+    finally:
+        pool.shutdown(cancel_futures=True)  # one that failed ends the comparison
 
 
 if __name__ == "__main__":
