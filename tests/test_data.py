@@ -18,15 +18,15 @@ from usv.data import DataError, ShardDataset, model_identity
 SHAPE, LENGTH, WIDTH = (4, 3, 2, 2), 6, 5
 
 
-def latents_of(number: int) -> torch.Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(number)).half()
+def latents_of(number: int, shape=SHAPE) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number)).half()
 
 
 def text_of(number: int) -> torch.Tensor:
     return torch.full((1 + number % LENGTH, WIDTH), float(number + 1))
 
 
-def make_folder(folder: Path, counts=(5, 3, 6), first=0, labels=True, text=True, **changes) -> Path:
+def make_folder(folder: Path, counts=(5, 3, 6), first=0, labels=True, text=True, shape=SHAPE, **changes) -> Path:
     """A folder as data/prepare.py writes it: sample n has latents_of(n), text_of(n), caption `clip n`."""
     number, names = first, {}
     for i, count in enumerate(counts):
@@ -34,14 +34,14 @@ def make_folder(folder: Path, counts=(5, 3, 6), first=0, labels=True, text=True,
         def samples(start=number, count=count):
             for n in range(start, start + count):
                 info = {"caption": f"clip {n}", **({"subject": n % 3, "motion": n % 2} if labels else {})}
-                yield f"{n:08d}", {"latents": latents_of(n), **({"text": text_of(n)} if text else {})}, info
+                yield f"{n:08d}", {"latents": latents_of(n, shape), **({"text": text_of(n)} if text else {})}, info
 
         names[f"train-{i:05d}.tar"] = shards.write_shard(
             folder / f"train-{i:05d}.tar", samples(), report={"skipped": []}
         )
         number += count
     index = {
-        "format": 1, "model": {"name": "m", "vae": "v", "text_encoder": "t"}, "latent_shape": list(SHAPE),
+        "format": 1, "model": {"name": "m", "vae": "v", "text_encoder": "t"}, "latent_shape": list(shape),
         "text_dim": WIDTH if text else None, "max_sequence_length": LENGTH,
         "splits": {"train": {"num_samples": number - first, "shards": names}}, **changes,
     }  # fmt: skip

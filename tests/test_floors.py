@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "cpu": 1, "grid": 1, "flow": 1, "plan": 1, "cost": 1, "config": 1,
     "policy": 2, "patterns": 2,
-    "attention": 3, "parallel": 3,
+    "attention": 3, "sequence_parallel": 3,
     "models": 4, "lora": 5,
-    "distill": 5, "data": 5, "checkpoint": 5, "metrics": 5, "video": 5,
+    "distill": 5, "data": 5, "buckets": 5, "checkpoint": 5, "metrics": 5, "video": 5,
     "sampler": 5, "remote": 1, "optim": 5, "matching": 5,
     "pipeline": 6, "patterns_pipeline": 6, "generate": 6,
     "compare_patterns": 7, "compare_report": 7, "matched_density": 7,

@@ -94,6 +94,7 @@ class ShardDataset:
         self.drop_text, self.shuffle, self.repeat = drop_text, shuffle, repeat
         self.shards, indices = find_shards(source, split)
         self.latent_shape, self.text_length, self.text_dim = _common_form(indices)
+        self.shapes = [self.latent_shape]
         folder = next(iter(indices))
         _check_use(indices, self.latent_shape, model, latent_shape)
         self.empty = None if self.text_dim is None else _pad(_read_empty(folder), self.text_length)
@@ -140,6 +141,9 @@ class ShardDataset:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a state, also one saved with another number of ranks. DataError where data or seed are others."""
+        if "epoch" not in state:
+            raise DataError("cannot continue the data order: it was of several latent shapes when the state was saved and is of "
+                            "one now; use the same data, or start a new run")  # fmt: skip
         for name, now in self.state_dict().items():
             if name in ("epoch", "position"):
                 continue
@@ -222,8 +226,8 @@ class ShardDataset:
 # ---- folders and their index -----------------------------------------------------------------------------------------
 
 
-def find_shards(source, split: str) -> tuple[list[Shard], dict[Path, dict]]:
-    """The shards that `source` names (see ShardDataset) in a fixed order, and the index of every folder they lie in."""
+def named_paths(source) -> list[Path | Remote]:
+    """Folders and shards that `source` names, patterns filled in. DataError where one names nothing."""
     entries = [source] if isinstance(source, (str, Path)) else list(source)
     paths: list[Path | Remote] = []
     for entry in entries:
@@ -236,6 +240,12 @@ def find_shards(source, split: str) -> tuple[list[Shard], dict[Path, dict]]:
         paths += found
     if not paths:
         raise DataError("no data folder given; name one made by data/prepare.py")
+    return paths
+
+
+def find_shards(source, split: str) -> tuple[list[Shard], dict[Path, dict]]:
+    """The shards that `source` names (see ShardDataset) in a fixed order, and the index of every folder they lie in."""
+    paths = named_paths(source)
     indices = {}
     shards = []
     for path in paths:
@@ -255,7 +265,7 @@ def find_shards(source, split: str) -> tuple[list[Shard], dict[Path, dict]]:
             names = {path.name: names[path.name]}
         shards += [Shard(folder / name, count) for name, count in sorted(names.items()) if count]
     if not shards:
-        raise DataError(f"{entries}: no samples in split {split!r}; see skipped.jsonl there for what was left out")
+        raise DataError(f"{source}: no samples in split {split!r}; see skipped.jsonl there for what was left out")
     return shards, indices
 
 
