@@ -82,7 +82,12 @@ def step(run: Run, batch: dict):
     u = (run.bin_order(run.step) + flow.stratified_uniform(len(x0), generator, run.share)) / len(run.edges)
     sigma = flow.shift_sigma(u, config.model.flow_shift).to(run.device)
     noise = flow.normal(x0.shape, generator, run.share).to(run.device)
-    x_t, timestep = flow.interpolate(x0, noise, sigma), 1000 * sigma
+    x_t = flow.interpolate(x0, noise, sigma)
+    student = lambda x, t: run.student(x, t, text, run.rungs_at(float(t[0]), generator), None, config.attention.impl)[0]  # noqa: E731
+    if config.distill.name == "trajectory":  # or what the student's own sampling meets at one of its timesteps
+        ladder = matching.random_rollout(config.distill.student_timesteps, generator)
+        x_t, sigma = matching.arrive(student, noise, ladder), torch.full_like(sigma, ladder[-1] / 1000)
+    timestep = 1000 * sigma
 
     # 2. how sparse
     target_cost = budget_at(run.step, config)
@@ -91,17 +96,12 @@ def step(run: Run, batch: dict):
 
     # 3. teacher and student at the same point, through the same code
     with run.engine.autocast():
-        wanted = distill.guided_velocity(run.teacher, x_t, timestep, text, run.empty, config.model.guidance_scale)
-        if config.distill.name == "consistency":
-            following = flow.shift_sigma((u - 1 / config.distill.solver_steps).clamp_min(0), config.model.flow_shift).to(run.device)
-            ask = lambda x, s: run.student(x, 1000 * s, text, decisions.rungs, None, config.attention.impl)[0]  # noqa: E731
-            wanted = distill.consistency_velocity(ask, wanted, x_t, sigma, following)
+        wanted = target(run, x_t, sigma, text, decisions)
         velocity, stats = run.student(x_t, timestep, text, decisions.rungs, probes, config.attention.impl)
         loss = distill.velocity_loss(velocity, wanted).mean()
         samples = None
         if config.distill.distribution:  # the student's own samples, judged by teacher and critic
-            call = lambda x, t: run.student(x, t, text, run.rungs_at(float(t[0]), generator), None, config.attention.impl)[0]  # noqa: E731
-            samples = matching.rollout(call, noise, matching.random_rollout(config.distill.student_timesteps, generator))
+            samples = matching.rollout(student, noise, matching.random_rollout(config.distill.student_timesteps, generator))
             judged = run.critic.loss(samples, text, run.empty, run.teacher, config.model.guidance_scale, generator)
             loss = loss + config.distill.distribution * judged
     policy_loss = run.policy_loss(target_cost)
@@ -124,6 +124,20 @@ def step(run: Run, batch: dict):
     return record
 
 
+def target(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, decisions) -> torch.Tensor:
+    """The velocity that the student is to give at (x_t, sigma), by `distill.name` (usv/distill.py)."""
+    d, shift = run.config.distill, run.config.model.flow_shift
+    teacher = lambda x, s: distill.guided_velocity(run.teacher, x, 1000 * s, text, run.empty, run.config.model.guidance_scale)  # noqa: E731
+    if d.name == "trajectory":
+        guide = teacher if run.guide is None else run.guided(text)
+        return (x_t - distill.flow_end(guide, x_t, sigma, shift, d.solver_steps)) / flow.expand(sigma, x_t)
+    if d.name == "consistency":
+        following = flow.shift_sigma((flow.unshift_sigma(sigma, shift) - 1 / d.solver_steps).clamp_min(0), shift)
+        ask = lambda x, s: run.student(x, 1000 * s, text, decisions.rungs, None, run.config.attention.impl)[0]  # noqa: E731
+        return distill.consistency_velocity(ask, teacher(x_t, sigma), x_t, sigma, following)
+    return teacher(x_t, sigma)
+
+
 def probe_step(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> None:
     """Tell the policy what jumping one of its candidate steps does to the student's samples."""
     seed = int(torch.randint(2**31, (1,), generator=generator))
@@ -131,7 +145,7 @@ def probe_step(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: tor
     rungs = {edge: run.rungs_at(edge, generator) for edge in run.edges}
     call = lambda x, t: run.student(x, t, text, rungs[run.edges[bin_of(float(t[0]), run.edges)]], None, run.config.attention.impl)[0]  # noqa: E731
     judge = lambda x0: matching.teacher_residual(  # noqa: E731
-        x0, text, run.empty, run.teacher, run.config.model.guidance_scale, torch.Generator().manual_seed(seed)
+        x0, text, run.empty, run.teacher, run.config.model.guidance_scale, torch.Generator().manual_seed(seed), share=run.share
     )
     damage = matching.jump_damage(call, judge, noise, run.edges, steps, bin)
     run.policy.observe_jump(bin, run.ranks.mean([damage])[0])

@@ -24,6 +24,28 @@ def test_consistency_trusts_the_student_behind_the_step_only():
     torch.testing.assert_close(target, wanted)
 
 
+def test_end_of_a_straight_flow_is_exact_from_anywhere():
+    x0, noise = torch.randn(2, 3, 2, 4, 4), torch.randn(2, 3, 2, 4, 4)
+    sigma = torch.tensor([1.0, 1.0])
+    for level in (sigma, 0.4 * sigma):
+        end = distill.flow_end(lambda x, s: noise - x0, flow.interpolate(x0, noise, level), level, 3.0, 5)
+        torch.testing.assert_close(end, x0, rtol=0, atol=1e-5)
+
+
+def test_end_of_a_curved_flow_is_of_second_order_and_takes_its_share_of_steps():
+    """dx/dσ = x: x(0) = x(1)/e. Twice the steps, a quarter of the error; a shorter way takes fewer calls."""
+    x, calls = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), []
+    ask = lambda x, s: (calls.append(float(s)), x)[1].double()  # noqa: E731
+    errors = []
+    for steps in (16, 32):
+        step = lambda x, s: x  # noqa: E731
+        end = distill.flow_end(step, x, torch.ones(1, dtype=torch.float64), 1.0, steps)
+        errors.append(abs(float(end) - torch.e**-1))
+    assert 3.4 < errors[0] / errors[1] < 4.6
+    distill.flow_end(ask, x, torch.full((1,), 0.5, dtype=torch.float64), 1.0, 8)
+    assert len(calls) == 4 and calls[0] == 0.5
+
+
 def test_gradient_of_distribution_matching_is_the_scaled_difference():
     x0 = torch.randn(2, 3, 4, requires_grad=True)
     teacher, critic = torch.randn(2, 3, 4), torch.randn(2, 3, 4)

@@ -187,6 +187,27 @@ def test_few_steps_from_a_velocity_student(make, watched, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
+    """The student of distill.init guides: asked at the levels of its flow, and left as it was; without it the teacher does."""
+    first = make(tmp_path / "first", steps=2)
+    watched(first)
+    kept = load_file(tmp_path / "first" / "student" / "student.safetensors")
+
+    def few(folder, init, **settings):
+        config = make(folder, policy="inherit" if init else "static", **settings)
+        d = config.distill
+        d.name, d.init, d.student_timesteps, d.solver_steps = "trajectory", init, [1000.0, 600.0], 3
+        return config
+
+    init, guides = str(tmp_path / "first" / "student"), []
+    seen, weights, _ = watched(few(tmp_path / "whole", init, steps=3), at={3: lambda run: guides.append(run.guide.model.state_dict())})
+    assert sorted(seen) == [1, 2, 3]
+    assert all(torch.equal(guides[0][k], v) for k, v in kept.items())
+    assert any(not torch.equal(weights[k], v) for k, v in kept.items() if k in weights)
+    taught, _, _ = watched(few(tmp_path / "taught", None, steps=2))
+    assert sorted(taught) == [1, 2]
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """NaN in the training batches of these numbers, counted from 1; gives the patch, to be undone."""

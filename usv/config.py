@@ -110,8 +110,9 @@ class AttentionConfig:
 class DistillConfig:
     """What the student learns (usv/distill.py).
 
-    name: velocity (the teacher's guided velocity; sampled like the teacher) | consistency (where the flow ends; few steps).
-    solver_steps: teacher steps from noise to clip that consistency is chained over. student_timesteps: those of the few-step
+    name: velocity (the teacher's guided velocity; sampled like the teacher) | consistency (where the flow ends; few steps) |
+    trajectory (where the flow of a guide ends, from what the student's own rollouts meet; few steps. The guide is the student of
+    distill.init, as it was, else the teacher). solver_steps: from noise to clip. student_timesteps: those of the few-step
     student, 1000 first; empty: model.num_inference_steps of the teacher's sampler. distribution: weight of distribution
     matching on the student's own samples, with `critic_updates` of the critic a step. init: a student folder to start from.
     """
@@ -170,6 +171,7 @@ class RuntimeConfig:
 
     name: single | ddp | zero2 | zero3, how the trained weights lie on several ranks (docs/scaling.md). offload: ZeRO's
     optimiser states in CPU memory. zero3_persist: tensors of at most so many elements are never partitioned.
+    sequence_parallel: so many ranks share each sample, every one with a part of its tokens and, in attention, of the heads.
     keep: older checkpoints kept beside the newest; the best is kept besides. max_skipped: non-finite steps in a row that
     are skipped before the run stops.
     """
@@ -179,6 +181,7 @@ class RuntimeConfig:
     gradient_checkpointing: bool = False
     offload: bool = False
     zero3_persist: int = 100_000
+    sequence_parallel: int = 1
     checkpoint_seconds: float = 60.0
     keep: int = 0
     max_skipped: int = 5
@@ -306,7 +309,7 @@ def check_train(config: TrainConfig) -> None:
     rules = [
         ("policy.name", config.policy.name, config.policy.name in POLICIES, " | ".join(POLICIES)),
         ("policy.name", config.policy.name, config.policy.name != "inherit" or bool(config.distill.init), "inherit only with distill.init=FOLDER"),
-        ("distill.name", config.distill.name, config.distill.name in ("velocity", "consistency"), "velocity | consistency"),
+        ("distill.name", config.distill.name, config.distill.name in ("velocity", "consistency", "trajectory"), "velocity | consistency | trajectory"),
         ("distill.solver_steps", config.distill.solver_steps, config.distill.solver_steps >= 1, "at least 1"),
         ("distill.student_timesteps", config.distill.student_timesteps, _ladder(config.distill.student_timesteps), "1000 first, then descending above 0, or none"),
         ("distill.student_timesteps", config.distill.student_timesteps, bool(config.distill.student_timesteps) or not config.distill.distribution, "timesteps, where distill.distribution is above 0"),
@@ -326,6 +329,8 @@ def check_train(config: TrainConfig) -> None:
         ("optim.batch_size", config.optim.batch_size, config.optim.batch_size >= 1, "at least 1"),
         ("model.tile", config.model.tile, len(config.model.tile) == 3 and min(config.model.tile) >= 1, "[t, h, w], each ≥ 1"),
         ("runtime.name", config.runtime.name, config.runtime.name in RUNTIMES, " | ".join(RUNTIMES)),
+        ("runtime.sequence_parallel", config.runtime.sequence_parallel, config.runtime.sequence_parallel >= 1, "1 (off) or more"),
+        ("runtime.sequence_parallel", config.runtime.sequence_parallel, config.runtime.sequence_parallel == 1 or config.runtime.name != "single", "1 with runtime=single; above it runtime=ddp | zero2 | zero3 on as many processes or a multiple"),
         ("runtime.keep", config.runtime.keep, config.runtime.keep >= 0, "0 or more"),
         ("runtime.max_skipped", config.runtime.max_skipped, config.runtime.max_skipped >= 1, "at least 1"),
         ("lora.rank", config.lora.rank, config.lora.rank >= 0, "0 (all weights) or more"),
@@ -343,11 +348,6 @@ def check_train(config: TrainConfig) -> None:
 
 def check_combination(config: TrainConfig) -> None:
     """SettingError for what does not work together."""
-    if config.distill.distribution and config.runtime.name != "single":
-        raise SettingError(
-            f"distill.distribution: got {config.distill.distribution} with runtime={config.runtime.name}, accepted: runtime=single; "
-            "the critic is not yet shared over ranks. distill=consistency runs on many"
-        )
     if config.lora.rank and (config.distill.distribution or config.distill.init or config.runtime.name == "zero3"):
         raise SettingError(
             f"lora.rank: got {config.lora.rank} with distill.distribution={config.distill.distribution}, distill.init={config.distill.init}, "

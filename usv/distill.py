@@ -4,8 +4,11 @@
     consistency distillation L = mean ‖ student(x_t, t) − (x_t − x0) / sigma ‖²,     x0 = sg student's x0 at x_t − (sigma − sigma′) · v_T
     distribution matching    L = ½ mean ‖ x0 − sg(x0 − g) ‖²,     g = (critic's x0 − teacher's x0) / mean |x0 − teacher's x0|
 
+    trajectory distillation  L = mean ‖ student(x, t) − (x − x0) / sigma ‖²,     x0 = end of a guide's flow from x, itself from the student's rollout
+
 Guidance is folded in: the student gives in one forward what the dense teacher gives in two. A student of the second loss says
-at every noise level where the flow ends, so any subset of timesteps samples with it.
+at every noise level where the flow ends, so any subset of timesteps samples with it; the last loss says so at the inputs that the
+student's own sampling meets, errors of its earlier steps included, and without the detour through its own opinion.
 """
 
 from __future__ import annotations
@@ -39,6 +42,22 @@ def velocity_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def solver_step(x_t: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     """One Euler step of the flow from sigma to `following`, both (B,)."""
     return x_t - flow.expand(sigma - following, x_t) * velocity
+
+
+@torch.no_grad()
+def flow_end(velocity, x: torch.Tensor, sigma: torch.Tensor, flow_shift: float, steps: int) -> torch.Tensor:
+    """Where the flow of `velocity` that passes x (B, …) at sigma (B,) ends: second order in the step (Adams–Bashforth).
+
+    velocity: (x, sigma) -> (B, …). steps: for the whole way from sigma 1; a shorter way takes its share, at least one.
+    """
+    u = flow.unshift_sigma(sigma, flow_shift)
+    count, before, size_before, now = max(1, round(float(u.mean()) * steps)), None, None, sigma
+    for left in range(count - 1, -1, -1):
+        following = flow.shift_sigma(u * left / count, flow_shift)
+        here, size = velocity(x, now).float(), now - following
+        slope = here if before is None else here + flow.expand(size / (2 * size_before), x) * (here - before)
+        x, now, before, size_before = x - flow.expand(size, x) * slope, following, here, size
+    return x
 
 
 @torch.no_grad()

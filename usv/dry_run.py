@@ -161,7 +161,12 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
     shape = ModelShape(
         dim, numbers["num_attention_heads"], numbers["ffn_dim"], numbers["num_layers"], config.model.max_sequence_length
     )
-    tokens, clips = grid.num_tokens, max(1, config.optim.batch_size // config.dry_run_devices)
+    tokens, sharing = grid.num_tokens, config.runtime.sequence_parallel
+    if config.dry_run_devices % sharing:
+        raise SettingError(
+            f"runtime.sequence_parallel: got {sharing} on dry_run_devices={config.dry_run_devices}, accepted: its divisors"
+        )
+    clips = max(1, config.optim.batch_size // (config.dry_run_devices // sharing)) / sharing  # on one device
     lora, half = config.lora.rank > 0, 2 if bf16 else 4
     frozen, trained = (
         (counts["transformer"], counts["adapters"] + counts["gates"])
@@ -216,6 +221,11 @@ def step_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> dict[str,
     }
     if config.distill.name == "consistency":  # the student asked once more, without gradient
         flops["student forward"] += batch * config.policy.budget * dense
+    if config.distill.name == "trajectory":  # rollouts of half the ladder and of the solver on average; the guide may be sparse
+        own = (len(config.distill.student_timesteps) - 1) / 2
+        flops["student forward"] += batch * config.policy.budget * dense * own
+        guide = config.policy.budget if config.distill.init else 1 if config.model.guidance_scale == 1 else 2
+        flops["teacher"] = batch * dense * guide * (config.distill.solver_steps + 1) / 2
     if has_critic(
         config
     ):  # a rollout of half the ladder on average is judged by teacher and critic; then the critic's steps

@@ -25,32 +25,39 @@ def random_rollout(student_timesteps: Sequence[float], generator: torch.Generato
     return subset[: 1 + int(torch.randint(len(subset), (1,), generator=generator))]
 
 
+@torch.no_grad()
+def arrive(call: Callable, noise: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
+    """What the student meets (B, …) at the last of `timesteps`, having run at those before it."""
+    x = noise
+    for number, timestep in enumerate(timesteps[:-1]):
+        t = torch.full((len(x),), float(timestep), device=x.device)
+        x0 = flow.x0_from_velocity(x, call(x, t).float(), t / 1000)
+        x = renoise(x0, noise, torch.full_like(t, timesteps[number + 1] / 1000), number + 1)
+    return x
+
+
 def rollout(call: Callable, noise: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
     """x0 (B, …) after the student's calls at `timesteps`; gradient passes through the last call only.
 
     call: (x, timestep (B,)) -> velocity, the student under its plan.
     """
-    x, start = noise, noise
-    for number, timestep in enumerate(timesteps):
-        last = number == len(timesteps) - 1
-        t = torch.full((len(x),), float(timestep), device=x.device)
-        with torch.set_grad_enabled(last and torch.is_grad_enabled()):
-            x0 = flow.x0_from_velocity(x, call(x, t).float(), t / 1000)
-        if not last:
-            x = renoise(x0, start, torch.full_like(t, timesteps[number + 1] / 1000), number + 1)
-    return x0
+    x = arrive(call, noise, timesteps)
+    t = torch.full((len(x),), float(timesteps[-1]), device=x.device)
+    return flow.x0_from_velocity(x, call(x, t).float(), t / 1000)
 
 
 @torch.no_grad()
-def teacher_residual(x0, text, empty, teacher, guidance_scale: float, generator: torch.Generator, levels: int = 4) -> float:
+def teacher_residual(
+    x0, text, empty, teacher, guidance_scale: float, generator: torch.Generator, levels: int = 4, share: flow.Share = flow.Share()
+) -> float:
     """How far the guided teacher would move samples x0 (B, …): mean ‖x0 − teacher's x0‖² over noise levels 0.3 to 0.9.
 
-    A scalar that falls as samples come closer to what the teacher makes; it needs no reference clip.
+    A scalar that falls as samples come closer to what the teacher makes; it needs no reference clip. share: of the batch.
     """
     total = 0.0
     for level in range(levels):
         sigma = torch.full((len(x0),), 0.3 + 0.6 * (level + 0.5) / levels, device=x0.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        noise = flow.normal(x0.shape, generator, share).to(x0.device)
         x_t = flow.interpolate(x0, noise, sigma)
         velocity = distill.guided_velocity(teacher, x_t, 1000 * sigma, text, empty, guidance_scale)
         total += float((x0 - flow.x0_from_velocity(x_t, velocity.float(), sigma)).square().mean())
@@ -74,23 +81,28 @@ class Critic:
     Args:
         model: (latents, timestep, text) -> (velocity, stats), a trainable copy of the teacher.
         lr: of AdamW. flow_shift: of the noise levels it is trained and asked at.
+        share: which samples of a global batch this process has. average: takes parameters, makes their gradients the mean over
+            processes; every process then holds the same critic.
     """
 
-    def __init__(self, model, lr: float, flow_shift: float):
-        self.model, self.flow_shift = model, flow_shift
+    def __init__(
+        self, model, lr: float, flow_shift: float, share: flow.Share = flow.Share(), average: Callable = lambda parameters: None
+    ):
+        self.model, self.flow_shift, self.share, self.average = model, flow_shift, share, average
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
 
     def sigma(self, count: int, generator: torch.Generator, device) -> torch.Tensor:
-        return flow.shift_sigma(flow.stratified_uniform(count, generator), self.flow_shift).clamp(LOW, HIGH).to(device)
+        return flow.shift_sigma(flow.stratified_uniform(count, generator, self.share), self.flow_shift).clamp(LOW, HIGH).to(device)
 
     def update(self, x0: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> float:
         """One step of flow matching on the student's samples x0 (B, …); returns the loss."""
         sigma = self.sigma(len(x0), generator, x0.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        noise = flow.normal(x0.shape, generator, self.share).to(x0.device)
         velocity = self.model(flow.interpolate(x0, noise, sigma), 1000 * sigma, text)[0]
         loss = distill.velocity_loss(velocity, flow.velocity(x0, noise)).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.average([p for p in self.model.parameters() if p.grad is not None])  # of its gates none has one: it is dense
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return loss.item()
@@ -99,7 +111,7 @@ class Critic:
         """Distribution matching of the student's samples x0 (B, …), mean over the batch."""
         with torch.no_grad():
             sigma = self.sigma(len(x0), generator, x0.device)
-            noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+            noise = flow.normal(x0.shape, generator, self.share).to(x0.device)
             x_t = flow.interpolate(x0.detach(), noise, sigma)
             wanted = distill.guided_velocity(teacher, x_t, 1000 * sigma, text, empty, guidance_scale)
             theirs = self.model(x_t, 1000 * sigma, text)[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from usv import distill, flow, lora
+from usv.buckets import of_shape, open_shards
 from usv.checkpoint import Student, load_student
 from usv.config import SettingError, TrainConfig
 from usv.cost import ModelShape, plan_cost, rung_costs
@@ -29,6 +30,7 @@ from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
 from usv.run_state import policy_tables, save_best
 from usv.runtime import Engine, Ranks, frozen_pipeline
+from usv.sequence_parallel import alone
 from usv.video import contact_sheet, write_mp4
 
 
@@ -103,9 +105,9 @@ class Run:
 
     def __init__(self, config: TrainConfig, ranks: Ranks):
         self.config, self.ranks, self.device = config, ranks, ranks.device
-        self.share = flow.Share(ranks.rank, ranks.world)
+        self.share = ranks.share
         self.folder = Path(config.output_dir)
-        self.step, self.plan, self.running, self.critic, self.best = 0, None, None, None, None
+        self.step, self.plan, self.running, self.critic, self.best, self.guide = 0, None, None, None, None, None
         self.skipped, self.skipped_in_a_row = 0, 0
 
     def record(self) -> Record:
@@ -141,6 +143,11 @@ class Run:
         """What the student runs at a timestep of a rollout: the plan once it is fixed, else the policy's sample."""
         bin = bin_of(timestep, self.edges)
         return self.plan.rungs[bin] if self.plan is not None else self.policy.decide(bin, generator).rungs
+
+    def guided(self, text: torch.Tensor):
+        """(x, sigma) -> velocity of the student of `distill.init` as it was, under its own plan, for text (B, L, D)."""
+        impl = self.config.attention.impl
+        return lambda x, s: self.guide.model(x, 1000 * s, text, self.guide.plan.at(1000 * float(s[0])), impl=impl)[0]
 
     def decides_steps(self) -> bool:
         """Whether the policy is still learning which steps run."""
@@ -237,6 +244,9 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
         student = SparseWan(copy, tile)
     if config.runtime.gradient_checkpointing:
         student.transformer.enable_gradient_checkpointing()
+    student.sequence_group = ranks.sequence
+    if not config.lora.rank:
+        run.teacher.sequence_group = ranks.sequence
     run.num_layers = student.num_layers
     latent_shape = _latent_shape(run.pipe, m)
     layout = tile_layout(student.grid_of(latent_shape), tile)
@@ -256,14 +266,30 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     run.policy_optimizer = torch.optim.AdamW(run.policy.parameters(), lr=config.policy.lr, betas=betas, weight_decay=0.0) if learned else None
     run.engine = Engine(config, accelerator, ranks, student)
     run.student = run.engine
-    data = dict(latent_shape=latent_shape, model=m.path)
-    d, mine = config.data, config.optim.batch_size // ranks.world
-    source, weights = (list(d.mix), list(d.mix.values())) if d.mix else (d.path, None)
-    run.data = ShardDataset(source, mine, config.seed, ranks.rank, ranks.world, d.drop_text, weights=weights, **data)
-    run.validation = ShardDataset(source, d.validation_clips, split="val", drop_text=0.0, shuffle=False, repeat=False, **data)
+    open_data(run, config, student, latent_shape)
     run.empty = run.data.empty.to(run.device)
     warm_start(run, config)
     return run
+
+
+def open_data(run: Run, config: TrainConfig, student: SparseWan, latent_shape: tuple[int, ...]) -> None:
+    """Training and held-out clips. With folders of several sizes every batch has one; costs and validation are at the configured one."""
+    d, ranks = config.data, run.ranks
+    source, weights = (list(d.mix), list(d.mix.values())) if d.mix else (d.path, None)
+    run.data = open_shards(
+        source, config.optim.batch_size // run.share.world, weights=weights, latent_shape=latent_shape, model=config.model.path,
+        seed=config.seed, rank=run.share.rank, world_size=run.share.world, drop_text=d.drop_text,
+    )  # fmt: skip
+    for shape in run.data.shapes:
+        grid = student.grid_of(shape)
+        if ranks.sequence is not None:
+            ranks.sequence.check(student.config.num_attention_heads, tile_layout(grid, student.tile).num_blocks)
+    if len(run.data.shapes) > 1 and ranks.first:
+        print(run.data.describe())
+    run.validation = ShardDataset(
+        of_shape(source)[latent_shape], d.validation_clips, split="val", drop_text=0.0, shuffle=False, repeat=False,
+        latent_shape=latent_shape, model=config.model.path,
+    )  # fmt: skip
 
 
 def warm_start(run: Run, config: TrainConfig) -> None:
@@ -275,10 +301,14 @@ def warm_start(run: Run, config: TrainConfig) -> None:
         if config.policy.name == "inherit":
             run.plan = start.plan
             run.edges = start.plan.edges
+        if d.name == "trajectory":
+            run.guide = start
+            start.model.to(run.device).eval().requires_grad_(False)
     if d.distribution:
         model = SparseWan(type(run.pipe.transformer).from_config(run.pipe.transformer.config), run.teacher.tile)
         model.load_state_dict(run.teacher.state_dict())
-        run.critic = Critic(model.to(run.device), d.critic_lr, config.model.flow_shift)
+        model.sequence_group = run.ranks.sequence
+        run.critic = Critic(model.to(run.device), d.critic_lr, config.model.flow_shift, run.share, run.ranks.average_gradients)
 
 
 def make_policy(config: TrainConfig, edges, num_layers: int, costs):
@@ -334,18 +364,12 @@ def _resident_gib() -> float:
 
 
 def _reference(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """What a held-out velocity is measured against: the teacher's, or for consistency the way to the end of the teacher's flow."""
+    """What a held-out velocity is measured against: the teacher's, or for few steps the way to the end of the teacher's flow."""
     m, d = run.config.model, run.config.distill
-    velocity = distill.guided_velocity(run.teacher, x_t, 1000 * sigma, text, run.empty, m.guidance_scale)
     if d.name == "velocity":
-        return velocity
-    x, now, count = x_t, sigma, max(1, round(float(flow.unshift_sigma(sigma, m.flow_shift).mean()) * d.solver_steps))
-    u = flow.unshift_sigma(sigma, m.flow_shift)
-    for left in range(count, 0, -1):
-        following = flow.shift_sigma(u * (left - 1) / count, m.flow_shift)
-        x, now = distill.solver_step(x, velocity, now, following), following
-        if left > 1:
-            velocity = distill.guided_velocity(run.teacher, x, 1000 * now, text, run.empty, m.guidance_scale)
+        return distill.guided_velocity(run.teacher, x_t, 1000 * sigma, text, run.empty, m.guidance_scale)
+    ask = lambda x, s: distill.guided_velocity(run.teacher, x, 1000 * s, text, run.empty, m.guidance_scale)  # noqa: E731
+    x = distill.flow_end(ask, x_t, sigma, m.flow_shift, d.solver_steps)
     return (x_t - x) / flow.expand(sigma, x_t)
 
 
@@ -364,7 +388,8 @@ def velocity_error(run: Run, student: Student) -> dict[str, float]:
             u = (index + (torch.arange(len(x0)) + 0.5) / len(x0)) / len(run.edges)
             sigma = flow.shift_sigma(u, run.config.model.flow_shift).to(run.device)
             x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator).to(run.device), sigma)
-            wanted = _reference(run, x_t, sigma, text)
+            with alone(getattr(run.teacher, "student", run.teacher)):  # only rank 0 is here
+                wanted = _reference(run, x_t, sigma, text)
             run.references.append((x_t, 1000 * sigma, text, wanted))
     errors = {}
     for index, (x_t, timestep, text, wanted) in enumerate(run.references):
