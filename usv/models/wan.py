@@ -5,7 +5,8 @@
 A layer at the first rung is diffusers' own block, so plan None is the teacher to rounding. A sparse layer runs the same weights
 through `usv.attention`; a merging layer runs the whole block on the merged tokens and unmerges its *update*, so every token
 keeps its own residual. Consecutive layers of one merge rung share one match: between them unmerging and merging again would
-give the same states, so the merged tokens stay merged until the run ends. Shape letters: B batch, S tokens, C width, H heads, D head width.
+give the same states, so the merged tokens stay merged until the run ends. With a `sequence_group` several processes share a
+sample, each with whole tiles of its tokens (`usv.sequence_parallel`); heads are exchanged around attention. Shape letters: B batch, S tokens, C width, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from usv_kernels.token_merge import MergeLayout, MergeMap, gather_kept, match, m
 from usv.attention import AttentionStats, Fine, sparse_attention
 from usv.grid import Tile, TileLayout, TokenGrid, tile_layout
 from usv.plan import LayerPlan, Rung, layer_plan, merged_tokens
+from usv.sequence_parallel import SequenceGroup, Shards, gather, lengths_of, shards_of, to_heads, to_tokens
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class Sequence3D:
     text: torch.Tensor
     modulation: torch.Tensor  # (B, 6, C), or (B, S, 6, C) per token (Wan2.2 TI2V)
     fine: Mapping[nn.Module, Fine] | None = None  # by block
+    shards: Shards | None = None  # where processes share the sample: RoPE tables and modulation are then of one's own tokens
+
+    @property
+    def own(self) -> TileLayout:
+        """The tiles of this process."""
+        return self.layout if self.shards is None else self.shards.layout
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,14 @@ class SparseWan(nn.Module):
     Args:
         transformer: the network; its weights are used, not copied.
         tile: tokens of a tile along (t, h, w); a tile is a block of attention.
+
+    `sequence_group`, None at first: the processes that share a sample; all of them make the same calls.
     """
 
     def __init__(self, transformer: WanTransformer3DModel, tile: Tile):
         super().__init__()
         self.transformer, self.tile = transformer, tile
+        self.sequence_group: SequenceGroup | None = None
         config = transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
         self.gates = nn.ModuleList(nn.Linear(dim, config.num_attention_heads) for _ in transformer.blocks)
@@ -130,8 +141,10 @@ class SparseWan(nn.Module):
         if len(rungs) != self.num_layers:
             raise ValueError(f"rungs: got {len(rungs)}, expected one for each of the {self.num_layers} layers")
         layout = tile_layout(self.grid_of(latents.shape), self.tile, str(latents.device))
-        x = model.patch_embedding(latents).flatten(2).transpose(1, 2)[:, layout.order]
-        temb, sequence = self._condition(x, latents, timestep, text, layout)
+        shards = None if self.sequence_group is None else self._shards(layout, fine)
+        own = layout if shards is None else shards.layout
+        x = model.patch_embedding(latents).flatten(2).transpose(1, 2)[:, own.order]
+        temb, sequence = self._condition(latents, timestep, text, layout, shards)
         if fine is not None:
             sequence = replace(sequence, fine=dict(zip(model.blocks, fine, strict=True)))
         stats: dict[int, AttentionStats] = {}
@@ -145,10 +158,22 @@ class SparseWan(nn.Module):
                 tokens, layer_stats = _run_layer(*args)
             if layer_stats is not None:
                 stats[index] = layer_stats
-        return self._head(tokens.all()[:, layout.inverse], temb, latents.shape), stats
+        if shards is None:
+            patches = self._head(tokens.all()[:, layout.inverse], temb)
+        else:
+            temb = temb[:, own.order] if temb.ndim == 3 else temb
+            patches = gather(self._head(tokens.all(), temb), _lengths(layout, 0.0, shards.group.size), shards.group)
+            patches = patches[:, layout.inverse]
+        return self._unpatchify(patches, latents.shape), stats
 
-    def _condition(self, x, latents, timestep, text, layout: TileLayout) -> tuple[torch.Tensor, Sequence3D]:
-        """Time embedding and everything the blocks share; per-token timesteps are put in tile-major order."""
+    def _shards(self, layout: TileLayout, fine) -> Shards:
+        if fine is not None:
+            raise ValueError("fine: another fine branch does not run with a sequence_group; accepted: None")
+        self.sequence_group.check(self.config.num_attention_heads, layout.num_blocks)
+        return shards_of(layout, self.sequence_group)
+
+    def _condition(self, latents, timestep, text, layout: TileLayout, shards: Shards | None) -> tuple[torch.Tensor, Sequence3D]:
+        """Time embedding (per token: row-major) and everything the blocks share, which is in tile-major order."""
         model, length = self.transformer, None
         if timestep.ndim == 2:
             length = timestep.shape[1]
@@ -156,19 +181,25 @@ class SparseWan(nn.Module):
         temb, modulation, text, _ = model.condition_embedder(timestep, text, None, timestep_seq_len=length)
         modulation = modulation.unflatten(-1, (6, -1))
         if length is not None:
-            modulation = modulation[:, layout.order]
+            modulation = modulation[:, layout.order if shards is None else shards.layout.order]
         cos, sin = _rope_tables(model.rope, latents, layout)
-        return temb, Sequence3D(layout, cos, sin, text, modulation)
+        if shards is not None:
+            cos, sin = cos[shards.begin : shards.end], sin[shards.begin : shards.end]
+        return temb, Sequence3D(layout, cos, sin, text, modulation, shards=shards)
 
-    def _head(self, x: torch.Tensor, temb: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        model, (p_t, p_h, p_w) = self.transformer, self.config.patch_size
-        batch, _, frames, height, width = shape
+    def _head(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """(B, S, C) -> (B, S, values of a patch), token by token."""
+        model = self.transformer
         table = model.scale_shift_table.to(temb.device)
         if temb.ndim == 3:
             shift, scale = (table[None] + temb[:, :, None]).unbind(2)
         else:
             shift, scale = (table + temb[:, None]).chunk(2, dim=1)
-        x = model.proj_out((model.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+        return model.proj_out((model.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+
+    def _unpatchify(self, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        p_t, p_h, p_w = self.config.patch_size
+        batch, _, frames, height, width = shape
         x = x.view(batch, frames // p_t, height // p_h, width // p_w, p_t, p_h, p_w, -1)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, frames, height, width)
 
@@ -208,6 +239,9 @@ def _run_rung(
 ) -> tuple[Tokens, AttentionStats | None]:
     layout = sequence.layout
     plan = layer_plan(rung, layout.num_blocks)
+    if plan is None and sequence.shards is not None:
+        x, _ = _sparse_block(block, gate, tokens.all(), sequence, plan, None, None, impl)
+        return Tokens(x), None
     if plan is None:
         rotary = (sequence.cos[None, :, None], sequence.sin[None, :, None])
         return Tokens(block(tokens.all(), sequence.text, sequence.modulation, rotary)), None
@@ -215,10 +249,10 @@ def _run_rung(
         x, stats = _sparse_block(block, gate, tokens.all(), sequence, plan, (layout.starts, layout.sizes), None, impl)
         return Tokens(x), stats
     if tokens.merge_map is None or tokens.fraction != plan.merged_fraction:
-        tokens = _merged(block, tokens.all(), layout, plan.merged_fraction)
-    merge_map = tokens.merge_map
-    blocks = (merge_map.layout.kept_starts, merge_map.layout.kept_sizes)
-    kept, stats = _sparse_block(block, gate, tokens.kept, sequence, plan, blocks, merge_map, impl)
+        tokens = _merged(block, tokens.all(), sequence.own, plan.merged_fraction)
+    whole = _merge_layout(layout, plan.merged_fraction)
+    blocks = (whole.kept_starts, whole.kept_sizes)
+    kept, stats = _sparse_block(block, gate, tokens.kept, sequence, plan, blocks, tokens.merge_map, impl)
     return replace(tokens, kept=kept), stats
 
 
@@ -243,10 +277,16 @@ def _merge_layout(layout: TileLayout, fraction: float) -> MergeLayout:
     return MergeLayout.build(layout.cells.cpu(), layout.sizes.cpu(), counts, device=layout.order.device)
 
 
+@lru_cache(maxsize=64)
+def _lengths(layout: TileLayout, fraction: float, size: int) -> tuple[int, ...]:
+    """Tokens of each of `size` processes, merged by this fraction."""
+    return lengths_of(_merge_layout(layout, fraction).kept_sizes if fraction else layout.sizes, size)
+
+
 def _sparse_block(
-    block, gate, x, sequence: Sequence3D, plan: LayerPlan, blocks, merge_map: MergeMap | None, impl: str
-) -> tuple[torch.Tensor, AttentionStats]:
-    """The equations of diffusers' WanTransformerBlock with sparse self-attention, on original or merged tokens."""
+    block, gate, x, sequence: Sequence3D, plan: LayerPlan | None, blocks, merge_map: MergeMap | None, impl: str
+) -> tuple[torch.Tensor, AttentionStats | None]:
+    """The equations of diffusers' WanTransformerBlock with sparse self-attention, on original or merged tokens; plan None: dense."""
     modulation = block.scale_shift_table + sequence.modulation.float()
     if modulation.ndim == 4:
         if merge_map is not None:
@@ -256,7 +296,6 @@ def _sparse_block(
         shift, scale, gate_msa, c_shift, c_scale, c_gate = modulation.chunk(6, dim=1)
     positions = None if merge_map is None else merge_map.kept_index
     key_bias = None if merge_map is None else merge_map.log_sizes()[:, None]
-    largest = _largest_tile(sequence.layout) if merge_map is None else merge_map.layout.kept_max
 
     hidden = torch.addcmul(shift, block.norm1(x.float()), 1 + scale).type_as(x)
     attn = block.attn1
@@ -265,12 +304,35 @@ def _sparse_block(
         for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
     )
     value = attn.to_v(hidden).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-    coarse_gate = gate(hidden).transpose(1, 2)[..., None]
+    coarse_gate = None if plan is None else gate(hidden).transpose(1, 2)[..., None]
     fine = None if sequence.fine is None else sequence.fine[block]
-    out, stats = sparse_attention(query, key, value, *blocks, plan.num_kept, coarse_gate, key_bias, impl, fine, largest=largest)
+    attend = _attention if sequence.shards is None else _shared_attention
+    out, stats = attend(query, key, value, coarse_gate, key_bias, sequence, plan, blocks, impl, fine)
     x = torch.addcmul(x.float(), attn.to_out[0](out.transpose(1, 2).flatten(2)).float(), gate_msa).type_as(x)
 
     x = x + block.attn2(block.norm2(x.float()).type_as(x), sequence.text, None, None)
     hidden = torch.addcmul(c_shift, block.norm3(x.float()), 1 + c_scale).type_as(x)
     x = torch.addcmul(x.float(), block.ffn(hidden).float(), c_gate).type_as(x)
     return x, stats
+
+
+def _attention(query, key, value, coarse_gate, key_bias, sequence: Sequence3D, plan: LayerPlan | None, blocks, impl: str, fine=None):
+    """(B, H, S, D) and statistics: sparse under a plan, else dense."""
+    if plan is None:
+        return nn.functional.scaled_dot_product_attention(query, key, value), None
+    layout, fraction = sequence.layout, plan.merged_fraction
+    largest = _merge_layout(layout, fraction).kept_max if fraction else _largest_tile(layout)
+    return sparse_attention(query, key, value, *blocks, plan.num_kept, coarse_gate, key_bias, impl, fine, largest=largest)
+
+
+def _shared_attention(query, key, value, coarse_gate, key_bias, sequence: Sequence3D, plan: LayerPlan | None, blocks, impl: str, fine):
+    """`_attention` over all tokens, this process with its share of the heads; what comes in and goes out is of its own tokens."""
+    group = sequence.shards.group
+    lengths = _lengths(sequence.layout, 0.0 if plan is None else plan.merged_fraction, group.size)
+    tensors = (query, key, value) if plan is None else (query, key, value, coarse_gate.to(value.dtype))
+    query, key, value, *gates = to_heads(tensors, lengths, group)
+    if key_bias is not None:
+        key_bias = gather(key_bias.transpose(1, 2), lengths, group).transpose(1, 2)
+    coarse_gate = gates[0] if gates else None
+    out, stats = _attention(query, key, value, coarse_gate, key_bias, sequence, plan, blocks, impl)
+    return to_tokens(out, lengths, group), stats
