@@ -357,3 +357,23 @@ def test_a_bound_on_density_is_met_and_costs_likelihood_only_where_it_binds(boun
     assert mean(free.decode(0.3)) > bound >= mean(plan)
     assert mean(plan) > 0.5 * bound  # the least price, not the sparsest plan
     assert plan_cost(plan, SHAPE, LAYOUT) <= 0.3 + 1e-9
+
+
+def test_the_bound_on_density_is_learned_not_left_to_decoding():
+    """Where density costs little and its loss is dear, gates that know the bound keep to it, in expectation."""
+    torch.manual_seed(0)
+
+    def learned(bound):
+        policy = GumbelPolicy(EDGES, LAYERS, COSTS, most_density=bound)
+        policy.seen += 8
+        policy.damage[..., 1:6], policy.damage[..., 7:] = 0.05, 0.001
+        optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
+        for _ in range(400):
+            optimizer.zero_grad()
+            policy.loss(0.35).backward()
+            optimizer.step()
+        return float(policy.expected_density()), float(policy.expected_cost())
+
+    free, bounded = learned(1.0), learned(0.25)
+    assert free[0] > 0.35 and bounded[0] < 0.26
+    assert max(free[1], bounded[1]) < 0.36

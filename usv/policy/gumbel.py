@@ -9,7 +9,7 @@ A hard choice gives the rungs that did not run no gradient. So in each forward a
 both updates half and half; d loss / d mix is then loss(other) − loss(rung) for a loss quadratic in the update. A cell is probed
 once in tens of steps, so these differences are remembered: `damage` is their running mean per (bin, layer, axis, pair),
 and its cumulative sum along the ladder is what p is averaged over at *every* step. The budget is an augmented Lagrangian
-on the exact expected cost; λ1 follows the violation.
+on the exact expected cost; λ1 follows the violation. A bound on the mean density, where there is one, is held likewise.
 
 Steps: the candidates are the upper edges of the bins, so a bin is a step; the first (pure noise) always runs. The damage of a
 jump is the difference of two rollouts that share noise and all other steps, one with and one without it.
@@ -71,6 +71,7 @@ class GumbelPolicy(nn.Module):
         self.register_buffer("seen", torch.zeros(bins, num_layers, width))
         self.register_buffer("entropy", torch.full((bins, num_layers), 0.5))
         self.register_buffer("multiplier", torch.tensor(0.0))
+        self.register_buffer("density_multiplier", torch.tensor(0.0))
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(bins, layers, 6) of density and (bins, layers, 4) of merging."""
@@ -151,6 +152,12 @@ class GumbelPolicy(nn.Module):
         cells = torch.einsum("tlm,md,tld->tl", merge, self.costs, density)
         return (self.run_probability()[:, None] * cells).mean()
 
+    def expected_density(self) -> torch.Tensor:
+        """E[density] over the bins and layers that run, differentiable."""
+        density, run = self.probabilities()[0], self.run_probability()
+        mean = (density * density.new_tensor(DENSITY_LADDER)).sum(-1).mean(-1)
+        return (run * mean).sum() / run.sum()
+
     def gate_entropy(self) -> torch.Tensor:
         """Mean entropy of the two categoricals, 1 = uniform."""
         parts = [-(p * p.clamp_min(1e-9).log()).sum(-1).mean() / np.log(p.shape[-1]) for p in self.probabilities()]
@@ -165,10 +172,17 @@ class GumbelPolicy(nn.Module):
         run = self.run_probability()
         damage = sum((run[:, None] * (p * d).sum(-1)).mean() for p, d in zip(self.probabilities(), self.rung_damage()))
         damage = damage + ((1 - run) * self.jump_damage).mean() / self.num_layers
-        with torch.no_grad():
-            self.multiplier.add_(self.budget_rate * excess.detach()).clamp_(min=0)
-        budget = self.multiplier * excess + self.budget_quadratic * excess.clamp_min(0) ** 2
+        budget = self._held(self.multiplier, excess)
+        if self.most_density < 1.0:  # reached when the budget has been warmed down to a half
+            bound = self.most_density + (1 - self.most_density) * max(0.0, 2 * target - 1)
+            budget = budget + self._held(self.density_multiplier, self.expected_density() - bound)
         return damage + budget - self.entropy_bonus * self.gate_entropy()
+
+    def _held(self, multiplier: torch.Tensor, excess: torch.Tensor) -> torch.Tensor:
+        """The augmented Lagrangian of excess ≤ 0; its multiplier follows the violation."""
+        with torch.no_grad():
+            multiplier.add_(self.budget_rate * excess.detach()).clamp_(min=0)
+        return multiplier * excess + self.budget_quadratic * excess.clamp_min(0) ** 2
 
     @torch.no_grad()
     def decode(self, target: float) -> SparsityPlan:
@@ -205,13 +219,13 @@ class GumbelPolicy(nn.Module):
 
     @torch.no_grad()
     def summary(self) -> dict[str, float]:
-        density, merge = self.probabilities()
+        _, merge = self.probabilities()
         steps = {"expected_steps": float(self.run_probability().sum())} if self.steps else {}
         return steps | {
             "gate_entropy": float(self.gate_entropy()),
             "temperature": float(self.tau),
             "expected_cost": float(self.expected_cost()),
-            "expected_density": float((density * density.new_tensor(DENSITY_LADDER)).sum(-1).mean()),
+            "expected_density": float(self.expected_density()),
             "expected_merged": float((merge * merge.new_tensor(MERGE_LADDER)).sum(-1).mean()),
             "budget_multiplier": float(self.multiplier),
         }
