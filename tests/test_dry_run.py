@@ -57,6 +57,9 @@ def test_lora_and_zero_cut_what_they_say():
     )
     assert spread["roles"]["student"].optimiser == alone["roles"]["student"].optimiser / 8
     assert spread["seconds"] == pytest.approx(alone["seconds"] / 8)
+    clip = ["experiment=usv_wan", "lora.rank=64", "runtime=ddp", "dry_run_devices=4"]
+    shared = report(settings(*clip, "runtime.sequence_parallel=4"))["roles"]["student"]
+    assert shared.activations == pytest.approx(student.activations / 4) and shared.weights == student.weights
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -107,6 +110,8 @@ def test_refusals_say_what_to_do():
         transformer_config(settings("model.path=/no/such/model"))
     with pytest.raises(SettingError, match="dry_run_gpu: got h1000, accepted: h100"):
         report(settings("dry_run_gpu=h1000"))
+    with pytest.raises(SettingError, match="sequence_parallel: got 3 on dry_run_devices=4"):
+        report(settings("runtime=ddp", "runtime.sequence_parallel=3", "dry_run_devices=4"))
 
 
 def test_checkpointing_keeps_one_block():

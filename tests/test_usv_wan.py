@@ -83,7 +83,12 @@ def test_full_width_trains(tmp_path):
     "overrides, words",
     [
         (["lora.rank=8", "runtime=zero3"], "lora.rank: got 8"),
-        (["runtime=zero2", "distill.distribution=1.0", "distill.student_timesteps=[1000]"], "distill.distribution"),
+        (["lora.rank=8", "distill.distribution=1.0", "distill.student_timesteps=[1000]"], "lora.rank: got 8"),
+        (
+            ["runtime=single", "runtime.sequence_parallel=2"],
+            "runtime.sequence_parallel: got 2, accepted: 1 with runtime=single",
+        ),
+        (["runtime=ddp", "runtime.sequence_parallel=0"], "runtime.sequence_parallel: got 0"),
         (["runtime.name=fsdp"], "runtime.name: got fsdp, accepted: single | ddp | zero2 | zero3"),
         (["optim.optimizer=sgd"], "optim.optimizer: got sgd, accepted: adamw | muon | adamw8bit"),
         (["runtime.max_skipped=0"], "runtime.max_skipped: got 0"),
@@ -104,3 +109,10 @@ def test_two_experts_and_missing_packages_are_refused():
     config = settings("optim.optimizer=adamw8bit")
     with pytest.raises(SettingError, match="bitsandbytes"):
         make_optimizer(config, [("x", torch.nn.Parameter(torch.zeros(2)))])
+
+
+def test_folders_of_several_sizes_are_named_on_the_command_line():
+    """As docs/scaling.md says it."""
+    assert settings("data.path='data/shards/wan_*'").data.path == "data/shards/wan_*"
+    mix = settings("data.mix={data/shards/wan_480x832: 3, data/shards/wan_832x480: 1}").data.mix
+    assert mix == {"data/shards/wan_480x832": 3.0, "data/shards/wan_832x480": 1.0}

@@ -42,11 +42,11 @@ def save_model(folder: Path, layers: int = 2, seed: int = 0) -> Path:
     return folder
 
 
-def save_shards(folder: Path, model: Path, clips: int = 14, seed: int = 1) -> Path:
+def save_shards(folder: Path, model: Path, clips: int = 14, seed: int = 1, frames: int = FRAMES) -> Path:
     import prepare
 
     settings = prepare.Settings(
-        model, folder, SIZE, SIZE, FRAMES, 8, camera_motion=clips, seed=seed, split={"val": 0.2}, max_sequence_length=TEXT,
+        model, folder, SIZE, SIZE, frames, 8, camera_motion=clips, seed=seed, split={"val": 0.2}, max_sequence_length=TEXT,
         shard_size=4,
     )  # fmt: skip
     prepare.run(settings)

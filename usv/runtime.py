@@ -29,8 +29,10 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from usv.config import SettingError, TrainConfig
 from usv.cpu import fast_dtype
 from usv.dry_run import transformer_config
+from usv.flow import Share
 from usv.generate import load_pipeline
 from usv.optim import MuonAdamW
+from usv.sequence_parallel import SequenceGroup
 
 BUCKET = 1 << 26  # elements of gradient averaged by one call
 
@@ -41,11 +43,18 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run, and what they do together."""
+    """This process among those of the run, and what they do together. sequence: those it shares its samples with, if any."""
 
     rank: int
     world: int
     device: torch.device
+    sequence: SequenceGroup | None = None
+
+    @property
+    def share(self) -> Share:
+        """Which samples of a global batch are this process's."""
+        size = 1 if self.sequence is None else self.sequence.size
+        return Share(self.rank // size, self.world // size)
 
     @property
     def first(self) -> bool:
@@ -109,9 +118,15 @@ def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
         raise SettingError(
             f"runtime.name: got single on {world} processes, accepted: ddp | zero2 | zero3, e.g. runtime=ddp"
         )
-    if config.optim.batch_size % world:
+    sharing = config.runtime.sequence_parallel
+    if world % sharing:
+        raise SettingError(
+            f"runtime.sequence_parallel: got {sharing} on {world} processes, accepted: divisors of {world}"
+        )
+    if config.optim.batch_size % (world // sharing):
         raise SettingError(
             f"optim.batch_size: got {config.optim.batch_size}, accepted: multiples of the {world} processes"
+            + (f" / {sharing} that share a sample" if sharing > 1 else "")
         )
     if name == "single":
         accelerator = Accelerator(mixed_precision=precision(config))
@@ -137,9 +152,16 @@ def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
         kwargs_handlers=[patience],
     )
     joined = dist.is_initialized()  # accelerate misreports DeepSpeed's processes on a CPU as one
-    return accelerator, Ranks(
-        dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, accelerator.device
-    )
+    rank, world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    return accelerator, Ranks(rank, world, accelerator.device, _sequence_group(rank, world, sharing))
+
+
+def _sequence_group(rank: int, world: int, size: int) -> SequenceGroup | None:
+    """The `size` neighbouring ranks that share a sample; None for one. Collective."""
+    if size == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
+    return SequenceGroup(rank % size, size, groups[rank // size])
 
 
 def _alone_if_not_launched() -> None:
@@ -155,6 +177,7 @@ def _alone_if_not_launched() -> None:
 def deepspeed_config(config: TrainConfig, world: int) -> dict:
     """DeepSpeed's own settings for ours. Weights stay fp32: the forward runs under our autocast, as in the other runtimes."""
     r, batch = config.runtime, config.optim.batch_size
+    mine = batch // (world // r.sequence_parallel)  # DeepSpeed only checks that these fit
     stage = {"zero2": 2, "zero3": 3}[r.name]
     zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True, "reduce_scatter": True}
     if r.offload:
@@ -163,7 +186,7 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict:
         # the plan changes which modules run from step to step: no prefetching along the last step's trace
         zero |= {"stage3_param_persistence_threshold": r.zero3_persist, "stage3_prefetch_bucket_size": 0}
     return {
-        "train_micro_batch_size_per_gpu": batch // world, "train_batch_size": batch, "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": mine, "train_batch_size": mine * world, "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.grad_clip, "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True, "bf16": {"enabled": False}, "fp16": {"enabled": False},
     }  # fmt: skip
