@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 BIN     = $(VENV)/bin
 LAUNCH  = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test lint wan-mini kernels-report bench-gpu
+.PHONY: setup demo test lint wan-mini results report kernels-report bench-gpu
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,24 @@ test: lint
 # the embedded model from nothing; resumable
 wan-mini: setup
 	$(BIN)/python data/build_wan_mini.py
+
+# every number and picture of the README from the shipped checkpoints, on two cores; other students: make results CKPTS="--ckpt mine=FOLDER"
+STUDENTS   ?= $(sort $(patsubst data/students/%/config.json,%,$(wildcard data/students/*/config.json)))
+CKPTS      ?= $(foreach name,$(STUDENTS),--ckpt $(name)=data/students/$(name))
+CLIPS      ?= 120
+PEER_CLIPS ?= 24
+BATCH      ?= 8
+
+results: setup
+	$(BIN)/python -m usv.evaluate $(CKPTS) --clips $(CLIPS) --batch-size $(BATCH) --out data/results/usv_mini.json --videos outputs/results/students
+	$(BIN)/python -m usv.peers $(CKPTS) --clips $(PEER_CLIPS) --batch-size $(BATCH) --out data/results/peers.json --videos outputs/results/peers
+	$(BIN)/python -m usv_kernels.bench
+	cp outputs/results/students/contact_sheet.png docs/wan_mini.png
+	$(MAKE) report
+
+# the page, and the README's tables and plot, of the results that are there
+report: setup
+	$(BIN)/python -m usv.report --videos outputs/results/peers --readme README.md --pareto docs/pareto.svg
 
 kernels-report: setup
 	$(BIN)/python -m usv_kernels.compile_report

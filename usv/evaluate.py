@@ -189,12 +189,14 @@ def opened(pipe, path: str) -> str | Student:
 
 
 def show(folder: Path, prompts: list[str], videos: dict[str, torch.Tensor], count: int = 6) -> None:
-    """A contact sheet and side-by-side mp4s (dense | students) of the first prompts."""
-    rows = []
+    """A contact sheet, side-by-side mp4s (dense | students) of the first prompts, and videos.json, which says what they are."""
+    rows, entries = [], []
     for index in range(min(count, len(prompts))):
         rows += [(f"{name}: {prompts[index]}", clips[index]) for name, clips in videos.items()]
         write_mp4(folder / f"{index:02d}.mp4", torch.cat([clips[index] for clips in videos.values()], dim=-1), scale=2)
+        entries.append({"file": f"{index:02d}.mp4", "prompt": prompts[index], "seed": index, "methods": list(videos)})
     contact_sheet(folder / "contact_sheet.png", rows)
+    (folder / "videos.json").write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def table(report: dict) -> str:

@@ -1,0 +1,94 @@
+"""One self-contained HTML page of what was measured, for a browser, a mail or a phone.
+
+    python -m usv.report
+    python -m usv.report --videos outputs/videos --student usv_mini=outputs/usv_mini/student --out outputs/report.html
+    python -m usv.report --readme README.md --pareto docs/pareto.svg      # and the README's tables and picture
+
+It reads data/results/*.json, the plans of students, training logs and folders of mp4s, computes nothing anew, and needs no
+network to be read. A section without its input says which command makes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from usv.report.inputs import gather
+from usv.report.page import page, picture
+from usv.report.readme import refreshed, tables
+from usv.report.sections import by_size
+from usv.training import commit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m usv.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--results", type=Path, nargs="+", help="JSON files; default data/results/*.json")
+    parser.add_argument("--student", action="append", help="[name=]student folder; default data/students/* and outputs/*/student")
+    parser.add_argument("--curves", type=Path, nargs="+", help="metrics.jsonl files; default those of the students and outputs/*")
+    parser.add_argument("--videos", type=Path, action="append", default=[], help="folder of mp4s; repeat for several")
+    parser.add_argument("--out", type=Path, default=Path("outputs/report.html"))
+    parser.add_argument("--readme", type=Path, help="replace the tables of this file by those of the results")
+    parser.add_argument("--pareto", type=Path, help="write the plot of the largest comparison as an SVG file of its own")
+    return parser.parse_args(words)
+
+
+def short(path: Path) -> Path:
+    """Relative to the repository or the current folder where it lies inside."""
+    for root in (Path.cwd(), ROOT):
+        if path.is_absolute() and path.is_relative_to(root):
+            return path.relative_to(root)
+    return path
+
+
+def defaults(args: argparse.Namespace) -> tuple[list[Path], dict[str, Path], list[Path]]:
+    """Results, students and logs, as given or found."""
+    results = args.results or sorted((ROOT / "data" / "results").glob("*.json"))
+    if args.student is None:
+        shipped = {p.parent.name: p.parent for p in sorted((ROOT / "data" / "students").glob("*/config.json"))}
+        trained = {p.parent.parent.name: p.parent for p in sorted((ROOT / "outputs").glob("*/student/config.json"))}
+        students = shipped or trained
+    else:
+        pairs = [entry.rpartition("=") for entry in args.student]
+        students = {name or Path(path).resolve().parent.name: Path(path) for name, _, path in pairs}
+    if args.curves is None:
+        beside = [folder / name for folder in students.values() for name in ("metrics.jsonl", "../metrics.jsonl")]
+        logs = [p.resolve() for p in beside] + sorted((ROOT / "outputs").glob("*/metrics.jsonl"))
+        curves = list(dict.fromkeys(p for p in logs if p.exists()))
+    else:
+        curves = args.curves
+    return [short(p) for p in results], {n: short(p) for n, p in students.items()}, [short(p) for p in curves]
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def main(words: list[str] | None = None) -> Path:
+    args = parse(words)
+    inputs = gather(*defaults(args), args.videos)
+    command = "python -m usv.report " + " ".join(sys.argv[1:] if words is None else words)
+    text = page(inputs, command.strip(), commit())
+    write(args.out, text)
+    if args.readme is not None:
+        said = args.readme.read_text()
+        for table in tables(inputs):
+            said = refreshed(said, table)
+        write(args.readme, said)
+    if args.pareto is not None and inputs.results["comparison"]:
+        write(args.pareto, picture(by_size(inputs)[0][1]))
+    for problem in inputs.problems:
+        print(f"not read: {problem}")
+    print(f"{args.out} ({len(text) / 2**20:.1f} MiB)")
+    return args.out
+
+
+if __name__ == "__main__":
+    main()
