@@ -46,7 +46,8 @@ def check_attention(q, k, v, selection, key_bias, block_gate) -> None:
     for name, tensor in (("k", k), ("v", v)):
         require(tensor.dtype == q.dtype, name, tensor.dtype, f"q's dtype {q.dtype}")
     lists = selection.kv_indices
-    check_shape("selection.kv_indices", lists[..., 0, 0], (batch, heads), "(B, H) of q, first two dimensions")
+    fits = tuple(lists.shape[:2]) == (batch, heads) and lists.shape[3] > 0
+    require(fits, "selection.kv_indices", f"shape {tuple(lists.shape)}", f"({batch}, {heads}, M, K), B and H of q, K at least 1")
     given = [("k", k), ("v", v), ("selection", lists)]
     if key_bias is not None:
         per_head = key_bias.shape[1] if key_bias.dim() == 3 and key_bias.shape[1] in (1, heads) else heads
@@ -74,7 +75,10 @@ def check_values(selection, q_len: int, kv_len: int) -> None:
         ("selection.kv_indices", lists, ~used | ((lists >= 0) & (lists < num_kv)), f"listed indices in 0..{num_kv - 1}"),
     ]
     sides = (("q", selection.q_starts, selection.q_sizes, q_len), ("kv", selection.kv_starts, selection.kv_sizes, kv_len))
-    for side, starts, sizes, length in sides:
+    for (side, starts, sizes, length), largest in zip(sides, (selection.q_max, selection.kv_max)):
+        # The GPU kernels choose their tile by this promise and never look past it: tokens beyond it would be left out.
+        kept = torch.ones_like(sizes, dtype=torch.bool) if largest == 0 else sizes <= largest
+        conditions.append((f"selection.{side}_sizes", sizes, kept, f"blocks of at most {largest} tokens ({side}_max)"))
         inside = (starts >= 0) & (sizes >= 0) & (starts.long() + sizes <= length)
         conditions.append((f"selection.{side}_sizes", starts + sizes, inside, f"blocks inside 0..{length} (start + size)"))
     for name, values, valid, expected in conditions:

@@ -29,7 +29,7 @@ class BlockSelection:
         kv_starts, kv_sizes: (N,) or (B, H, N) int32, the same for key blocks.
         q_max, kv_max: a bound on the sizes that the host knows, 0 if it knows none. A promise that lets the GPU kernels
             choose a tile without asking the device; give it for tiles of one size (a smaller last one included) or for
-            blocks of at most 64 tokens. `from_mask` fills it in where the sizes lie on the CPU.
+            blocks of at most 64 tokens. Attention checks it wherever it looks at values. `from_mask` fills it in where the sizes lie on the CPU.
 
     Blocks of one side must not overlap; they need not cover the sequence: an uncovered query row attends to nothing, an
     uncovered key is attended by nobody. A size may be 0.

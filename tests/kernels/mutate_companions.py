@@ -22,6 +22,7 @@ BUGS = [
     ("select", "triton", "key > threshold), allowed", "key >= threshold), allowed", "ties and triton"),
     ("select", "triton", "tl.where(x == 0.0, 0.0, x)", "x", "ties and triton"),
     ("select", "cpu", "at.cumsum(-1) <= room", "at.flip(-1).cumsum(-1).flip(-1) <= room", "ties and cpu"),
+    ("select", "cpu", "if bool(unclear.any())", "if False", "nan and cpu"),
     ("select", "reference", "before = mass.cumsum(-1) - mass", "before = mass.cumsum(-1)", "top_p and cpu"),
     ("select", "__init__", "round(floor * num_kv, 9)", "floor * num_kv", "floor"),
     ("token_merge", "triton", "t[:, None] < t[None, :]", "t[:, None] > t[None, :]", "ties and triton"),

@@ -78,6 +78,7 @@ MUTATIONS = [
     ("cpu: later batch overwrites dK", CPU, "dk.index_add_(0", "dk.index_copy_(0", "cpu"),
     ("selection: transpose keeps the starts", "selection.py", "self.kv_starts, self.kv_sizes, self.q_starts,\n                              self.q_sizes, self.kv_max", "self.q_starts, self.q_sizes, self.kv_starts,\n                              self.kv_sizes, self.kv_max", "interface"),
     ("checks: index N accepted", "_checks.py", "(lists < num_kv)", "(lists <= num_kv)", "interface"),
+    ("checks: a promised bound is not kept", "_checks.py", "else sizes <= largest", "else sizes <= largest + 1", "interface"),
 ]  # fmt: skip
 
 

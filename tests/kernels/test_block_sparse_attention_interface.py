@@ -49,6 +49,9 @@ REFUSED = {
     r"selection.kv_indices: got \[-2": lambda: arguments(selection=selection(kv_indices=torch.full((2, 2, 3, 3), -2, dtype=torch.int32))),
     r"selection.q_sizes: got \[38": lambda: arguments(selection=selection(q_sizes=torch.tensor([16, 16, 6], dtype=torch.int32))),
     r"selection.kv_sizes: got \[40": lambda: arguments(selection=selection(kv_sizes=torch.tensor([16, 16, 8], dtype=torch.int32))),
+    r"selection.kv_indices: got shape \(2, 2, 3, 0\)": lambda: arguments(selection=selection(kv_indices=torch.zeros(2, 2, 3, 0, dtype=torch.int32)), block_gate=None),
+    r"selection.q_sizes: got \[16, 16\]": lambda: arguments(selection=selection(q_max=15)),
+    r"selection.kv_sizes: got \[16, 16\]": lambda: arguments(selection=selection(kv_max=15)),
     "mask: got": lambda: BlockSelection.from_mask(torch.zeros(2, 3, 3), torch.tensor([1, 1, 1]), torch.tensor([1, 1, 1])),
     "capacity: got 4": lambda: BlockSelection.from_mask(torch.ones(1, 1, 3, 3).bool(), torch.tensor([1, 1, 1]), torch.tensor([1, 1, 1]), 4),
 }  # fmt: skip
@@ -105,6 +108,20 @@ def test_auto_says_what_it_runs(caplog):
     messages = [r.getMessage() for r in caplog.records if "block_sparse_attention" in r.getMessage()]
     assert messages == ["block_sparse_attention: impl=auto runs 'cpu' on cpu"]
     assert torch.equal(auto[0], block_sparse_attention(**arguments(), impl="cpu")[0])
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize(("num_q", "num_kv"), [(0, 2), (2, 0), (0, 0)])
+def test_no_blocks_on_a_side(impl, num_q, num_kv):
+    """Tokens that no block covers attend to nothing and are attended by nobody, also where that is all of them."""
+    device = "cuda" if GPU and impl == "triton" else "cpu"
+    sizes = [torch.full((n,), 4, dtype=torch.int32, device=device) for n in (num_q, num_kv)]
+    layout = [x for s in sizes for x in (s.cumsum(0, dtype=torch.int32) - s, s)]
+    lists = BlockSelection(*(torch.zeros(*s, dtype=torch.int32, device=device) for s in ((1, 2, num_q), (1, 2, num_q, 1))), *layout)
+    q, k, v = (torch.randn(1, 2, 8, 32, device=device, requires_grad=True) for _ in range(3))
+    out, lse = block_sparse_attention(q, k, v, lists, impl=impl)
+    assert out.eq(0).all() and lse.eq(float("-inf")).all()
+    assert all(g.eq(0).all() for g in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
 
 
 def test_import_and_run_without_triton():

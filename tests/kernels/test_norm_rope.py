@@ -153,6 +153,8 @@ def test_refusals():
         ((x[0], weight, EPS, cos, sin), "x"),
         ((x.int(), weight, EPS, cos, sin), "x"),
         ((x, weight[:16], EPS, cos, sin), "weight"),
+        ((x, weight.int(), EPS, cos, sin), "weight"),
+        ((x, weight.to("meta"), EPS, cos, sin), "weight"),
         ((x, weight, EPS, cos[:, :4], sin[:, :4]), "freqs_cos"),
         ((x, weight, EPS, cos, sin[:, :4]), "freqs_sin"),
         ((x, weight, EPS, cos.expand(2, 5, 1, 16), sin), "freqs_cos"),

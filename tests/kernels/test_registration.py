@@ -1,10 +1,13 @@
-"""Every operation of the package is registered completely, and a test says so: none is forgotten when one is added."""
+"""Every operation of the package is registered completely, and runs where its tensors lie: none is forgotten."""
 
 import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
+import usv_kernels
 from torch._library.custom_ops import OPDEFS
 
 HERE = Path(__file__).parent
@@ -35,3 +38,48 @@ def test_every_op_is_checked_and_every_operation_is_compiled():
         text = path.read_text()
         if "torch.library.opcheck(" in text and path.name != "test_registration.py":
             assert "assert_compiles(" in text or "fullgraph=True" in text, f"{path.name} compiles nothing"
+
+
+LAUNCHERS = sorted(
+    path for path in Path(usv_kernels.__file__).parent.rglob("triton*.py") if "import on_its_device" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.parent.name)
+def test_kernels_run_on_the_gpu_of_their_tensors(path, monkeypatch):
+    """Triton launches on the current GPU; every function that an op calls first makes that the one of its tensors."""
+    module = importlib.import_module(f"usv_kernels.{path.parent.name}.{path.stem}")
+    called = set(re.findall(r"(?:backend|module|_implementation\(impl\)|_backend\(impl, \w+\))\.(\w+)\(",
+                            "".join(p.read_text() for p in path.parent.glob("*.py")))) & set(vars(module))  # fmt: skip
+    entered = []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    assert called
+    for name in called:
+        entered.clear()
+        with pytest.raises((AttributeError, TypeError)):  # not a tensor: it fails, but on the right device
+            getattr(module, name)(SimpleNamespace(device=torch.device("cuda", 1)))
+        assert entered == [torch.device("cuda", 1)], name
+
+
+def test_all_launchers_are_known():
+    folders = {path.parent.name for path in LAUNCHERS}
+    assert folders == {
+        "block_pool",
+        "block_sparse_attention",
+        "kmeans",
+        "norm_rope",
+        "permute",
+        "select",
+        "token_merge",
+    }

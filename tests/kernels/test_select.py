@@ -99,6 +99,9 @@ def test_forbidden_empty_and_nan(impl, device):
     q_starts, q_sizes, _, _ = layout(scores)
     selection = select_top_k(scores, 6, q_starts, q_sizes, per_head, per_head, impl=impl)
     assert not selection.to_mask()[..., [1, 5]].any()
+    equal = torch.ones(1, 1, 1, 64, device=device)
+    equal[..., 40] = float("nan")  # the others are still a tie, for the lower indices
+    assert_rows(select_top_k(equal, 5, *layout(equal), impl=impl), [[[[0, 1, 2, 3, 40]]]])
 
 
 def assert_top_p(scores, p, floor, selection):
@@ -192,8 +195,10 @@ def test_refusals():
         (lambda: select_top_k(scores, 5, *where), "num_kept"),
         (lambda: select_top_k(scores, torch.ones(3), *where), "num_kept"),
         (lambda: select_top_k(scores, torch.ones(2), *where), "num_kept"),
+        (lambda: select_top_k(scores, torch.ones(2, dtype=torch.int32, device="meta"), *where), "num_kept"),
         (lambda: select_top_k(scores, 3, *where, capacity=2), "capacity"),
         (lambda: select_top_k(scores, 1, *where[:3], where[3][:2]), "kv_sizes"),
+        (lambda: select_top_k(scores, 1, *where[:3], where[3].to("meta")), "kv_sizes"),
         (lambda: select_top_p(scores, 0.0, 0.0, *where), "p"),
         (lambda: select_top_p(scores, 1.1, 0.0, *where), "p"),
         (lambda: select_top_p(scores, 0.5, -0.1, *where), "floor"),

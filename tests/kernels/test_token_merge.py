@@ -215,11 +215,13 @@ def test_refusals():
         (lambda: match(x[0], layout), "descriptor"),
         (lambda: match(x[:, :15], layout), "descriptor"),
         (lambda: match(x.int(), layout), "descriptor"),
+        (lambda: match(x[:0, :15], layout), "descriptor"),
         (lambda: merge(x[:, :15], found), "x"),
         (lambda: merge(x[:1], found), "x"),
         (lambda: unmerge(x, found), "update"),
         (lambda: gather_kept(x[:, :15], found), "x"),
         (lambda: gather_kept(torch.randn(3, 16, 4), found), "x"),
+        (lambda: gather_kept(torch.randn(2, 15, 0), found), "x"),
         (lambda: merge(x, found, impl="fast"), "impl"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: got .*, expected "):

@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._device import on_its_device
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["heads", "blocks"])
 def _forward_kernel(
     x_ptr, starts_ptr, sizes_ptr, out_ptr, stride_b, stride_h, stride_s, heads, blocks, dim,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -26,7 +28,7 @@ def _forward_kernel(
     tl.store(out_ptr + pid * dim + d, mean, mask=d < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "blocks"])
 def _backward_kernel(
     grad_ptr, starts_ptr, sizes_ptr, out_ptr, length, blocks, dim, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -45,6 +47,7 @@ def _backward_kernel(
         tl.store(rows + t.to(tl.int64)[:, None] * dim + d[None, :], values, mask=mask)
 
 
+@on_its_device
 def forward(x: Tensor, starts: Tensor, sizes: Tensor) -> Tensor:
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, _, dim = x.shape
@@ -57,6 +60,7 @@ def forward(x: Tensor, starts: Tensor, sizes: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def backward(grad: Tensor, starts: Tensor, sizes: Tensor, length: int) -> Tensor:
     batch, heads, blocks, dim = grad.shape
     # Zeros, because tokens of no block are written by no program.

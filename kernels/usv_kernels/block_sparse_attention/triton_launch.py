@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from .._checks import require
+from .._device import on_its_device
 from ..selection import inverted_lists
 from .triton_backward import delta_kernel, dkv_kernel, dq_kernel, gate_sum_kernel
 from .triton_forward import forward_kernel
@@ -117,6 +118,7 @@ def _contiguous_lists(selection_tensors):
     return tuple(x.contiguous() for x in selection_tensors)
 
 
+@on_its_device
 def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0, kv_max: int = 0):
     """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) fp32."""
     _check(q)
@@ -141,6 +143,7 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
     return out, lse
 
 
+@on_its_device
 def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0,
              kv_max: int = 0):  # fmt: skip
     """Gradients of q, k, v, key_bias and block_gate (None for an absent argument). grad_lse may be None."""

@@ -51,6 +51,8 @@ def norm_rope(
     check_float("x", x, 3, "(B, S, H * D)")
     batch, length, channels = x.shape
     check_shape("weight", weight, (channels,), "(H * D,) of x")
+    require(weight.dtype in FLOAT_DTYPES, "weight", weight.dtype, "a floating dtype")
+    require(weight.device == x.device, "weight", f"device {weight.device}", f"{x.device}")
     cos, sin = _table("freqs_cos", freqs_cos, x), _table("freqs_sin", freqs_sin, x)
     check_shape("freqs_sin", sin, tuple(cos.shape), "the shape of freqs_cos")
     dim = cos.shape[1]

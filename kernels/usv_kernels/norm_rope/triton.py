@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._device import on_its_device
+
 PROGRAMS = 512
 
 
@@ -20,7 +22,7 @@ def _angles(cos_ptr, sin_ptr, positions_ptr, row, s, stride_row, stride_col, PAI
     return tl.load(cos_ptr + offset).to(tl.float32), tl.load(sin_ptr + offset).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["eps", "length"])
 def _forward_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr, rstd_ptr, eps, length, channels, stride_b, stride_s,
     stride_row, stride_col, PAIRS: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -40,7 +42,7 @@ def _forward_kernel(
     tl.store(rstd_ptr + row, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "programs"])
 def _backward_kernel(
     grad_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, positions_ptr, rstd_ptr, grad_x_ptr, partial_ptr, rows, length,
     channels, stride_b, stride_s, stride_row, stride_col, programs,
@@ -80,6 +82,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
+@on_its_device
 def forward(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, positions: Tensor | None):
     x, (batch, length, channels) = _rows_contiguous(x), x.shape
     cos, sin = _same_strides(cos, sin)
@@ -94,6 +97,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, pos
     return out, rstd
 
 
+@on_its_device
 def backward(grad, x, weight, cos, sin, positions, rstd) -> tuple[Tensor, Tensor]:
     x, (batch, length, channels) = _rows_contiguous(x), x.shape
     cos, sin = _same_strides(cos, sin)

@@ -5,10 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._device import on_its_device
+
 BLOCK_R = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index_b", "index_h", "heads", "length"])
 def _permute_kernel(
     x_ptr, index_ptr, out_ptr, stride_b, stride_h, stride_s, index_b, index_h, index_s, heads, length, dim,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -25,6 +27,7 @@ def _permute_kernel(
     tl.store(out_ptr + (head_of_batch * length + r)[:, None] * dim + d[None, :], rows, mask=mask)
 
 
+@on_its_device
 def permute(x: Tensor, index: Tensor) -> Tensor:
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, length, dim = x.shape

@@ -67,6 +67,7 @@ def select_top_k(
             f"(H,) or (B, H, M): {shapes}",
         )
         require(not num_kept.is_floating_point(), "num_kept", num_kept.dtype, "integers")
+        require(num_kept.device == scores.device, "num_kept", f"device {num_kept.device}", f"{scores.device}")
     capacity = (num_kept if fixed else num_kv) if capacity is None else capacity
     least = num_kept if fixed else 1
     require(least <= capacity <= num_kv, "capacity", capacity, f"an integer in {least}..{num_kv}")
@@ -126,6 +127,7 @@ def _prepare(scores: Tensor, kv_sizes: Tensor) -> Tensor:
         f"shape {tuple(kv_sizes.shape)}",
         f"{expected[0]} or {expected[1]}",
     )
+    require(kv_sizes.device == scores.device, "kv_sizes", f"device {kv_sizes.device}", f"{scores.device}")
     empty = (kv_sizes == 0).unsqueeze(-2) if kv_sizes.dim() == 3 else kv_sizes == 0
     return scores.detach().masked_fill(empty, float("-inf"))
 

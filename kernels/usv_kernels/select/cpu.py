@@ -16,6 +16,11 @@ def top_k_mask(scores_BHMN: Tensor, num_kept: int) -> Tensor:
         above, at = scores_BHMN[rows] > threshold[rows], tied[rows]
         room = num_kept - above.sum(-1, keepdim=True)
         kept[rows] = above | (at & (at.cumsum(-1) <= room))
+    # A NaN ranks highest and hides the threshold.
+    unclear = threshold.isnan().squeeze(-1)
+    if bool(unclear.any()):
+        best = scores_BHMN[unclear].argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
+        kept[unclear] = torch.zeros_like(kept[unclear]).scatter_(-1, best, True)
     return kept.logical_and_(scores_BHMN != float("-inf"))
 
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._device import on_its_device
+
 MAX_BLOCKS = 8192
 
 
@@ -29,7 +31,7 @@ def _enough(at_or_above, mass, least, p, TOP_P: tl.constexpr):
     return enough
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p", "capacity"])
 def _select_kernel(
     scores_ptr, rows_ptr, counts_ptr, lists_ptr, p, num_kv, capacity, TOP_P: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -71,6 +73,7 @@ def _select_kernel(
     tl.store(counts_ptr + row, count)
 
 
+@on_its_device
 def select(scores: Tensor, rows: Tensor, p: float, capacity: int) -> tuple[Tensor, Tensor]:
     """Top-p where p <= 1 (1 keeps every block that is not forbidden), top-k otherwise; rows are the least counts."""
     num_kv = scores.shape[-1]

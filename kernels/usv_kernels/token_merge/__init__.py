@@ -62,7 +62,8 @@ def match(descriptor: Tensor, layout: MergeLayout, impl: str = "auto") -> MergeM
         ValueError: wrong shape, dtype, device or impl.
     """
     check_float("descriptor", descriptor, 3, "(B, S, C)")
-    check_shape("descriptor", descriptor[0, :, 0], (layout.num_tokens,), "S of the layout, second dimension")
+    batch, _, channels = descriptor.shape
+    check_shape("descriptor", descriptor, (batch, layout.num_tokens, channels), "(B, S of the layout, C)")
     require(layout.dst.device == descriptor.device, "layout", f"device {layout.dst.device}", f"{descriptor.device}")
     impl = resolve("token_merge", impl, descriptor, IMPLS)
     tensors = (layout.dst, layout.tile_starts, layout.tile_sizes, layout.num_merged, layout.kept_starts)
@@ -101,12 +102,8 @@ def gather_kept(x: Tensor, merge_map: MergeMap) -> Tensor:
         f"shape {tuple(x.shape)}",
         f"({index.shape[0]} or 1, S, ...)",
     )
-    check_shape(
-        "x",
-        x[0].flatten(1)[:, 0] if x.dim() > 2 else x[0],
-        (merge_map.layout.num_tokens,),
-        "S of the layout, second dimension",
-    )
+    tokens = merge_map.layout.num_tokens
+    require(x.shape[1] == tokens, "x", f"shape {tuple(x.shape)}", f"(B or 1, {tokens}, ...), S of the layout")
     batch = torch.arange(index.shape[0], device=index.device)[:, None] if x.shape[0] > 1 else 0
     return x[batch, index]
 

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._device import on_its_device
+
 MAX_TILE = 256
 BLOCK_R = 4
 
@@ -27,7 +29,7 @@ def _similarity(desc_ptr, pos, dst, valid, channels, BLOCK_T: tl.constexpr, BLOC
     return tl.where(cosine != cosine, float("inf"), cosine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "length", "num_kept"])
 def _match_kernel(
     desc_ptr, dst_ptr, starts_ptr, sizes_ptr, num_merged_ptr, kept_starts_ptr, kept_index_ptr, slot_ptr, out_sizes_ptr,
     tiles, length, num_kept, channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -58,7 +60,7 @@ def _match_kernel(
     tl.store(out_sizes_ptr + b * num_kept + own_slot, count, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_kept", "num_members"])
 def _reduce_kernel(
     x_ptr, kept_index_ptr, slot_ptr, members_ptr, out_ptr, length, num_kept, num_members, channels,
     MEAN: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -84,7 +86,7 @@ def _reduce_kernel(
     tl.store(out_ptr + row * channels + c, own + total, mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length"])
 def _take_kernel(x_ptr, index_ptr, out_ptr, rows, length, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     blocks = tl.cdiv(length, BLOCK_R)
     pid = tl.program_id(0).to(tl.int64)
@@ -96,6 +98,7 @@ def _take_kernel(x_ptr, index_ptr, out_ptr, rows, length, channels, BLOCK_R: tl.
     tl.store(out_ptr + (b * length + r)[:, None] * channels + c[None, :], values, mask=mask)
 
 
+@on_its_device
 def match(descriptor, dst, tile_starts, tile_sizes, num_merged, kept_starts, num_kept: int, max_tile: int):
     if max_tile > MAX_TILE:
         raise ValueError(f"layout: got tiles of {max_tile} tokens, expected at most {MAX_TILE} for impl='triton'")
@@ -112,6 +115,7 @@ def match(descriptor, dst, tile_starts, tile_sizes, num_merged, kept_starts, num
     return kept_index, token_slot, sizes
 
 
+@on_its_device
 def reduce_rows(x: Tensor, kept_index: Tensor, token_slot: Tensor, members: Tensor, mean: bool) -> Tensor:
     batch, length, channels = x.shape
     num_kept = kept_index.shape[1]
@@ -124,6 +128,7 @@ def reduce_rows(x: Tensor, kept_index: Tensor, token_slot: Tensor, members: Tens
     return out
 
 
+@on_its_device
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     batch, length = index.shape
     out = torch.empty(batch, length, x.shape[2], dtype=x.dtype, device=x.device)
