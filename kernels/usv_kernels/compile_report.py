@@ -1,37 +1,36 @@
-"""What the compiler makes of every attention kernel, on a machine without a GPU: `python -m usv_kernels.compile_report`.
+"""What the compiler makes of every kernel, on a machine without a GPU: `python -m usv_kernels.compile_report`.
 
 Compiles each kernel and tile shape to machine code for sm_80, sm_90 and sm_100 and to gfx942 assembly, disassembles it, and
-tabulates registers, spills, shared memory, the occupancy these allow, and the instructions of the inner loop. Figures of
-compiled code, not of speed.
+tabulates registers, spills, shared memory, the occupancy these allow, and the instructions of the inner loop; then the
+companion kernels (`compile_companions`). Figures of compiled code, not of speed. An interrupted run goes on where it stopped:
+finished rows lie in kernels_compiled.partial.jsonl beside the report until it is written.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-# Shared memory a program may use, and registers and shared memory of a multiprocessor (CUDA programming guide, table of
-# compute capabilities).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SHARED_TOTAL = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-REGISTERS, MAX_WARPS, SHARED_RESERVED = 65536, 64, 1024
+from .machine_code import (
+    AMD,
+    AMD_SHARED,
+    SASS,
+    SHARED_LIMIT,
+    amd_field,
+    inner_loop,
+    nvidia_usage,
+    programs_per_cu,
+    programs_per_sm,
+)
+
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-MIX = {
-    "mma": r"HGMMA|HMMA|UTC\w*MMA",
-    "exp": r"MUFU",
-    "fp32": r"FFMA|FMUL|FADD|FMNMX|FSEL",
-    "shared": r"LDS|STS|LDSM|LDTM|STTM",
-    "async copy": r"LDGSTS|UTMALDG",
-    "global": r"LDG|STG",
-    "local": r"LDL|STL",
-}
 # Largest query and key block the host knows (0: none), i.e. one tile a block, two tiles a block, the nested loop.
 LAYOUTS = {"tile 64": 64, "tile 128": 128, "clusters": 0}
 
@@ -74,36 +73,6 @@ def source(name: str, dim: int, dtype: torch.dtype, layout: str, extras: bool):
     return ASTSource(function, signature, constexprs, attributes), cfg
 
 
-def tool(name: str, *arguments: str) -> str:
-    from triton import knobs
-
-    path = getattr(knobs.nvidia, name).path
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def inner_loop(sass: str) -> Counter:
-    """Counts by kind of the instructions in the loop with the most matrix instructions (or, without any, the longest)."""
-    position, code, loops = {}, [], []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*\.(L_x_\d+):", line):
-            position[label[1]] = len(code)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(instruction[1])
-            if (jump := re.search(r"BRA.*`\(\.(L_x_\d+)\)", instruction[1])) and position.get(jump[1], len(code)) < len(code) - 1:
-                loops.append((position[jump[1]], len(code)))
-
-    def count(span):
-        return Counter(kind for text in code[slice(*span)] for kind in kinds(text))
-
-    def kinds(text):
-        mnemonic = re.sub(r"^@!?U?P\w+\s+", "", text)
-        yield "total"
-        yield next((kind for kind, pattern in MIX.items() if re.match(pattern, mnemonic)), "other")
-
-    counts = [count(span) for span in loops]
-    return max(counts, key=lambda c: (c["mma"] > 0, -c["total"] if c["mma"] else c["total"]), default=Counter())
-
-
 def compile_nvidia(name, dim, dtype, layout, extras, arch: int) -> dict:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -111,22 +80,16 @@ def compile_nvidia(name, dim, dtype, layout, extras, arch: int) -> dict:
     ast, cfg = source(name, dim, dtype, layout, extras)
     options = {"num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
     compiled = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(compiled.asm["cubin"])
-        usage = tool("cuobjdump", "-res-usage", str(path))
-        sass = tool("nvdisasm", "-c", str(path))
-    ptx, registers, shared = compiled.asm["ptx"], int(re.search(r"REG:(\d+)", usage)[1]), compiled.metadata.shared
-    per_register = REGISTERS // (-(-registers // 8) * 8 * 32 * cfg.num_warps)
-    per_shared = SHARED_TOTAL[arch] // (shared + SHARED_RESERVED)
-    programs = min(per_register, per_shared, MAX_WARPS // cfg.num_warps)
+    registers, sass = nvidia_usage(compiled.asm["cubin"])
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    programs = programs_per_sm(registers, shared, cfg.num_warps, arch)
     return {
         **described(name, dim, dtype, layout, extras, cfg), "target": f"sm_{arch}", "registers": registers,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)), "shared_bytes": shared, "shared_limit": SHARED_LIMIT[arch],
         "programs_per_sm": programs, "warps_per_sm": programs * cfg.num_warps,
         "wgmma": ptx.count("wgmma.mma_async"), "tcgen05": ptx.count("tcgen05.mma"), "mma_sync": ptx.count("mma.sync"),
         "loads_16_bytes": len(re.findall(r"cp\.async\.c[ag]\S* .*, 0x10", ptx)) + len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
-        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.M)), "inner_loop": dict(inner_loop(sass)),
+        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.M)), "inner_loop": dict(inner_loop(sass, SASS)),
     }  # fmt: skip
 
 
@@ -137,15 +100,14 @@ def compile_amd(name, dim, dtype, layout, extras) -> dict:
     ast, cfg = source(name, dim, dtype, layout, extras)
     options = {"num_warps": cfg.num_warps, "num_stages": min(cfg.num_stages, 2)}
     compiled = triton.compile(ast, target=GPUTarget("hip", "gfx942", 64), options=options)
-    assembly = compiled.asm["amdgcn"]
-
-    def field(key):
-        return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
-
+    assembly, shared = compiled.asm["amdgcn"], compiled.metadata.shared
+    registers = amd_field(assembly, "vgpr_count")
+    programs = programs_per_cu(registers, shared, cfg.num_warps)
     return {
-        **described(name, dim, dtype, layout, extras, cfg), "target": "gfx942", "registers": field("vgpr_count"),
-        "spills": field("vgpr_spill_count"), "shared_bytes": compiled.metadata.shared, "shared_limit": 64 * 1024,
-        "mfma": len(re.findall(r"v_mfma", assembly)),
+        **described(name, dim, dtype, layout, extras, cfg), "target": "gfx942", "registers": registers,
+        "spills": amd_field(assembly, "vgpr_spill_count"), "shared_bytes": shared, "shared_limit": AMD_SHARED,
+        "programs_per_sm": programs, "warps_per_sm": programs * cfg.num_warps,
+        "mfma": len(re.findall(r"v_mfma", assembly)), "inner_loop": dict(inner_loop(assembly, AMD)),
     }  # fmt: skip
 
 
@@ -175,43 +137,130 @@ def variants(quick: bool):
     yield from ((name, dim, half, layout, True, "gfx942") for name in main for dim in (64, 128) for layout in LAYOUTS)
 
 
+LOOP = ("mma", "exp", "fp32", "shared", "async copy", "global", "local", "other")
+
+
+def markdown(rows: list[dict], columns: dict) -> str:
+    """A table; columns: heading -> the cell of a row."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell(r)) for cell in columns.values()) + " |" for r in rows])
+
+
 def table(rows: list[dict]) -> str:
-    """Markdown, one line a variant."""
-    lines = ["| target | kernel | D | dtype | layout | bias, gate | BM x BN | warps | stages | registers | spills | shared KiB | programs/SM | inner loop: mma, exp, fp32, shared, async copy, other |", "|" + "---|" * 14]
-    for r in rows:
-        mix = r.get("inner_loop") or {}
-        loop = ", ".join(str(mix.get(kind, 0)) for kind in ("mma", "exp", "fp32", "shared", "async copy", "other")) if mix else "-"
-        cells = (r["target"], r["kernel"], r["D"], r["dtype"], r["layout"], "yes" if r["bias_and_gate"] else "no", f"{r['BM']} x {r['BN']}",
-                 r["warps"], r["stages"], r["registers"], r["spills"], f"{r['shared_bytes'] / 1024:.0f}", r.get("programs_per_sm", "-"), loop)  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    """One line an attention variant, or a companion kernel."""
+    own = {
+        "D": lambda r: r["D"], "dtype": lambda r: r["dtype"], "layout": lambda r: r["layout"],
+        "bias, gate": lambda r: "yes" if r["bias_and_gate"] else "no", "BM x BN": lambda r: f"{r['BM']} x {r['BN']}",
+        "stages": lambda r: r["stages"],
+    }  # fmt: skip
+    if rows and "constants" in rows[0]:
+        own = {"types": lambda r: r["types"], "constants": lambda r: ", ".join(f"{k} {v}" for k, v in r["constants"].items())}
+    return markdown(rows, {"target": lambda r: r["target"], "kernel": lambda r: r["kernel"]} | own | {
+        "warps": lambda r: r["warps"], "registers": lambda r: r["registers"], "spills": lambda r: r["spills"],
+        "shared KiB": lambda r: f"{r['shared_bytes'] / 1024:.1f}", "programs/SM": lambda r: r["programs_per_sm"],
+        "inner loop: " + ", ".join(LOOP): lambda r: ", ".join(str(r["inner_loop"].get(kind, 0)) for kind in LOOP) if r["inner_loop"] else "no loop",
+    })  # fmt: skip
+
+
+def work(quick: bool) -> list[tuple]:
+    """What there is to compile: ("attention", *variant) and ("companion", index, target)."""
+    from .compile_companions import kernels as companion_kernels
+
+    targets = (90, "gfx942") if quick else (80, 90, 100, "gfx942")
+    companions = [("companion", i, target) for target in targets for i in range(len(companion_kernels(target)))]
+    return [("attention", *variant) for variant in variants(quick)] + companions
+
+
+def compile_one(task: tuple) -> dict:
+    """The row of one entry of `work`."""
+    kind, *rest = task
+    if kind == "companion":
+        from .compile_companions import build
+        from .compile_companions import kernels as companion_kernels
+
+        index, target = rest
+        return build(*companion_kernels(target)[index], target)
+    *variant, target = rest
+    return compile_amd(*variant) if target == "gfx942" else compile_nvidia(*variant, target)
+
+
+def fingerprint() -> str:
+    """Changes with the compiler and with any source of this package."""
+    import triton
+
+    digest = hashlib.sha256(f"{torch.__version__} {triton.__version__}".encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def finished_rows(path: Path, stamp: str) -> dict[str, dict]:
+    """Rows of an interrupted run of the same sources by task; a line cut short by the interruption is left out."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry["stamp"] == stamp:
+            rows[entry["task"]] = entry["row"]
+    return rows
+
+
+def compile_all(tasks: list[tuple], jobs: int, partial: Path) -> list[dict]:
+    """Rows in the order of the tasks, compiled by `jobs` processes."""
+    stamp = fingerprint()
+    rows = finished_rows(partial, stamp)
+    missing = [task for task in tasks if str(task) not in rows]
+    print(f"{len(tasks) - len(missing)} of {len(tasks)} variants at hand, {jobs} processes", flush=True)
+    # Spawned: a fork would inherit whatever threads torch has started.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, partial.open("a") as log:
+        futures = {pool.submit(compile_one, task): task for task in missing}
+        for done in as_completed(futures):
+            task = str(futures[done])
+            rows[task] = done.result()
+            log.write(json.dumps({"stamp": stamp, "task": task, "row": rows[task]}) + "\n")
+            log.flush()
+    return [rows[str(task)] for task in tasks]
+
+
+def write(path: Path, text: str) -> None:
+    """All or nothing, so that two runs at once never leave a mixture."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the subset that the tests compile")
-    parser.add_argument("--json", action="store_true", help="print JSON lines instead of the table, write nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON lines of the attention kernels, write nothing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    parser.add_argument("--only", default="", help="compile only tasks whose description contains this, e.g. \"'dkv', 64\" or companion, and keep them for a run without --only")
     parser.add_argument("--out", type=Path, default=Path("data/results"), help="folder of the written report")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         sys.exit("TRITON_INTERPRET is set: nothing can be compiled in the interpreter, unset it")
+    if args.json:
+        for variant in variants(args.quick):
+            print(json.dumps(compile_one(("attention", *variant))), flush=True)
+        return
     import triton
 
-    rows = []
-    for name, dim, dtype, layout, extras, target in variants(args.quick):
-        build = compile_amd if target == "gfx942" else compile_nvidia
-        rows.append(build(name, dim, dtype, layout, extras, *(() if target == "gfx942" else (target,))))
-        if args.json:
-            print(json.dumps(rows[-1]), flush=True)
-    if args.json:
-        return
-    header = f"torch {torch.__version__}, triton {triton.__version__}; compiled, not run: no figure here is a time.\n\n"
-    print(header + table(rows))
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "kernels_compiled.md").write_text(f"# Attention kernels as compiled\n\n{header}{table(rows)}\n")
-    (args.out / "kernels_compiled.json").write_text(json.dumps({"torch": torch.__version__, "triton": triton.__version__, "rows": rows}, indent=1))
-    spilled = [r for r in rows if r["spills"] and r["target"] != "gfx942"]
-    print(f"\n{len(rows)} variants, {len(spilled)} with spills")
+    partial = args.out / "kernels_compiled.partial.jsonl"
+    tasks = [task for task in work(args.quick) if args.only in str(task)]
+    rows = compile_all(tasks, args.jobs, partial)
+    attention, companions = ([r for task, r in zip(tasks, rows) if task[0] == kind] for kind in ("attention", "companion"))
+    header = (f"torch {torch.__version__}, triton {triton.__version__}; compiled, not run: no figure here is a time. Spills: loads and stores of local memory (gfx942: spilled registers); "
+              "programs/SM: how many fit on a multiprocessor (gfx942: a compute unit) at one time, by registers and shared memory.")  # fmt: skip
+    text = f"# Kernels as compiled\n\n{header}\n\n## Attention\n\n{table(attention)}\n\n## Companions\n\n{table(companions)}\n"
+    print(text)
+    print(f"{len(rows)} variants, {sum(r['spills'] > 0 for r in rows)} with spills")
+    if not args.only:
+        write(args.out / "kernels_compiled.md", text)
+        write(args.out / "kernels_compiled.json", json.dumps({"torch": torch.__version__, "triton": triton.__version__, "rows": attention, "companions": companions}, indent=1) + "\n")
+        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -192,3 +192,15 @@ def test_refusals():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name}: got .*, expected "):
             kmeans(*bad)
+
+
+def test_tiles_of_every_target():
+    """What no machine at hand runs: smaller tiles where operands lie in registers, no tf32x3 where there is none."""
+    from usv_kernels.kmeans.triton import assign_tile
+
+    for dtype in DTYPES:
+        for dim in (16, 24, 64, 128):
+            tiles = {target: assign_tile(dim, dtype, target)[0] for target in (80, 90, 100, 120, "amd")}
+            assert {t for t, tile in tiles.items() if tile["PRECISION"] == "tf32x3"} == {80, 90, 100, 120}
+            small = {t for t, tile in tiles.items() if tile["BLOCK_K"] < tiles[90]["BLOCK_K"]}
+            assert small == {80, 120, "amd"} and all(t["BLOCK_D"] >= dim and t["BLOCK_K"] >= 16 for t in tiles.values())

@@ -5,13 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._device import on_its_device
+
 STAGES = 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length", "clusters"])
 def _assign_kernel(
     x_ptr, centroids_ptr, bias_ptr, out_ptr, stride_b, stride_h, stride_s, heads, length, clusters, dim,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token_blocks = tl.cdiv(length, BLOCK_T)
     pid = tl.program_id(0).to(tl.int64)
@@ -29,7 +31,7 @@ def _assign_kernel(
         mask = (d < dim)[:, None] & (k < clusters)[None, :]
         c = tl.load(centroids_ptr + k[None, :] * dim + d[:, None], mask=mask, other=0.0)
         if x.dtype == tl.float32:
-            score = tl.dot(x, c, input_precision="tf32x3")
+            score = tl.dot(x, c, input_precision=PRECISION)
         else:
             # A float32 centroid is two 16-bit numbers, so two fast products are as good as one in float32.
             high = c.to(x.dtype)
@@ -45,7 +47,7 @@ def _assign_kernel(
     tl.store(out_ptr + head_of_batch * length + s, nearest.to(tl.int64), mask=s < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length", "clusters"])
 def _update_kernel(
     x_ptr, order_ptr, ends_ptr, counts_ptr, centroids_ptr, out_ptr, stride_b, stride_h, stride_s,
     heads, length, clusters, dim, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -68,6 +70,7 @@ def _update_kernel(
     tl.store(out_ptr + pid * dim + d, mean, mask=d < dim)
 
 
+@on_its_device
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, length, dim = x.shape
@@ -82,19 +85,34 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     bias = -0.5 * (centred * (centroids + offset)).sum(-1)
     out = torch.empty(batch, heads, length, dtype=torch.int64, device=x.device)
     if out.numel():
-        blocks = assign_blocks(dim, x.dtype)
-        grid = (batch * heads * triton.cdiv(length, blocks["BLOCK_T"]),)
-        _assign_kernel[grid](x, centred, bias, out, *x.stride()[:3], heads, length, clusters, dim, **blocks,
-                             num_stages=STAGES)  # fmt: skip
+        constants, warps = assign_tile(dim, x.dtype, _target(x.device))
+        grid = (batch * heads * triton.cdiv(length, constants["BLOCK_T"]),)
+        _assign_kernel[grid](x, centred, bias, out, *x.stride()[:3], heads, length, clusters, dim, **constants,
+                             num_stages=STAGES, num_warps=warps)  # fmt: skip
     return out
 
 
-def assign_blocks(dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes for which nothing spills and, on GPUs without wgmma, shared memory stays below 99 KiB."""
-    block_d = max(triton.next_power_of_2(dim), 16)
-    return {"BLOCK_T": 64, "BLOCK_K": 32 if dtype == torch.float32 and block_d > 64 else 64, "BLOCK_D": block_d}
+def assign_tile(dim: int, dtype: torch.dtype, target: int | str) -> tuple[dict, int]:
+    """Constants and warps for which nothing spills (`compile_companions`); shared memory below 99 KiB where GPUs may have no more.
+
+    target: 80, 90, ... of an NVIDIA GPU, or "amd". PRECISION says how float32 is multiplied: three TF32 products on NVIDIA's
+    tensor cores, float32 itself on AMD's, which have it and no tf32x3. Only sm_90 to sm_100 multiply from shared memory:
+    elsewhere a whole tile of centroids is in registers, and has to be smaller.
+    """
+    block_d, full = max(triton.next_power_of_2(dim), 16), dtype == torch.float32
+    from_shared = target != "amd" and 90 <= target < 120
+    block_k = (64 if from_shared else 32) // (2 if full and block_d > 64 else 1)
+    constants = {"PRECISION": "ieee" if target == "amd" else "tf32x3", "BLOCK_T": 64, "BLOCK_K": block_k, "BLOCK_D": block_d}
+    return constants, 8 if full else 4
 
 
+def _target(device: torch.device) -> int | str:
+    if torch.version.hip is not None:
+        return "amd"
+    return 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 80
+
+
+@on_its_device
 def update(x: Tensor, assignment: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, length, dim = x.shape

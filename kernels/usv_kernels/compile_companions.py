@@ -1,0 +1,103 @@
+"""What the compiler makes of every companion kernel, without a GPU: `python -m usv_kernels.compile_companions 80 90 100 gfx942`.
+
+Prints one JSON object a line: kernel, target, and what the assembler made of it. `compile_report` tabulates them beside the
+attention kernels. Not with TRITON_INTERPRET set.
+"""
+
+import json
+import re
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .block_pool import triton as block_pool
+from .kmeans import triton as kmeans
+from .machine_code import (
+    AMD,
+    AMD_SHARED,
+    SASS,
+    SHARED_LIMIT,
+    amd_field,
+    inner_loop,
+    nvidia_usage,
+    programs_per_cu,
+    programs_per_sm,
+)
+from .norm_rope import triton as norm_rope
+from .permute import triton as permute
+from .select import triton as select
+from .token_merge import triton as token_merge
+
+
+def kernels(target: int | str) -> list[tuple]:
+    """(kernel, types of its pointer arguments, types of arguments that are not i32, constants, number of warps): the shapes
+    of Wan 2.1 (head dim 128, 1536 channels, tiles of 64 tokens, 512 blocks) and bfloat16, as the wrappers launch them."""
+    means, rotation = {"BLOCK_T": 32, "BLOCK_D": 128}, {"PAIRS": 64, "HAS_POSITIONS": True, "BLOCK_P": 1024}
+    half, full = (kmeans.assign_tile(128, dtype, "amd" if target == "gfx942" else target) for dtype in (torch.bfloat16, torch.float32))
+    return [
+        (block_pool._forward_kernel, "bf16 i32 i32 bf16", {}, means, 4),
+        (block_pool._backward_kernel, "bf16 i32 i32 bf16", {}, means, 4),
+        (permute._permute_kernel, "bf16 i64 bf16", {}, {"BLOCK_R": 32, "BLOCK_D": 128}, 4),
+        (select._select_kernel, "fp32 i32 i32 i32", {"p": "fp32"}, {"TOP_P": False, "BLOCK_N": 512}, 1),
+        (select._select_kernel, "fp32 i32 i32 i32", {"p": "fp32"}, {"TOP_P": True, "BLOCK_N": 2048}, 4),
+        (token_merge._match_kernel, "bf16 i64 i32 i32 i32 i32 i64 i64 i32", {}, {"BLOCK_T": 64, "BLOCK_C": 32}, 4),
+        (token_merge._reduce_kernel, "bf16 i64 i64 i64 bf16", {}, {"MEAN": True, "BLOCK_C": 1024}, 4),
+        (token_merge._reduce_kernel, "bf16 i64 i64 i64 bf16", {}, {"MEAN": False, "BLOCK_C": 1024}, 4),
+        (token_merge._take_kernel, "bf16 i64 bf16", {}, {"BLOCK_R": 4, "BLOCK_C": 1024}, 4),
+        (kmeans._assign_kernel, "bf16 fp32 fp32 i64", {}, *half),
+        (kmeans._assign_kernel, "fp32 fp32 fp32 i64", {}, *full),
+        (kmeans._update_kernel, "bf16 i64 i64 i64 fp32 fp32", {}, means, 4),
+        (norm_rope._forward_kernel, "bf16 bf16 fp32 fp32 i64 bf16 fp32", {"eps": "fp32"}, rotation, 4),
+        (norm_rope._backward_kernel, "bf16 bf16 bf16 fp32 fp32 i64 fp32 bf16 fp32", {}, rotation, 4),
+    ]  # fmt: skip
+
+
+def build(kernel, pointers: str, other: dict, constants: dict, warps: int, target: int | str) -> dict:
+    """One kernel for an NVIDIA architecture (80, 90, 100) or for "gfx942"."""
+    names = kernel.arg_names
+    types = iter(pointers.split())
+    signature = {}
+    for name in names:
+        default = "*" + next(types) if name.endswith("_ptr") else other.get(name, "i32")
+        signature[name] = "constexpr" if name in constants else default
+    # Row strides and widths are multiples of 16 in every model; without saying so no 16-byte access is possible.
+    wide = ("dim", "channels", "stride_b", "stride_h", "stride_s", "num_kv")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in wide}
+    special = [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize or p.name.endswith("_ptr"))]
+    source = ASTSource(kernel, signature, constants, aligned)
+    stages = kmeans.STAGES if kernel is kmeans._assign_kernel else 3
+    described = {"kernel": f"{kernel.__module__.split('.')[1]}.{kernel.__name__}", "types": pointers, "constants": constants, "warps": warps,
+                 "specialised": special}  # fmt: skip
+    if target == "gfx942":
+        options = {"num_warps": warps, "num_stages": min(stages, 2)}
+        compiled = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
+        assembly, shared = compiled.asm["amdgcn"], compiled.metadata.shared
+        registers = amd_field(assembly, "vgpr_count")
+        return described | {
+            "target": target, "registers": registers, "spills": amd_field(assembly, "vgpr_spill_count"), "shared_bytes": shared,
+            "shared_limit": AMD_SHARED, "programs_per_sm": programs_per_cu(registers, shared, warps),
+            "dots": len(re.findall("v_mfma", assembly)),
+            "wide_accesses": len(re.findall(r"(?:global|buffer|flat)_(?:load|store)_dwordx4", assembly)),
+            "atomics": len(re.findall(r"(?:global|buffer|flat)_atomic", assembly)), "inner_loop": dict(inner_loop(assembly, AMD)),
+        }  # fmt: skip
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "num_stages": stages})
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    registers, sass = nvidia_usage(compiled.asm["cubin"])
+    return described | {
+        "target": f"sm_{target}", "registers": registers, "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared_bytes": shared, "shared_limit": SHARED_LIMIT[target],
+        "programs_per_sm": programs_per_sm(registers, shared, warps, target),
+        "dots": ptx.count("mma.sync") + ptx.count("wgmma.mma_async") + ptx.count("tcgen05.mma"),
+        "wide_accesses": ptx.count(".v4.b32"),
+        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.M)), "inner_loop": dict(inner_loop(sass, SASS)),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    for target in sys.argv[1:]:
+        target = target if target == "gfx942" else int(target)
+        for entry in kernels(target):
+            print(json.dumps(build(*entry, target)), flush=True)

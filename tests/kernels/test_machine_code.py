@@ -1,0 +1,66 @@
+"""What is read from compiled kernels: loops of both assemblies, occupancy, and a report that goes on where it was cut."""
+
+import json
+
+from usv_kernels import compile_report
+from usv_kernels.machine_code import AMD, SASS, inner_loop, programs_per_cu, programs_per_sm
+
+NVIDIA_TEXT = """
+	.text.kernel:
+.L_x_1:
+        /*0000*/                   LDG.E.128 R4, [R2.64] ;
+.L_x_0:
+        /*0010*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
+        /*0020*/              @!P0 FFMA R1, R2, R3, R4 ;
+        /*0030*/               @P1 BRA `(.L_x_0) ;
+        /*0040*/                   FADD R1, R2, R3 ;
+        /*0050*/              @!P2 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2) ;
+        /*0080*/                   MOV R1, R2 ;
+        /*0090*/                   BRA `(.L_x_1) ;
+"""
+AMD_TEXT = """
+.LBB0_1:                                ; =>This Loop Header: Depth=1
+\tglobal_load_dwordx4 v[0:3], v[4:5], off
+.LBB0_2:                                ;   Parent Loop BB0_1 Depth=1
+\tv_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
+\tv_exp_f32_e32 v1, v2
+\ts_cbranch_scc1 .LBB0_2
+; %bb.3:
+\tds_read_b128 v[0:3], v4
+\ts_cbranch_vccnz .LBB0_1
+"""
+
+
+def test_the_innermost_loop_with_matrix_instructions_is_counted():
+    assert inner_loop(NVIDIA_TEXT, SASS) == {"mma": 1, "fp32": 1, "other": 1, "total": 3}
+    assert inner_loop(AMD_TEXT, AMD) == {"mma": 1, "exp": 1, "other": 1, "total": 3}
+    without = NVIDIA_TEXT.replace("HMMA", "IADD")  # none has any: the longest counts
+    assert inner_loop(without, SASS) == {"global": 1, "fp32": 2, "other": 3, "total": 6}
+    assert not inner_loop("        /*0000*/   EXIT ;", SASS)
+    assert not inner_loop(
+        ".LBB0_1:   ; %then\n\tds_read_b32 v1, v2\n\ts_cbranch_scc1 .LBB0_1\n", AMD
+    )  # no head of a loop
+
+
+def test_occupancy():
+    """By hand: 65,536 registers in units of 8 a thread, 64 warps, shared memory plus 1 KiB a program."""
+    assert programs_per_sm(128, 0, 4, 80) == 4
+    assert programs_per_sm(121, 0, 4, 80) == 4 and programs_per_sm(129, 0, 4, 80) == 3
+    assert programs_per_sm(32, 48 * 1024, 4, 80) == 3 and programs_per_sm(32, 48 * 1024, 4, 90) == 4
+    assert programs_per_sm(16, 0, 4, 90) == 16
+    assert [programs_per_cu(r, 1024, 4) for r in (64, 65, 256, 512)] == [8, 7, 2, 1]
+    assert programs_per_cu(64, 20 * 1024, 4) == 3
+
+
+def test_an_interrupted_report_goes_on(tmp_path):
+    path = tmp_path / "partial.jsonl"
+    lines = [
+        json.dumps({"stamp": stamp, "task": f"task {i}", "row": {"registers": i}})
+        for i, stamp in enumerate(("now", "old", "now"))
+    ]
+    path.write_text("\n".join(lines)[:-5])  # of other sources; cut in the middle
+    assert compile_report.finished_rows(path, "now") == {"task 0": {"registers": 0}}
+    assert compile_report.finished_rows(tmp_path / "none.jsonl", "now") == {}
