@@ -98,7 +98,8 @@ def step(run: Run, batch: dict):
     with run.engine.autocast():
         wanted = target(run, x_t, sigma, text, decisions)
         velocity, stats = run.student(x_t, timestep, text, decisions.rungs, probes, config.attention.impl)
-        loss = distill.velocity_loss(velocity, wanted).mean()
+        weight = flow.slope(sigma, config.model.flow_shift) if config.distill.name == "velocity" else 1.0
+        loss = (weight * distill.velocity_loss(velocity, wanted)).mean()
         samples = None
         if config.distill.distribution:  # the student's own samples, judged by teacher and critic
             samples = matching.rollout(student, noise, matching.random_rollout(config.distill.student_timesteps, generator))

@@ -45,3 +45,11 @@ def test_strata_hold_one_each():
 
 def test_expand():
     assert flow.expand(torch.ones(3), torch.zeros(3, 16, 5, 8, 8)).shape == (3, 1, 1, 1, 1)
+
+
+def test_slope_is_the_derivative_of_the_shift_and_one_on_average():
+    u = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    sigma = flow.shift_sigma(u, 3.0)
+    slope = flow.slope(sigma, 3.0)
+    torch.testing.assert_close(slope[1:-1], (sigma[2:] - sigma[:-2]) / (u[2:] - u[:-2]), rtol=1e-4, atol=0)
+    assert abs(float(torch.trapezoid(slope, u)) - 1) < 1e-5

@@ -80,7 +80,8 @@ class PolicyConfig:
     name: str = "gumbel"
     axes: list[str] = field(default_factory=lambda: ["density", "merge"])
     steps: bool = False
-    most_density: float = 1.0  # bound on the decoded plan's mean density, beside the budget (gumbel)
+    most_density: float = 1.0  # bound on the plan's mean density, beside the budget (gumbel)
+    merge_layers: int | None = None  # only the first so many layers may merge (gumbel)
     budget: float = 0.32
     bins: int = 8
     probes: int = 2
@@ -128,7 +129,9 @@ class DistillConfig:
 
 @dataclass
 class DataConfig:
-    """Shards of data/prepare.py: a folder or a URL. mix: several with their weights, {folder or URL: share}, instead of path."""
+    """Shards of data/prepare.py: a folder or a URL. mix: several with their weights, {folder or URL: share}, instead of path
+    (on the command line +data.mix={…: 3, …: 1}). Folders of several sizes, or a pattern that names them, give buckets.
+    """
 
     path: str = "data/shards/camera"
     mix: dict[str, float] = field(default_factory=dict)
@@ -326,6 +329,7 @@ def check_train(config: TrainConfig) -> None:
         ("logger.every", config.logger.every, config.logger.every >= 1, "at least 1"),
         ("logger.validate_every", config.logger.validate_every, config.logger.validate_every >= 1, "at least 1"),
         ("optim.steps", config.optim.steps, config.optim.steps >= 1, "at least 1"),
+        ("policy.merge_layers", config.policy.merge_layers, config.policy.merge_layers is None or config.policy.merge_layers >= 0, "null (all) or a number of layers"),
         ("optim.batch_size", config.optim.batch_size, config.optim.batch_size >= 1, "at least 1"),
         ("model.tile", config.model.tile, len(config.model.tile) == 3 and min(config.model.tile) >= 1, "[t, h, w], each ≥ 1"),
         ("runtime.name", config.runtime.name, config.runtime.name in RUNTIMES, " | ".join(RUNTIMES)),

@@ -11,6 +11,12 @@ from dataclasses import dataclass
 import torch
 
 
+def slope(sigma: torch.Tensor, shift: float) -> torch.Tensor:
+    """dσ/du at sigma (B,), mean 1 over u: how far the sampler goes there, and so how much an error of velocity moves a sample."""
+    u = unshift_sigma(sigma, shift)
+    return shift / (1 + (shift - 1) * u) ** 2
+
+
 def expand(sigma: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(B,) -> (B, 1, …, 1) with as many dimensions as `like`."""
     return sigma.view(-1, *[1] * (like.dim() - 1))

@@ -24,7 +24,7 @@ from usv.grid import Tile, tile_layout
 from usv.matching import Critic
 from usv.models.wan import SparseWan
 from usv.pipeline import disable, enable
-from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, SparsityPlan, bin_of, timestep_bins
+from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, LayerPlan, SparsityPlan, bin_of, timestep_bins
 from usv.policy import Decisions, allowed
 from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
@@ -260,7 +260,7 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
             f"this size; accepted: {least:.3f} to 1"
         )
     run.edges = timestep_bins(config.policy.bins, m.flow_shift)
-    run.policy = make_policy(config, run.edges, run.num_layers, costs)
+    run.policy = make_policy(config, run.edges, run.num_layers, costs, layout.num_blocks)
     learned = isinstance(run.policy, torch.nn.Module)
     betas = tuple(config.optim.betas)
     run.policy_optimizer = torch.optim.AdamW(run.policy.parameters(), lr=config.policy.lr, betas=betas, weight_decay=0.0) if learned else None
@@ -311,14 +311,18 @@ def warm_start(run: Run, config: TrainConfig) -> None:
         run.critic = Critic(model.to(run.device), d.critic_lr, config.model.flow_shift, run.share, run.ranks.average_gradients)
 
 
-def make_policy(config: TrainConfig, edges, num_layers: int, costs):
+def make_policy(config: TrainConfig, edges, num_layers: int, costs, num_blocks: int):
     """The policy that the settings name."""
     p = config.policy
     if p.name in ("static", "inherit"):  # inherit: run.plan is fixed before the first step
         return StaticPolicy(edges, num_layers, costs, axes=p.axes)
     if p.name == "entropy":
         return EntropyPolicy(edges, num_layers, costs, p.gamma, axes=p.axes)
-    return GumbelPolicy(edges, num_layers, costs, p.probes, p.tau_start, p.entropy_bonus, axes=p.axes, steps=p.steps, most_density=p.most_density)
+    executed = [LayerPlan.of(density, 0.0, num_blocks).num_kept / num_blocks for density in DENSITY_LADDER]
+    return GumbelPolicy(
+        edges, num_layers, costs, p.probes, p.tau_start, p.entropy_bonus, axes=p.axes, steps=p.steps,
+        most_density=p.most_density, merge_layers=p.merge_layers, densities=executed,
+    )  # fmt: skip
 
 
 def prepare_folder(folder: Path, rank: int = 0) -> None:

@@ -377,3 +377,24 @@ def test_the_bound_on_density_is_learned_not_left_to_decoding():
     free, bounded = learned(1.0), learned(0.25)
     assert free[0] > 0.35 and bounded[0] < 0.26
     assert max(free[1], bounded[1]) < 0.36
+
+
+def test_last_layers_that_may_not_merge_never_do():
+    policy = GumbelPolicy(EDGES, LAYERS, COSTS, probes=LAYERS, merge_layers=2)
+    torch.nn.init.normal_(policy.cell, std=3.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        decisions = policy.decide(0, generator)
+        assert not any(rung.merge for rung in decisions.rungs[2:])
+        assert all(p.other.merge == 0 for p in decisions.probes if p.layer >= 2)
+    plan = policy.decode(0.6)
+    assert all(rung.merge == 0 for row in plan.rungs for rung in row[2:]) and any(row[0].merge for row in plan.rungs)
+    policy.loss(0.4).backward()
+    assert all(torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
+
+
+def test_the_bound_on_density_counts_what_is_executed():
+    """Of 3 blocks a sixteenth is one block: a third. A bound below that cannot be met, and is refused."""
+    policy = GumbelPolicy(EDGES, LAYERS, COSTS, most_density=0.3, densities=[1.0, 2 / 3, 1 / 3, 1 / 3, 1 / 3, 1 / 3])
+    with pytest.raises(ValueError, match="most_density"):
+        policy.decode(0.5)

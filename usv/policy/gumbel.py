@@ -28,7 +28,11 @@ from usv.policy import AXES, Decisions, ProbeRequest, knapsack
 
 
 class GumbelPolicy(nn.Module):
-    """See the module. `costs` are those of `plan.RUNGS`, as fractions of the dense block; `axes`: what is decided at all."""
+    """See the module. `costs` are those of `plan.RUNGS`, as fractions of the dense block; `axes`: what is decided at all.
+
+    most_density: bound on the mean density. merge_layers: only the first so many layers may merge. densities: what the density
+    ladder executes at this grid, where counts of blocks are rounded up.
+    """
 
     def __init__(
         self,
@@ -45,6 +49,8 @@ class GumbelPolicy(nn.Module):
         axes: Sequence[str] = tuple(AXES),
         steps: bool = False,
         most_density: float = 1.0,
+        merge_layers: int | None = None,
+        densities: Sequence[float] = DENSITY_LADDER,
     ):
         super().__init__()
         self.edges, self.num_layers, self.probes, self.tau = tuple(edges), num_layers, probes, tau
@@ -65,7 +71,11 @@ class GumbelPolicy(nn.Module):
         for axis, part in zip(AXES, keep.split(list(AXES.values()))):
             if axis not in self.axes:
                 part[1:] = -torch.inf  # the first rung, always
-        self.register_buffer("start", keep)
+        start = keep.repeat(num_layers, 1)
+        self.merge_layers = num_layers if merge_layers is None or "merge" not in self.axes else merge_layers
+        start[self.merge_layers :, AXES["density"] + 1 :] = -torch.inf
+        self.register_buffer("start", start)
+        self.register_buffer("densities", torch.tensor(densities))
         self.register_buffer("costs", torch.tensor(costs).view(AXES["merge"], AXES["density"]))
         self.register_buffer("damage", torch.zeros(bins, num_layers, width))  # [..., r]: step from rung r − 1 to r
         self.register_buffer("seen", torch.zeros(bins, num_layers, width))
@@ -111,7 +121,8 @@ class GumbelPolicy(nn.Module):
         return Decisions(bin, rungs, tuple(self._probe(layer, rungs[layer], generator) for layer in order))
 
     def _probe(self, layer: int, rung: Rung, generator: torch.Generator) -> ProbeRequest:
-        axis = self.axes[int(torch.randint(len(self.axes), (1,), generator=generator))]
+        axes = self.axes if layer < self.merge_layers else [axis for axis in self.axes if axis != "merge"] or self.axes
+        axis = axes[int(torch.randint(len(axes), (1,), generator=generator))]
         position, length = getattr(rung, axis), AXES[axis]
         step = 1 if int(torch.randint(2, (1,), generator=generator)) else -1
         step = 1 if position == 0 else -1 if position == length - 1 else step
@@ -155,7 +166,7 @@ class GumbelPolicy(nn.Module):
     def expected_density(self) -> torch.Tensor:
         """E[density] over the bins and layers that run, differentiable."""
         density, run = self.probabilities()[0], self.run_probability()
-        mean = (density * density.new_tensor(DENSITY_LADDER)).sum(-1).mean(-1)
+        mean = (density * self.densities).sum(-1).mean(-1)
         return (run * mean).sum() / run.sum()
 
     def gate_entropy(self) -> torch.Tensor:
@@ -189,20 +200,20 @@ class GumbelPolicy(nn.Module):
         """Knapsack over log p within the budget. Where `most_density` binds, density is given the least price that meets it."""
         plan = self._decode(target, 0.0)
         low, high = 0.0, 1.0
-        if _mean_density(plan) <= self.most_density:
+        if self._mean_density(plan) <= self.most_density:
             return plan
-        while _mean_density(self._decode(target, high)) > self.most_density:
+        while self._mean_density(self._decode(target, high)) > self.most_density:
             low, high = high, 4 * high
             if high > 1e9:
                 raise ValueError(f"most_density: got {self.most_density}, but no plan of this budget is as sparse; raise one of them")
         for _ in range(12):
             middle = (low + high) / 2
-            low, high = (low, middle) if _mean_density(self._decode(target, middle)) <= self.most_density else (middle, high)
+            low, high = (low, middle) if self._mean_density(self._decode(target, middle)) <= self.most_density else (middle, high)
         return self._decode(target, high)
 
     def _decode(self, target: float, density_price: float) -> SparsityPlan:
         density, merge = (axis.double().log_softmax(-1) for axis in self.logits())
-        density = density - density_price * density.new_tensor(DENSITY_LADDER)
+        density = density - density_price * self.densities.double()
         values = (merge[..., :, None] + density[..., None, :]).flatten(2).cpu().numpy()
         costs = self.costs.flatten().double().cpu().numpy()
         if not self.steps:
@@ -217,6 +228,12 @@ class GumbelPolicy(nn.Module):
         chosen = np.where(chosen < 0, values.argmax(2), chosen)  # training still passes through the bins of jumped steps
         return SparsityPlan(self.edges, tuple(tuple(RUNGS[i] for i in row) for row in chosen), runs)
 
+    def _mean_density(self, plan: SparsityPlan) -> float:
+        """What the plan's attention executes, over the rows that run."""
+        densities = self.densities.tolist()
+        rungs = [rung for row in plan.running() for rung in row]
+        return sum(densities[rung.density] for rung in rungs) / len(rungs)
+
     @torch.no_grad()
     def summary(self) -> dict[str, float]:
         _, merge = self.probabilities()
@@ -229,9 +246,3 @@ class GumbelPolicy(nn.Module):
             "expected_merged": float((merge * merge.new_tensor(MERGE_LADDER)).sum(-1).mean()),
             "budget_multiplier": float(self.multiplier),
         }
-
-
-def _mean_density(plan: SparsityPlan) -> float:
-    """Mean of the density ladder's values over the rows that run."""
-    rungs = [rung for row in plan.running() for rung in row]
-    return sum(DENSITY_LADDER[rung.density] for rung in rungs) / len(rungs)
