@@ -9,11 +9,13 @@ from usv.report.inputs import Inputs
 from usv.report.plots import pareto
 from usv.report.sections import SECTIONS, headline
 
-STYLE = """
+COLOURS = """
 :root { color-scheme: light dark; --bg: #f7f6f3; --card: #ffffff; --ink: #1d1c1a; --soft: #625e57; --line: #dfdbd3; --accent: #c2410c;
   --dense: #1d1c1a; --fewer: #7c3aed; --cache: #0b7285; --merging: #2b8a3e; --pattern: #1c6dd0; --fixed: #a16207; --ours: #d9480f; }
 @media (prefers-color-scheme: dark) { :root { --bg: #161513; --card: #201f1c; --ink: #edeae4; --soft: #a8a299; --line: #38352f;
   --accent: #ff8a4c; --dense: #edeae4; --fewer: #b197fc; --cache: #3bc9db; --merging: #69db7c; --pattern: #74b0ff; --fixed: #f2c14e; --ours: #ff8a4c; } }
+"""
+LAYOUT = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -62,6 +64,8 @@ figure.wide { width: auto; } figure.wide video { width: auto; max-height: 210px;
 video { display: block; width: 100%; max-width: 100%; border-radius: 8px; background: var(--line); }
 figcaption { font-size: 13px; color: var(--soft); margin-top: 4px; overflow-wrap: anywhere; }
 footer { padding-top: 36px; padding-bottom: 48px; font-size: 14px; }
+"""
+PICTURES = """
 svg text { font: 15px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--ink); }
 svg .tick, svg .axis { fill: var(--soft); } svg .name { fill: var(--ink); font-weight: 600; } svg .tick { font-size: 14px; font-variant-numeric: tabular-nums; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
@@ -75,10 +79,13 @@ svg .cell { fill: var(--accent); } svg .value { font-size: 14px; } svg .value.on
 svg .curve { stroke: var(--c); stroke-width: 2.2; stroke-linejoin: round; } svg .curve.faint { stroke-width: 1; opacity: 0.35; }
 .s0 { --c: var(--ours); } .s1 { --c: var(--pattern); } .s2 { --c: var(--merging); } .s3 { --c: var(--fewer); } .s4 { --c: var(--cache); } .s5 { --c: var(--fixed); }
 svg .bar { fill: var(--accent); } svg .ideal { stroke: var(--ink); stroke-width: 3; }
+"""
+PHONE = """
 @media (max-width: 480px) { main, header, footer { padding-left: 14px; padding-right: 14px; } .plot { padding: 6px; } figure { width: 110px; }
   svg text { font-size: 19px; } svg .tick { font-size: 18px; } svg .value { font-size: 17px; } tbody th { min-width: 132px; white-space: normal !important; } }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 """
+STYLE = COLOURS + LAYOUT + PICTURES + PHONE
 
 NAMES = {
     "run": "What was run", "pareto": "Quality against seconds", "results": "Results", "ablations": "Ablations", "policy": "Policy",
@@ -117,6 +124,5 @@ def page(inputs: Inputs, command: str, commit: str) -> str:
 def picture(report: dict, key: str = "subject_accuracy") -> str:
     """The Pareto plot of one quality as an SVG file of its own, for light and dark pages."""
     name, more = QUALITIES[key]
-    rules = [rule for rule in STYLE.splitlines() if rule.lstrip().startswith((":root", "@media (prefers-color", "--", "svg "))]
-    ground = "svg { background: var(--card); }"
-    return pareto(points_of(report, key), name, more).replace("<title>", f"<style>{ground}{''.join(rules)}</style><title>", 1) + "\n"
+    style = f"svg {{ background: var(--card); }}{COLOURS}{PICTURES}"
+    return pareto(points_of(report, key), name, more).replace("<title>", f"<style>{style}</style><title>", 1) + "\n"

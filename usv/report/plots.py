@@ -12,6 +12,7 @@ MARKS = {
     "dense": "square", "fewer steps": "diamond", "cache": "up", "merging": "down", "pattern": "cross", "fixed density": "circle",
     "ours": "star",
 }  # fmt: skip
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 SERIES = 6  # colours of curves in the stylesheet
 
 
@@ -31,7 +32,7 @@ def pareto(points: list[Point], name: str, more: bool) -> str:
     x = Axis.around([p.seconds for p in points], LEFT, WIDTH - RIGHT, log=True)
     ends = [v for p in points for v in (p.value, p.low, p.high) if v is not None]
     y = Axis.around(ends, HEIGHT - BOTTOM, TOP, flipped=not more)
-    parts = [frame(x, y, "seconds a clip, denoising", name if more else f"{name}: less is better, axis flipped")]
+    parts = [frame(x, y, "seconds a clip, denoising", name if more else f"{name} (less is better, flipped)")]
     for chosen, kind in ((lambda p: p.family != "ours", "theirs"), (lambda p: p.family == "ours", "ours")):
         steps = _staircase(front([p for p in points if chosen(p)], more), x, y)
         parts.append(line(steps, class_=f"front {kind}"))
@@ -95,8 +96,7 @@ def heatmap(plan: SparsityPlan, kind: str, timesteps: list[float]) -> str:
         parts.append(tag("text", str(layer), x=42, y=30 + layer * cell_h + cell_h / 2 + 4, text_anchor="end", class_="tick"))
     height = int(30 + layers * cell_h + 46)
     parts.append(tag("text", "timesteps up to (1000 is pure noise)", x=50 + (WIDTH - 60) / 2, y=height - 6, text_anchor="middle", class_="axis"))
-    middle = 30 + layers * cell_h / 2
-    parts.append(tag("text", "layer", x=14, y=middle, text_anchor="middle", class_="axis", transform=f"rotate(-90 14 {middle:.1f})"))
+    parts.append(tag("text", "layer", x=4, y=20, class_="axis"))
     text = f"{kind} of {layers} layers in {bins} bins of timesteps"
     return figure(f"Plan: {kind} by layer and timestep", text, "".join(parts), WIDTH, height)
 
@@ -144,7 +144,7 @@ def speed_bars(rows: list[dict]) -> str:
         parts.append(tag("text", f"{number(value)}×", x=x.at(value), y=height - 20, class_="tick", text_anchor="middle"))
     for index, row in enumerate(rows):
         top, speed, ideal = 10 + index * rows_height, row["speedup_over_sdpa"], 1 / row["density"]
-        words = f"{row['pass']}, {row['dtype']}, S {row['S']}, D {row['D']}, density {row['density']:g}"
+        words = f"{row['pass']} {SHORT.get(row['dtype'], row['dtype'])} S {row['S']} D {row['D']} density {row['density']:g}"
         parts.append(tag("text", escape(words), x=left, y=top + 12, class_="axis"))
         parts.append(tag("rect", x=left, y=top + 19, width=x.at(speed) - left, height=17, rx=3, class_="bar"))
         parts.append(tag("line", x1=x.at(ideal), x2=x.at(ideal), y1=top + 15, y2=top + 40, class_="ideal"))
