@@ -154,8 +154,11 @@ class GumbelPolicy(nn.Module):
         return (self.damage * weight + 2 * prior) / (weight + 2)
 
     def rung_damage(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expected loss increase of every rung over the first, (bins, layers, 6) and (bins, layers, 4)."""
-        return tuple(axis.cumsum(-1) for axis in self.filled_damage().split(list(AXES.values()), dim=-1))
+        """Expected loss increase of every rung over the first, (bins, layers, 6) and (bins, layers, 4).
+
+        A step towards sparser counts as no better than none: where it was seen to be, that was noise, or a student used to it.
+        """
+        return tuple(axis.clamp_min(0).cumsum(-1) for axis in self.filled_damage().split(list(AXES.values()), dim=-1))
 
     def expected_cost(self) -> torch.Tensor:
         """E[cost] over bins and layers as a fraction of dense, exact and differentiable; a jumped step costs nothing."""
@@ -197,9 +200,13 @@ class GumbelPolicy(nn.Module):
 
     @torch.no_grad()
     def decode(self, target: float) -> SparsityPlan:
-        """Knapsack over log p within the budget. Where `most_density` binds, density is given the least price that meets it."""
+        """The plan of least learned damage within the budget; gates break ties.
+
+        Not the likeliest plan: near one-hot gates say which rung, and no longer by how much. Where `most_density` binds, density
+        is given the least price that meets it.
+        """
         plan = self._decode(target, 0.0)
-        low, high = 0.0, 1.0
+        low, high = 0.0, 1e-6
         if self._mean_density(plan) <= self.most_density:
             return plan
         while self._mean_density(self._decode(target, high)) > self.most_density:
@@ -212,16 +219,18 @@ class GumbelPolicy(nn.Module):
         return self._decode(target, high)
 
     def _decode(self, target: float, density_price: float) -> SparsityPlan:
-        density, merge = (axis.double().log_softmax(-1) for axis in self.logits())
+        tie = 1e-6
+        density, merge = (
+            tie * gate.double().log_softmax(-1) - damage.double() for gate, damage in zip(self.logits(), self.rung_damage())
+        )
         density = density - density_price * self.densities.double()
         values = (merge[..., :, None] + density[..., None, :]).flatten(2).cpu().numpy()
         costs = self.costs.flatten().double().cpu().numpy()
         if not self.steps:
             chosen = knapsack.choose(values.reshape(-1, len(RUNGS)), costs, target).reshape(values.shape[:2])
             return SparsityPlan(self.edges, tuple(tuple(RUNGS[i] for i in row) for row in chosen))
-        values -= values.max(2, keepdims=True)  # a row that runs with its likeliest rungs costs no likelihood
         run = self.run_probability().double().clamp(1e-9, 1 - 1e-9).cpu().numpy()
-        jump = np.log1p(-run) - np.log(run)
+        jump = tie * (np.log1p(-run) - np.log(run)) - self.jump_damage.double().cpu().numpy()
         jump[-1] = -np.inf
         chosen = knapsack.choose_rows(values, costs, jump, target)
         runs = tuple(bool(row[0] >= 0) for row in chosen)
