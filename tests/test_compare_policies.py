@@ -6,14 +6,15 @@ from usv import compare_policies
 
 
 def cell(error: float, cost: float = 0.25) -> dict:
-    return {"velocity_error": error, "plan_cost": cost, "plan_density": 0.2, "plan_merged": 0.4}
+    return {"velocity_error": error, "weighted_error": 1 - error, "plan_cost": cost, "plan_density": 0.2, "plan_merged": 0.4}
 
 
 def test_wins_are_counted_seed_by_seed():
     runs = {"gumbel": [cell(0.1), cell(0.3)], "static": [cell(0.2), cell(0.2)], "entropy": [cell(0.15), cell(0.35)]}
     rows = compare_policies.summarise(runs)
     assert (rows["static"]["learned_is_better_in"], rows["entropy"]["learned_is_better_in"]) == (1, 2)
-    assert rows["gumbel"]["velocity_error_mean"] == 0.2
+    assert (rows["static"]["learned_is_better_weighted_in"], rows["entropy"]["learned_is_better_weighted_in"]) == (1, 0)
+    assert rows["gumbel"]["velocity_error_mean"] == 0.2 and rows["gumbel"]["weighted_error_mean"] == 0.8
     assert "0.2000" in compare_policies.table(rows)
 
 

@@ -4,7 +4,7 @@
     python -m usv.compare_policies --steps 100 -- policy.budget=0.3 optim.batch_size=4          # settings of train.py for all
 
 Each cell is one run of train.py (resumed when it was cut off); compared is the held-out velocity error of its last validation
-at the decoded plan, with the plan's real cost beside it.
+at the decoded plan, plain and weighted as the loss weighs it, with the plan's real cost beside it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(policy: str, seed: int, steps: int, folder: Path, settings: list[str], t
     subprocess.run([sys.executable, str(ROOT / "train.py"), *words, *settings], cwd=ROOT, check=True, env=env)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line.get("step") == steps and "validation/velocity_error" in line][-1]
-    keys = ("velocity_error", "plan_cost", "plan_density", "plan_merged")
+    keys = ("velocity_error", "weighted_error", "plan_cost", "plan_density", "plan_merged")
     return {key: round(last[f"validation/{key}"], 6) for key in keys}
 
 
@@ -44,18 +44,23 @@ def summarise(cells: dict[str, list[dict]]) -> dict[str, dict]:
         rows[policy] = {
             "velocity_error_mean": round(statistics.mean(errors), 6),
             "velocity_error_std": round(statistics.stdev(errors), 6) if len(errors) > 1 else None,
+            "weighted_error_mean": round(statistics.mean(r["weighted_error"] for r in runs), 6),
             "plan_cost_mean": round(statistics.mean(r["plan_cost"] for r in runs), 6),
             "learned_is_better_in": sum(a["velocity_error"] < b["velocity_error"] for a, b in zip(cells["gumbel"], runs)),
+            "learned_is_better_weighted_in": sum(a["weighted_error"] < b["weighted_error"] for a, b in zip(cells["gumbel"], runs)),
         }
     return rows
 
 
 def table(rows: dict[str, dict]) -> str:
-    lines = [f"{'policy':10}{'velocity error':>16}{'± seeds':>10}{'cost':>8}{'learned better in':>20}"]
+    lines = [f"{'policy':10}{'velocity error':>16}{'± seeds':>10}{'weighted':>10}{'cost':>8}{'learned better in':>20}{'weighted':>10}"]
     for policy, row in rows.items():
         spread = "–" if row["velocity_error_std"] is None else f"{row['velocity_error_std']:.4f}"
-        better = "" if policy == "gumbel" else str(row["learned_is_better_in"])
-        lines.append(f"{policy:10}{row['velocity_error_mean']:>16.4f}{spread:>10}{row['plan_cost_mean']:>8.3f}{better:>20}")
+        better = ("", "") if policy == "gumbel" else (row["learned_is_better_in"], row["learned_is_better_weighted_in"])
+        lines.append(
+            f"{policy:10}{row['velocity_error_mean']:>16.4f}{spread:>10}{row['weighted_error_mean']:>10.4f}{row['plan_cost_mean']:>8.3f}"
+            f"{better[0]!s:>20}{better[1]!s:>10}"
+        )
     return "\n".join(lines)
 
 

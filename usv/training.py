@@ -381,6 +381,7 @@ def _reference(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Ten
 def velocity_error(run: Run, student: Student) -> dict[str, float]:
     """Held-out ‖student − wanted‖² / ‖wanted‖² under the plan, by timestep bin and on average; wanted: see `_reference`.
 
+    weighted_error: both sums weighted by how far the sampler goes there, as in the loss.
     Clips, noise and timesteps are the same for every call, method and run.
     """
     if not hasattr(run, "references"):
@@ -395,11 +396,14 @@ def velocity_error(run: Run, student: Student) -> dict[str, float]:
             with alone(getattr(run.teacher, "student", run.teacher)):  # only rank 0 is here
                 wanted = _reference(run, x_t, sigma, text)
             run.references.append((x_t, 1000 * sigma, text, wanted))
-    errors = {}
+    errors, weighted = {}, torch.zeros(2)
     for index, (x_t, timestep, text, wanted) in enumerate(run.references):
         velocity, _ = student.model(x_t, timestep, text, student.plan.rungs[index])
-        errors[f"validation_by_noise/bin_{index}"] = float((velocity - wanted).square().mean() / wanted.square().mean())
-    return {"validation/velocity_error": sum(errors.values()) / len(errors), **errors}
+        both = torch.stack([distill.velocity_loss(velocity, wanted), distill.velocity_loss(wanted, torch.zeros_like(wanted))])
+        errors[f"validation_by_noise/bin_{index}"] = float(both[0].mean() / both[1].mean())
+        weighted += (both * flow.slope(timestep / 1000, run.config.model.flow_shift)).mean(1).cpu()
+    mean = sum(errors.values()) / len(errors)
+    return {"validation/velocity_error": mean, "validation/weighted_error": float(weighted[0] / weighted[1]), **errors}
 
 
 def validate(run: Run, tracker) -> dict[str, float]:
