@@ -202,11 +202,11 @@ def test_adapters_on_shared_clips_equal_one(world, adapted_reference, runtime):
 @pytest.fixture(scope="module")
 def sizes(world, tiny_wan, tiny_shards, tmp_path_factory):
     """Clips of two lengths: (the settings' maker, what `reference` gives)."""
-    short = tiny.save_shards(tmp_path_factory.mktemp("short") / "shards", tiny_wan, clips=7, seed=2, frames=3)
+    longer = tiny.save_shards(tmp_path_factory.mktemp("longer") / "shards", tiny_wan, clips=7, seed=2, frames=9)
 
     def make(name, runtime, **more):
         config = world(name, runtime, **more)
-        config.data.mix = {str(tiny_shards): 1.0, str(short): 1.0}
+        config.data.mix = {str(tiny_shards): 1.0, str(longer): 1.0}
         return config
 
     return make, whole_run(make("sizes", "single"))

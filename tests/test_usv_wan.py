@@ -114,5 +114,5 @@ def test_two_experts_and_missing_packages_are_refused():
 def test_folders_of_several_sizes_are_named_on_the_command_line():
     """As docs/scaling.md says it."""
     assert settings("data.path='data/shards/wan_*'").data.path == "data/shards/wan_*"
-    mix = settings("data.mix={data/shards/wan_480x832: 3, data/shards/wan_832x480: 1}").data.mix
+    mix = settings("+data.mix={data/shards/wan_480x832: 3, data/shards/wan_832x480: 1}").data.mix
     assert mix == {"data/shards/wan_480x832": 3.0, "data/shards/wan_832x480": 1.0}
