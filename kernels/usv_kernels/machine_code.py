@@ -23,13 +23,9 @@ MIX = {
     "global": r"LDG|STG|global_|buffer_|flat_",
     "local": r"LDL|STL|scratch_",
 }
-SASS = re.compile(
-    r"\s*\.(?P<label>L_x_\d+):|.*/\*[0-9a-f]{4,}\*/\s+(?P<condition>@!?U?P\w+\s+)?(?P<name>\w+)(?:.*`\(\.(?P<target>L_x_\d+)\))?"
-)
+SASS = re.compile(r"\s*\.(?P<label>L_x_\d+):|.*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>\w+)(?:.*`\(\.(?P<target>L_x_\d+)\))?")
 # LLVM says which blocks are heads of loops; others can be jumped back to without being one.
-AMD = re.compile(
-    r"\.(?P<label>LBB\w+):(?=.*(?:=>\s*This|Parent Loop))|\t(?P<name>s_(?P<condition>c)branch\w*|[a-z]\w+)(?:\s+\.(?P<target>LBB\w+))?"
-)
+AMD = re.compile(r"\.(?P<label>LBB\w+):(?=.*(?:=>\s*This|Parent Loop))|\t(?P<name>[a-z]\w+)(?:\s+\.(?P<target>LBB\w+))?")
 
 
 def programs_per_sm(registers: int, shared: int, warps: int, arch: int) -> int:
@@ -52,19 +48,22 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def inner_loop(assembly: str, line: re.Pattern) -> Counter:
-    """Counts by kind of the instructions in the shortest loop with matrix instructions, i.e. the innermost one. Without
-    any, in the longest loop that ends in a condition: others are mostly slow paths that jump back. line: SASS or AMD."""
-    position, code, loops = {}, [], []
-    for match in filter(None, map(line.match, assembly.splitlines())):
+    """Counts by kind of the instructions of an innermost loop: the longest with matrix instructions or, without any, the longest.
+
+    line: SASS or AMD. Behind the last EXIT lie slow paths (of divisions, say) and a trap, whose jumps back are no loops.
+    """
+    position, code, ends = {}, [], {}
+    body = assembly.rpartition(" EXIT")[0] or assembly
+    for match in filter(None, map(line.match, body.splitlines())):
         if match["label"]:
             position[match["label"]] = len(code)
             continue
         code.append(next((kind for kind, pattern in MIX.items() if re.match(pattern, match["name"])), "other"))
-        # A jump to itself is the trap behind the program's end.
-        if (start := position.get(match["target"], len(code))) < len(code) - 1:
-            loop = Counter(code[start:], total=len(code) - start)
-            loops += [loop] if loop["mma"] or match["condition"] else []
-    return max(loops, key=lambda c: (c["mma"] > 0, -c["total"] if c["mma"] else c["total"]), default=Counter())
+        if match["target"] in position:
+            ends[position[match["target"]]] = len(code)
+    innermost = [(a, b) for a, b in ends.items() if not any(a < c and d <= b for c, d in ends.items())]
+    loops = [Counter(code[a:b], total=b - a) for a, b in innermost]
+    return max(loops, key=lambda c: (c["mma"] > 0, c["total"]), default=Counter())
 
 
 def nvidia_usage(cubin: bytes) -> tuple[int, str]:
