@@ -54,9 +54,9 @@ thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 600; background: var(--card); position: sticky; left: 0; }
 .numbers th, .numbers td { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .numbers td.reason { white-space: normal; color: var(--soft); }
-.runs td:nth-child(2) { min-width: 300px; } .runs td:nth-child(4) { min-width: 240px; color: var(--soft); } .runs th { white-space: nowrap; }
+.runs td:nth-child(2) { min-width: 300px; } .runs td:nth-child(4) { min-width: 240px; color: var(--soft); } .runs th, .runs td:nth-child(3) { white-space: nowrap; } .runs code { overflow-wrap: normal; }
 .no { display: inline-block; min-width: 1.6em; color: var(--soft); font-weight: 400; }
-th svg { width: 15px; height: 15px; vertical-align: -2px; }
+wbr { display: none; } th svg { width: 15px; height: 15px; vertical-align: -2px; }
 .missing { border-left: 3px solid var(--line); padding: 4px 14px; color: var(--soft); }
 .clips { display: flex; flex-wrap: wrap; gap: 14px; }
 figure { margin: 0; width: 172px; max-width: 100%; }
@@ -82,7 +82,7 @@ svg .bar { fill: var(--accent); } svg .ideal { stroke: var(--ink); stroke-width:
 """
 PHONE = """
 @media (max-width: 480px) { main, header, footer { padding-left: 14px; padding-right: 14px; } .plot { padding: 6px; } figure { width: 110px; }
-  svg text { font-size: 19px; } svg .tick { font-size: 18px; } svg .value { font-size: 17px; } tbody th { min-width: 132px; white-space: normal !important; } }
+  svg text { font-size: 19px; } svg .tick { font-size: 18px; } svg .value { font-size: 17px; } tbody th { min-width: 132px; white-space: normal !important; } wbr { display: inline; } }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 """
 STYLE = COLOURS + LAYOUT + PICTURES + PHONE
