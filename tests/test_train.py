@@ -54,7 +54,7 @@ def arguments(config: TrainConfig) -> list[str]:
     for group in ("model", "policy", "data", "optim", "runtime", "logger"):
         for key, value in vars(getattr(config, group)).items():
             if not is_dataclass(value):
-                words.append(f"{group}.{key}={str(value).replace(' ', '')}")
+                words.append(f"{group}.{key}={'null' if value is None else str(value).replace(' ', '')}")
     return words
 
 
