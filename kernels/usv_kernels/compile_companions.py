@@ -16,12 +16,11 @@ from triton.compiler import ASTSource
 from .block_pool import triton as block_pool
 from .kmeans import triton as kmeans
 from .machine_code import (
-    AMD,
     AMD_SHARED,
-    SASS,
     SHARED_LIMIT,
     amd_field,
-    inner_loop,
+    amd_loop,
+    nvidia_loop,
     nvidia_usage,
     programs_per_cu,
     programs_per_sm,
@@ -81,7 +80,7 @@ def build(kernel, pointers: str, other: dict, constants: dict, warps: int, targe
             "shared_limit": AMD_SHARED, "programs_per_sm": programs_per_cu(registers, shared, warps),
             "dots": len(re.findall("v_mfma", assembly)),
             "wide_accesses": len(re.findall(r"(?:global|buffer|flat)_(?:load|store)_dwordx4", assembly)),
-            "atomics": len(re.findall(r"(?:global|buffer|flat)_atomic", assembly)), "inner_loop": dict(inner_loop(assembly, AMD)),
+            "atomics": len(re.findall(r"(?:global|buffer|flat)_atomic", assembly)), "inner_loop": amd_loop(assembly),
         }  # fmt: skip
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "num_stages": stages})
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
@@ -92,7 +91,7 @@ def build(kernel, pointers: str, other: dict, constants: dict, warps: int, targe
         "programs_per_sm": programs_per_sm(registers, shared, warps, target),
         "dots": ptx.count("mma.sync") + ptx.count("wgmma.mma_async") + ptx.count("tcgen05.mma"),
         "wide_accesses": ptx.count(".v4.b32"),
-        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.M)), "inner_loop": dict(inner_loop(sass, SASS)),
+        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.M)), "inner_loop": nvidia_loop(sass),
     }  # fmt: skip
 
 

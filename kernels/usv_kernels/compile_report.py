@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 
 from .machine_code import (
-    AMD,
     AMD_SHARED,
-    SASS,
     SHARED_LIMIT,
     amd_field,
-    inner_loop,
+    amd_loop,
+    nvidia_loop,
     nvidia_usage,
     programs_per_cu,
     programs_per_sm,
@@ -89,7 +88,7 @@ def compile_nvidia(name, dim, dtype, layout, extras, arch: int) -> dict:
         "programs_per_sm": programs, "warps_per_sm": programs * cfg.num_warps,
         "wgmma": ptx.count("wgmma.mma_async"), "tcgen05": ptx.count("tcgen05.mma"), "mma_sync": ptx.count("mma.sync"),
         "loads_16_bytes": len(re.findall(r"cp\.async\.c[ag]\S* .*, 0x10", ptx)) + len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
-        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.M)), "inner_loop": dict(inner_loop(sass, SASS)),
+        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.M)), "inner_loop": nvidia_loop(sass),
     }  # fmt: skip
 
 
@@ -107,7 +106,7 @@ def compile_amd(name, dim, dtype, layout, extras) -> dict:
         **described(name, dim, dtype, layout, extras, cfg), "target": "gfx942", "registers": registers,
         "spills": amd_field(assembly, "vgpr_spill_count"), "shared_bytes": shared, "shared_limit": AMD_SHARED,
         "programs_per_sm": programs, "warps_per_sm": programs * cfg.num_warps,
-        "mfma": len(re.findall(r"v_mfma", assembly)), "inner_loop": dict(inner_loop(assembly, AMD)),
+        "mfma": len(re.findall(r"v_mfma", assembly)), "inner_loop": amd_loop(assembly),
     }  # fmt: skip
 
 

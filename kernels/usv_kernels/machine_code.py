@@ -24,8 +24,6 @@ MIX = {
     "local": r"LDL|STL|scratch_",
 }
 SASS = re.compile(r"\s*\.(?P<label>L_x_\d+):|.*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>\w+)(?:.*`\(\.(?P<target>L_x_\d+)\))?")
-# LLVM says which blocks are heads of loops; others can be jumped back to without being one.
-AMD = re.compile(r"\.(?P<label>LBB\w+):(?=.*(?:=>\s*This|Parent Loop))|\t(?P<name>[a-z]\w+)(?:\s+\.(?P<target>LBB\w+))?")
 
 
 def programs_per_sm(registers: int, shared: int, warps: int, arch: int) -> int:
@@ -47,23 +45,50 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def inner_loop(assembly: str, line: re.Pattern) -> Counter:
-    """Counts by kind of the instructions of an innermost loop: the longest with matrix instructions or, without any, the longest.
+def _kind(name: str) -> str:
+    return next((kind for kind, pattern in MIX.items() if re.match(pattern, name)), "other")
 
-    line: SASS or AMD. Behind the last EXIT lie slow paths (of divisions, say) and a trap, whose jumps back are no loops.
-    """
+
+def _chosen(loops: list[Counter]) -> dict:
+    """Of innermost loops the longest with matrix instructions or, without any, the longest, with its total."""
+    best = max(loops, key=lambda c: (c["mma"] > 0, c.total()), default=Counter())
+    return dict(best, total=best.total()) if best else {}
+
+
+def nvidia_loop(sass: str) -> dict:
+    """Instructions by kind of the innermost loop. Behind the last EXIT lie slow paths (of divisions, say) and a trap, whose
+    jumps back are no loops."""
     position, code, ends = {}, [], {}
-    body = assembly.rpartition(" EXIT")[0] or assembly
-    for match in filter(None, map(line.match, body.splitlines())):
+    body = sass.rpartition(" EXIT")[0] or sass
+    for match in filter(None, map(SASS.match, body.splitlines())):
         if match["label"]:
             position[match["label"]] = len(code)
             continue
-        code.append(next((kind for kind, pattern in MIX.items() if re.match(pattern, match["name"])), "other"))
+        code.append(_kind(match["name"]))
         if match["target"] in position:
             ends[position[match["target"]]] = len(code)
     innermost = [(a, b) for a, b in ends.items() if not any(a < c and d <= b for c, d in ends.items())]
-    loops = [Counter(code[a:b], total=b - a) for a, b in innermost]
-    return max(loops, key=lambda c: (c["mma"] > 0, c["total"]), default=Counter())
+    return _chosen([Counter(code[a:b]) for a, b in innermost])
+
+
+def amd_loop(assembly: str) -> dict:
+    """The same, by the comments in which LLVM says to which loop a block belongs. Loops without matrix instructions inside the
+    one that has them (around a load whose address differs between lanes, say) count as part of it."""
+    block, loop, loops, parent = "", "", {}, {}
+    for line in assembly.splitlines():
+        if start := re.match(r"\.L(BB\w+):|; %bb\.\d+:", line):
+            block, loop = start[1] or "", ""
+        if ";" in line:
+            inside, around = re.search(r"in Loop: Header=(BB\w+)", line), re.search(r"Parent Loop (BB\w+)", line)
+            loop = inside[1] if inside else block if "Loop Header: Depth" in line else loop
+            parent |= {block: around[1]} if around else {}  # the last one named is the nearest
+        if loop and (instruction := re.match(r"\t([a-z]\w+)", line)):
+            loops.setdefault(loop, Counter())[_kind(instruction[1])] += 1
+    outer = {parent[header] for header in loops if header in parent and (loops[header]["mma"] or not loops.get(parent[header], {}).get("mma"))}
+    for header in loops:
+        if header in parent and parent[header] not in outer:
+            loops[parent[header]].update(loops[header])
+    return _chosen([count for header, count in loops.items() if header not in outer])
 
 
 def nvidia_usage(cubin: bytes) -> tuple[int, str]:

@@ -43,6 +43,7 @@ def test_tensor_cores_of_each_generation(rows):
     for row in half:
         # Products of each loop body: QK and PV; QK, dOV and dSK; and four in dkv.
         assert row[unit[row["target"]]] >= {"forward": 2, "dq": 3, "dkv": 4}[row["kernel"]], row
+        assert row["inner_loop"]["mma"] > 0, row
 
 
 def test_loads_of_16_bytes_and_no_atomics(rows):

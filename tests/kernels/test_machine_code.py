@@ -3,7 +3,7 @@
 import json
 
 from usv_kernels import compile_report
-from usv_kernels.machine_code import AMD, SASS, inner_loop, programs_per_cu, programs_per_sm
+from usv_kernels.machine_code import amd_loop, nvidia_loop, programs_per_cu, programs_per_sm
 
 NVIDIA_TEXT = """
 	.text.kernel:
@@ -22,27 +22,37 @@ NVIDIA_TEXT = """
         /*0090*/                   BRA `(.L_x_1) ;
 """
 AMD_TEXT = """
-.LBB0_1:                                ; =>This Loop Header: Depth=1
-\tglobal_load_dwordx4 v[0:3], v[4:5], off
-.LBB0_2:                                ;   Parent Loop BB0_1 Depth=1
-\tv_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
-\tv_exp_f32_e32 v1, v2
-\ts_cbranch_scc1 .LBB0_2
-; %bb.3:
+\ts_branch .LBB0_2
+.LBB0_1:                                ;   in Loop: Header=BB0_2 Depth=1
 \tds_read_b128 v[0:3], v4
+.LBB0_2:                                ; =>This Loop Header: Depth=1
+                                        ;     Child Loop BB0_4 Depth 2
+\tglobal_load_dwordx4 v[0:3], v[4:5], off
+.LBB0_3:                                ;   in Loop: Header=BB0_4 Depth=2
+\tv_exp_f32_e32 v1, v2
+.LBB0_4:                                ; %.lr.ph
+                                        ;   Parent Loop BB0_2 Depth=1
+                                        ; =>  This Inner Loop Header: Depth=2
+\tv_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
+\ts_cbranch_scc1 .LBB0_3
+; %bb.5:                                ;   in Loop: Header=BB0_2 Depth=1
 \ts_cbranch_vccnz .LBB0_1
+; %bb.6:
+\ts_endpgm
 """
 
 
 def test_the_innermost_loop_with_matrix_instructions_is_counted():
-    assert inner_loop(NVIDIA_TEXT, SASS) == {"mma": 1, "fp32": 1, "other": 1, "total": 3}
-    assert inner_loop(AMD_TEXT, AMD) == {"mma": 1, "exp": 1, "other": 1, "total": 3}
+    assert nvidia_loop(NVIDIA_TEXT) == {"mma": 1, "fp32": 1, "other": 1, "total": 3}
+    assert amd_loop(AMD_TEXT) == {"mma": 1, "exp": 1, "other": 1, "total": 3}
     without = NVIDIA_TEXT.replace("HMMA", "IADD")  # none has any: still the innermost counts
-    assert inner_loop(without, SASS) == {"fp32": 1, "other": 2, "total": 3}
-    assert not inner_loop("        /*0000*/   EXIT ;", SASS)
-    assert not inner_loop(
-        ".LBB0_1:   ; %then\n\tds_read_b32 v1, v2\n\ts_cbranch_scc1 .LBB0_1\n", AMD
-    )  # no head of a loop
+    assert nvidia_loop(without) == {"fp32": 1, "other": 2, "total": 3}
+    assert not nvidia_loop("        /*0000*/   EXIT ;")
+    moved = AMD_TEXT.replace("v_mfma_f32_32x32x8_bf16_1k", "v_readfirstlane_b32").replace(
+        "ds_read_b128", "v_mfma_f32_32x32x8_bf16_1k"
+    )
+    assert amd_loop(moved) == {"mma": 1, "exp": 1, "global": 1, "other": 3, "total": 6}  # the inner loop has none
+    assert not amd_loop(".LBB0_1:   ; %then\n\tds_read_b32 v1, v2\n\ts_cbranch_scc1 .LBB0_1\n")  # no head of a loop
 
 
 def test_occupancy():
