@@ -24,8 +24,8 @@ data/shards/camera/index.json: | setup
 	$(BIN)/python data/prepare.py --camera-motion 960 --seed 1 --split val=0.05 --model data/wan-mini --out data/shards/camera
 
 demo: setup data/shards/camera/index.json
-	$(LAUNCH) train.py optim.steps=120 output_dir=outputs/demo
-	$(BIN)/python -m usv.evaluate --ckpt student=outputs/demo/student --clips 30 --out outputs/demo/results.json --videos outputs/demo/videos
+	$(LAUNCH) train.py optim.steps=100 output_dir=outputs/demo
+	$(BIN)/python -m usv.evaluate --ckpt student=outputs/demo/student --clips 20 --out outputs/demo/results.json --videos outputs/demo/videos
 	@echo "Videos dense | student: outputs/demo/videos; your own: $(BIN)/python infer.py ckpt=outputs/demo/student prompt='\"a cat, the camera pans left\"'"
 
 lint: setup

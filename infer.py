@@ -69,6 +69,8 @@ def run(config: InferConfig) -> dict:
         print(f"{pattern} under the student's plan: the plan says how much, {', '.join(unused) or 'no option'} of {pattern} is not used")
     if config.ckpt is not None:
         read_config(config.ckpt)  # a wrong checkpoint shows before the model is loaded
+        if config.ckpt_low is not None:
+            read_config(config.ckpt_low)
     elif config.compare and pattern is None:
         raise SettingError("compare=true compares with the dense model: also give ckpt=FOLDER or attention=svg2")
     folder = Path(config.output_dir)
@@ -81,7 +83,7 @@ def run(config: InferConfig) -> dict:
     for name in (["dense"] if sparse is None or config.compare else []) + ([sparse] if sparse else []):
         executed = {"density": 1.0, "merged": 0.0}
         if name == "student":
-            usv.enable(pipe, config.ckpt, impl=config.attention.impl, attention=pattern, **options)
+            usv.enable(pipe, config.ckpt if config.ckpt_low is None else (config.ckpt, config.ckpt_low), impl=config.attention.impl, attention=pattern, **options)
         elif name == pattern:
             usv.enable(pipe, attention=pattern, impl=config.attention.impl, **options)
         steps = config.num_inference_steps or (pipe._usv.student.sampling.get("num_inference_steps") if name == "student" else None)

@@ -33,7 +33,8 @@ from usv.plan import bin_of
 from usv.run_state import resume, save
 from usv.runtime import RankError, launched, lost_ranks, start
 from usv.tracking import Silent, Tracker
-from usv.training import Run, budget_at, build, log_step, temperature_at, validate
+from usv.training import Run, budget_at, build, log_step, temperature_at
+from usv.validation import validate
 
 ROOT = Path(__file__).resolve().parent
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
@@ -79,14 +80,12 @@ def step(run: Run, batch: dict):
     x0, text = batch["latents"].to(run.device), batch["text"].to(run.device)
 
     # 1. noise levels within one bin, so that the whole batch runs one plan of static shape
-    u = (run.bin_order(run.step) + flow.stratified_uniform(len(x0), generator, run.share)) / len(run.edges)
-    sigma = flow.shift_sigma(u, config.model.flow_shift).to(run.device)
+    sigma = run.levels(run.bin_order(run.step), flow.stratified_uniform(len(x0), generator, run.share)).to(run.device)
     noise = flow.normal(x0.shape, generator, run.share).to(run.device)
     x_t = flow.interpolate(x0, noise, sigma)
-    student = lambda x, t: run.student(x, t, text, run.rungs_at(float(t[0]), generator), None, config.attention.impl)[0]  # noqa: E731
+    wanted = None
     if config.distill.name == "trajectory":  # or what the student's own sampling meets at one of its timesteps
-        ladder = matching.random_rollout(config.distill.student_timesteps, generator)
-        x_t, sigma = matching.arrive(student, noise, ladder), torch.full_like(sigma, ladder[-1] / 1000)
+        x_t, sigma, text, wanted = run.replay.draw(lambda text=text: trajectory(run, noise, text, generator), generator)
     timestep = 1000 * sigma
 
     # 2. how sparse
@@ -96,12 +95,13 @@ def step(run: Run, batch: dict):
 
     # 3. teacher and student at the same point, through the same code
     with run.engine.autocast():
-        wanted = target(run, x_t, sigma, text, decisions)
+        wanted = target(run, x_t, sigma, text, decisions) if wanted is None else wanted
         velocity, stats = run.student(x_t, timestep, text, decisions.rungs, probes, config.attention.impl)
         weight = flow.slope(sigma, config.model.flow_shift) if config.distill.name == "velocity" else 1.0
         loss = (weight * distill.velocity_loss(velocity, wanted)).mean()
         samples = None
         if config.distill.distribution:  # the student's own samples, judged by teacher and critic
+            student = run.sparse(text, lambda t: run.rungs_at(t, generator))
             samples = matching.rollout(student, noise, matching.random_rollout(config.distill.student_timesteps, generator))
             judged = run.critic.loss(samples, text, run.empty, run.teacher, config.model.guidance_scale, generator)
             loss = loss + config.distill.distribution * judged
@@ -115,7 +115,8 @@ def step(run: Run, batch: dict):
         return record
     run.observe(decisions, probes, stats, total)
     if run.decides_steps():  # one candidate step: a rollout with it and one without, judged by the teacher
-        probe_step(run, noise, text, generator)
+        with run.engine.autocast():
+            probe_step(run, noise, text, generator)
     if samples is not None:
         for _ in range(config.distill.critic_updates):
             critic_loss = run.critic.update(samples.detach(), text, generator)
@@ -125,18 +126,25 @@ def step(run: Run, batch: dict):
     return record
 
 
+def trajectory(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """x (B, …) and sigma (B,) that the student's own rollout meets, text, and the velocity to the end of the guide's flow from there."""
+    d, shift = run.config.distill, run.config.model.flow_shift
+    ladder = matching.random_rollout(d.student_timesteps, generator)
+    sigma = torch.full((len(noise),), ladder[-1] / 1000, device=run.device)
+    with run.engine.autocast():
+        x = matching.arrive(run.sparse(text, lambda t: run.rungs_at(t, generator)), noise, ladder)
+        return x, sigma, text, (x - distill.flow_end(run.guided(text), x, sigma, shift, d.solver_steps)) / flow.expand(sigma, x)
+
+
 def target(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, decisions) -> torch.Tensor:
     """The velocity that the student is to give at (x_t, sigma), by `distill.name` (usv/distill.py)."""
     d, shift = run.config.distill, run.config.model.flow_shift
-    teacher = lambda x, s: distill.guided_velocity(run.teacher, x, 1000 * s, text, run.empty, run.config.model.guidance_scale)  # noqa: E731
-    if d.name == "trajectory":
-        guide = teacher if run.guide is None else run.guided(text)
-        return (x_t - distill.flow_end(guide, x_t, sigma, shift, d.solver_steps)) / flow.expand(sigma, x_t)
+    wanted = run.taught(text)(x_t, 1000 * sigma)
     if d.name == "consistency":
         following = flow.shift_sigma((flow.unshift_sigma(sigma, shift) - 1 / d.solver_steps).clamp_min(0), shift)
-        ask = lambda x, s: run.student(x, 1000 * s, text, decisions.rungs, None, run.config.attention.impl)[0]  # noqa: E731
-        return distill.consistency_velocity(ask, teacher(x_t, sigma), x_t, sigma, following)
-    return teacher(x_t, sigma)
+        student = run.sparse(text, lambda t: decisions.rungs)
+        return distill.consistency_velocity(student, wanted, x_t, sigma, following)
+    return wanted
 
 
 def probe_step(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> None:
@@ -144,7 +152,7 @@ def probe_step(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: tor
     seed = int(torch.randint(2**31, (1,), generator=generator))
     steps, bin = run.policy.decide_steps(generator), int(torch.randint(len(run.edges) - 1, (1,), generator=generator))
     rungs = {edge: run.rungs_at(edge, generator) for edge in run.edges}
-    call = lambda x, t: run.student(x, t, text, rungs[run.edges[bin_of(float(t[0]), run.edges)]], None, run.config.attention.impl)[0]  # noqa: E731
+    call = run.sparse(text, lambda t: rungs[run.edges[bin_of(t, run.edges)]])
     judge = lambda x0: matching.teacher_residual(  # noqa: E731
         x0, text, run.empty, run.teacher, run.config.model.guidance_scale, torch.Generator().manual_seed(seed), share=run.share
     )

@@ -235,3 +235,12 @@ def test_the_old_student_can_be_read_while_the_new_one_is_written(folder, studen
     monkeypatch.setattr(checkpoint, "save_file", reading)
     save_student(folder, Student(student.model, PLAN, SAMPLING, {"steps": 4}))
     assert seen == [3] and read_config(folder)["training"]["steps"] == 4
+
+
+def test_students_are_named_after_their_folders():
+    entries = ["data/students/usv_mini", "outputs/few/student@1000,750", "other=outputs/few/student", "a=b=c/student"]
+    assert checkpoint.named(entries) == {
+        "usv_mini": "data/students/usv_mini", "few": "outputs/few/student@1000,750", "other": "outputs/few/student", "a=b": "c/student",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="'few' twice"):
+        checkpoint.named(["outputs/few/student", "few=x"])

@@ -167,10 +167,34 @@ def test_other_pipelines_are_refused(thing, student):
         usv.enable(thing, student)
 
 
-def test_two_transformers_are_refused(pipe, student):
-    twin = WanPipeline(**{**pipe.components, "transformer_2": pipe.transformer})
-    with pytest.raises(CheckpointError, match="two transformers"):
-        usv.enable(twin, student)
+def test_experts_run_their_own_student_or_are_refused(pipe, student):
+    """Above the boundary the first, below the second, each under its own plan; then the pipeline is what it was."""
+    second = tiny.make_transformer(seed=9)
+    twin = WanPipeline(**{**pipe.components, "transformer_2": second}, boundary_ratio=0.8)
+    twin.set_progress_bar_config(disable=True)
+    before = latents(twin)
+    low = Student(SparseWan(copy.deepcopy(second), Tile(*tiny.TILE)).eval(), SparsityPlan.uniform(Rung(), (800.0,), 2), SAMPLING)
+    high = Student(student.model, student.plan, {**SAMPLING, "expert": "high"})
+    low.sampling = {**SAMPLING, "expert": "low"}
+    for given, words in ((student, "two, \\(HIGH, LOW\\)"), ((low, high), "student of the expert low for the expert high"), ((high, student), "expert None")):
+        with pytest.raises(CheckpointError, match=words):
+            usv.enable(twin, given)
+    with pytest.raises(CheckpointError, match="one, for a pipeline of one transformer"):
+        usv.enable(pipe, (high, low))
+    with pytest.raises(CheckpointError, match="student of the expert high"):
+        usv.enable(pipe, high)
+    usv.enable(twin, (high, low))
+    sparse, record = latents(twin), twin._usv.record
+    steps = [float(t) for t in twin.scheduler.timesteps]
+    assert record.forwards == len(steps) and steps[0] >= 800 > steps[-1]
+    dense = [t < 800 for t in steps for _ in range(2)]
+    assert [d == 1.0 for d, expected in zip(record.densities, dense) if expected] == [True] * sum(dense) and min(record.densities) < 1
+    assert "≤   800" in usv.summary(twin) and not torch.equal(sparse, before)
+    with pytest.raises(CheckpointError, match="guidance_scale_2: got 3.0"):
+        latents(twin, guidance_scale_2=3.0)
+    usv.disable(twin)
+    assert twin.transformer is pipe.transformer and twin.transformer_2 is second
+    torch.testing.assert_close(latents(twin), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("factor, asked, made", [(1, 4, 5), (4, 81, 81), (4, 80, 81), (4, 83, 81)])

@@ -113,3 +113,15 @@ def test_uniform():
     plan = SparsityPlan.uniform(Rung(3, 1), (500.0, 1000.0), 4)
     assert {r for row in plan.rungs for r in row} == {Rung(3, 1)} and plan.num_layers == 4
     assert math.isclose(plan.density(32), 1 / 8)
+
+
+def test_what_a_sampler_of_few_timesteps_runs():
+    plan = SparsityPlan((500.0, 800.0, 1000.0), ((Rung(),) * 2, (Rung(1, 0),) * 2, (Rung(2, 2),) * 2))
+    two = plan.sampled([1000.0, 750.0])
+    assert two.edges == (750.0, 1000.0) and two.rungs == plan.rungs[1:] and two.merged() == 0.25
+    assert plan.sampled([1000.0]).density(8) == 1 / 4 and plan.sampled(()) is plan
+
+
+def test_bins_of_a_part_of_the_noise_levels():
+    whole = timestep_bins(4, 3.0)
+    assert timestep_bins(2, 3.0, 0.5) == pytest.approx(whole[2:]) and timestep_bins(2, 3.0, end=0.5) == pytest.approx(whole[:2])

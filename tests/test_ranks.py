@@ -246,6 +246,28 @@ def test_distribution_matching_on_two_ranks_equals_one(world, judged_reference, 
     assert worst < config.distill.critic_lr * 2 * STEPS / 20
 
 
+def judged_adapters(world, name, runtime, **more):
+    config = judged(world, name, runtime, **more)
+    config.lora = LoraConfig(rank=4)
+    return config
+
+
+@pytest.fixture(scope="module")
+def judged_adapters_reference(world):
+    return whole_run(judged_adapters(world, "judged_adapters", "single"))
+
+
+@pytest.mark.parametrize(
+    "runtime, ranks, sharing, checkpointing", [("single", 1, 1, True), ("ddp", 2, 1, False), ("ddp", 2, 2, True), ("zero2", 2, 1, True)]
+)
+def test_a_critic_of_adapters_is_the_same_everywhere(world, judged_adapters_reference, runtime, ranks, sharing, checkpointing):
+    """Student, teacher and critic on one base; checkpointing runs each one's layers again with its own adapters."""
+    more = {"sequence_parallel": sharing, "gradient_checkpointing": checkpointing}
+    config = judged_adapters(world, f"judged_adapters_{runtime}_{sharing}", runtime, **more)
+    assert_same(config, run(ranks, config), judged_adapters_reference)
+    assert not any(".critic." in name for name in judged_adapters_reference[1])
+
+
 @pytest.mark.parametrize(
     "first, second", [(("zero3", 2), ("single", 1)), (("single", 1), ("zero2", 2)), (("ddp", 2), ("zero3", 2))]
 )

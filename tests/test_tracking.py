@@ -1,10 +1,12 @@
 """The tracker writes to wandb offline, goes on with the same run, and keeps its own jsonl."""
 
 import json
+import sys
 
+import pytest
 import torch
 
-from usv.config import LoggerConfig
+from usv.config import LoggerConfig, SettingError
 from usv.tracking import Tracker
 from usv.video import write_mp4
 
@@ -19,9 +21,33 @@ def test_wandb_offline_without_an_account(tmp_path, monkeypatch):
         tracker.scalars(step, {"loss/velocity": 0.5, "absent": None})
         tracker.heatmap(step, "sparsity/density_map", [[0.0, 1.0], [0.5, 0.25]], "layer", "timestep bin")
         tracker.video(step, "validation/video_0", tmp_path / "clip.mp4", "teacher | student")
+        tracker.table(step, "quality/videos", ["prompt", "student", "speed-up"], [["a cat", tmp_path / "clip.mp4", 4.2]])
         identity = tracker.run.id
         tracker.close()
     assert (tmp_path / "wandb_id").read_text() == identity, "both sessions are one run"
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "loss/velocity": 0.5} for step in (1, 2)]
+
+
+def test_trackio_keeps_one_run_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "board"))
+    write_mp4(tmp_path / "clip.mp4", torch.rand(3, 3, 16, 16))
+    for step in (1, 2):
+        tracker = Tracker(LoggerConfig(name="trackio"), tmp_path, {"seed": 0}, "test")
+        tracker.scalars(step, {"loss/velocity": 0.5})
+        tracker.heatmap(step, "sparsity/density_map", [[0.0, 1.0], [0.5, 0.25]], "layer", "timestep bin")
+        tracker.table(step, "quality/videos", ["prompt", "student"], [["a cat", tmp_path / "clip.mp4"]])
+        tracker.close()
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (name,) = SQLiteStorage.get_runs("usv")
+    logs = SQLiteStorage.get_logs("usv", name)
+    assert [row["step"] for row in logs if "loss/velocity" in row] == [1, 2]
+    assert sum("quality/videos" in row for row in logs) == 2 and sum("sparsity/density_map" in row for row in logs) == 2
+
+
+def test_a_board_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(SettingError, match="pip install trackio"):
+        Tracker(LoggerConfig(name="trackio"), tmp_path, {}, "test")

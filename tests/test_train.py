@@ -197,6 +197,7 @@ def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
         config = make(folder, policy="inherit" if init else "static", **settings)
         d = config.distill
         d.name, d.init, d.student_timesteps, d.solver_steps = "trajectory", init, [1000.0, 600.0], 3
+        config.logger.validate_every = 2
         return config
 
     init, guides = str(tmp_path / "first" / "student"), []
@@ -206,6 +207,61 @@ def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
     assert any(not torch.equal(weights[k], v) for k, v in kept.items() if k in weights)
     taught, _, _ = watched(few(tmp_path / "taught", None, steps=2))
     assert sorted(taught) == [1, 2]
+    values = [json.loads(line) for line in (tmp_path / "taught" / "metrics.jsonl").read_text().splitlines()]
+    asked = {key for row in values for key in row if key.startswith("validation_by_noise/")}
+    assert asked == {"validation_by_noise/t_1000", "validation_by_noise/t_600"}  # where the student will be sampled, nowhere else
+
+
+def test_experts_are_trained_one_a_run_and_sampled_together(make, watched, tiny_wan, tmp_path):
+    """Each sees its own noise levels only, starts at its own transformer, and both run in one pipeline."""
+    from diffusers import WanPipeline
+
+    import usv
+    from usv.generate import generate, load_pipeline
+
+    second = tiny.make_transformer(seed=9)
+    both = WanPipeline.from_pretrained(tiny_wan)
+    WanPipeline(**{**both.components, "transformer_2": second}, boundary_ratio=0.8).save_pretrained(tmp_path / "wan")
+    levels = {"high": [], "low": []}
+    for expert, seen in levels.items():
+        config = make(tmp_path / expert, steps=4)
+        config.model.path, config.model.experts, config.model.expert, config.model.boundary = str(tmp_path / "wan"), 2, expert, 0.8
+        teacher = []
+        watched(config, at={1: lambda run: teacher.append(run.teacher.state_dict()), 4: lambda run: seen.extend([*run.span, *run.edges])})
+        wanted = second.state_dict() if expert == "low" else both.transformer.state_dict()
+        assert all(torch.equal(teacher[0][f"transformer.{n}"], v) for n, v in wanted.items() if "rope" not in n)
+        assert not list((tmp_path / expert).glob("validation/*.mp4"))
+    assert levels["high"][1] == 1 and levels["high"][-1] == 1000 and 800 < levels["high"][2]
+    assert levels["low"][0] == 0 and levels["low"][1] == levels["high"][0] and levels["low"][-1] == pytest.approx(800)
+    pipe = load_pipeline(str(tmp_path / "wan"))
+    usv.enable(pipe, (tmp_path / "high" / "student", tmp_path / "low" / "student"))
+    videos = generate(pipe, make(tmp_path / "x").model, ["a cat"], [0], 1, 3).videos
+    assert torch.isfinite(videos).all() and pipe._usv.record.forwards == 3
+
+
+def test_a_few_step_student_of_adapters_starts_from_one(make, watched, tmp_path):
+    """distill.init with lora.rank: adapters go on from adapters; whole weights are refused."""
+
+    def adapted(folder, init=None, **more):
+        config = make(folder, policy="inherit" if init else "gumbel", steps=3, **more)
+        config.lora.rank, d = 4, config.distill
+        if init:
+            d.name, d.init, d.student_timesteps, d.solver_steps, d.distribution = "trajectory", str(init), [1000.0, 600.0], 3, 0.5
+        return config
+
+    watched(adapted(tmp_path / "first"))
+    first = load_file(tmp_path / "first" / "student" / "student.safetensors")
+    starts = []
+    _, weights, record = watched(
+        adapted(tmp_path / "few", tmp_path / "first" / "student"), at={1: lambda run: starts.append(run.guide.model.state_dict())}
+    )
+    assert weights.keys() == first.keys() and any(".lora_B." in n for n in weights) and not any("critic" in n for n in weights)
+    moved = {n: float((weights[n] - first[n]).norm() / first[n].norm()) for n in weights if ".lora_A." in n}
+    assert 0 < min(moved.values()) and max(moved.values()) < 0.5, "from where the first ended"
+    assert record["sampling"]["student_timesteps"] == [1000.0, 600.0]
+    watched(make(tmp_path / "whole", steps=2))
+    with pytest.raises(ValueError, match="a student of adapters"):
+        watched(adapted(tmp_path / "refused", tmp_path / "whole" / "student"))
 
 
 @pytest.fixture

@@ -83,7 +83,6 @@ def test_full_width_trains(tmp_path):
     "overrides, words",
     [
         (["lora.rank=8", "runtime=zero3"], "lora.rank: got 8"),
-        (["lora.rank=8", "distill.distribution=1.0", "distill.student_timesteps=[1000]"], "lora.rank: got 8"),
         (
             ["runtime=single", "runtime.sequence_parallel=2"],
             "runtime.sequence_parallel: got 2, accepted: 1 with runtime=single",
@@ -104,8 +103,11 @@ def test_two_experts_and_missing_packages_are_refused():
     from usv.runtime import make_optimizer, start
 
     config = settings("model=wan22_a14b")
-    with pytest.raises(SettingError, match="model.experts: got 2"):
+    with pytest.raises(SettingError, match="model.expert: got none"):
         start(config)
+    for override, words in (("distill=consistency", "distill.name: got consistency"), ("model=wan_1_3b", "model.expert: got high")):
+        with pytest.raises(SettingError, match=words):
+            settings("model=wan22_a14b", override, "model.expert=high")
     config = settings("optim.optimizer=adamw8bit")
     with pytest.raises(SettingError, match="bitsandbytes"):
         make_optimizer(config, [("x", torch.nn.Parameter(torch.zeros(2)))])

@@ -139,6 +139,19 @@ def read_config(path: str | Path) -> dict:
     return record
 
 
+def named(entries: list[str]) -> dict[str, str]:
+    """[name=]path arguments; the default name is the folder's, or the run's that it lies in. ValueError for a name given twice."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, _, path = entry.rpartition("=")
+        folder = Path(path.partition("@")[0]).resolve()
+        name = name or (folder.parent if folder.name == "student" else folder).name
+        if name in found:
+            raise ValueError(f"students: got the name {name!r} twice, accepted: one name a student, as in other=FOLDER")
+        found[name] = path
+    return found
+
+
 def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
     """A student for the model `base` belongs to. CheckpointError when shapes differ or a file is damaged."""
     path, record = Path(path), read_config(path)
@@ -168,7 +181,7 @@ def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
         raise CheckpointError(
             f"{path}/config.json: a plan of {plan.num_layers} layers for a model of {len(transformer.blocks)}; use another checkpoint"
         )
-    model = SparseWan(transformer, tile)
+    model, adapters = SparseWan(transformer, tile), None
     try:
         tensors = load_file(path / "student.safetensors")
         if record.get("lora") or record.get("fingerprint"):  # the rest is the model's own
@@ -177,17 +190,19 @@ def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
                 **lora.from_diffusers_names(tensors),
             }
         if record.get("lora"):
+            adapters = {name: value for name, value in tensors.items() if lora.is_adapter(name)}
             tensors = lora.merged(tensors, record["lora"]["alpha"] / record["lora"]["rank"])
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}/student.safetensors: damaged or incomplete ({error}); use another checkpoint"
         ) from None
-    for mine, theirs in zip(transformer.parameters(), base.parameters()):  # a bf16 model keeps some parts in fp32
-        mine.data = mine.data.to(theirs.dtype)
+    kinds = {name.replace(".base_layer.", "."): p.dtype for name, p in base.named_parameters()}
+    for name, p in transformer.named_parameters():  # a bf16 model keeps some parts in fp32
+        p.data = p.data.to(kinds[name])
     model.gates.to(base.dtype)
     model = model.to(device=base.device).eval().requires_grad_(False)
-    return Student(model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"))
+    return Student(model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters)
 
 
 def fingerprint(transformer: WanTransformer3DModel) -> dict[str, list[float]]:

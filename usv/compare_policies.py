@@ -75,11 +75,11 @@ def main() -> None:
     args = parser.parse_args()
     cells: dict[str, list[dict]] = {policy: [] for policy in POLICIES}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    order = [(seed, policy) for seed in range(args.seeds) for policy in POLICIES]  # cut off, the comparison is still a fair one
     pool = ThreadPoolExecutor(args.jobs)
     runs = {
         (seed, policy): pool.submit(run, policy, seed, args.steps, (args.runs / f"{policy}-{seed}").resolve(), args.settings, threads)
-        for seed, policy in order
+        for seed in range(args.seeds)  # seed by seed: cut off, the comparison is still a fair one
+        for policy in POLICIES
     }
     try:
         for seed in range(args.seeds):

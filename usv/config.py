@@ -49,7 +49,8 @@ class ModelConfig:
     """A diffusers Wan folder or hub id and the shape it is run at.
 
     weights: pretrained (from path) | random (`architecture`, untrained: tests and measurements). experts: transformers of
-    the pipeline, one for high and one for low noise from timestep `boundary` · 1000 on.
+    the pipeline; of two, one serves timesteps from `boundary` · 1000 on (expert=high), the other those below (low): one is
+    trained a run.
     """
 
     path: str = "data/wan-mini"
@@ -63,6 +64,7 @@ class ModelConfig:
     flow_shift: float = 3.0
     weights: str = "pretrained"
     experts: int = 1
+    expert: str | None = None
     boundary: float = 0.875
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
@@ -113,13 +115,15 @@ class DistillConfig:
 
     name: velocity (the teacher's guided velocity; sampled like the teacher) | consistency (where the flow ends; few steps) |
     trajectory (where the flow of a guide ends, from what the student's own rollouts meet; few steps. The guide is the student of
-    distill.init, as it was, else the teacher). solver_steps: from noise to clip. student_timesteps: those of the few-step
+    distill.init, as it was, else the teacher). solver_steps: from noise to clip. reuse: how often a batch of trajectories is
+    trained on, on average; they cost most of a step. student_timesteps: those of the few-step
     student, 1000 first; empty: model.num_inference_steps of the teacher's sampler. distribution: weight of distribution
     matching on the student's own samples, with `critic_updates` of the critic a step. init: a student folder to start from.
     """
 
     name: str = "velocity"
     solver_steps: int = 20
+    reuse: int = 1
     student_timesteps: list[float] = field(default_factory=list)
     distribution: float = 0.0
     critic_lr: float = 3e-4
@@ -193,7 +197,7 @@ class RuntimeConfig:
 
 @dataclass
 class LoggerConfig:
-    """name: wandb | none. mode auto: online with an account, else offline."""
+    """name: wandb | trackio (on this machine only; pip install trackio) | none. mode, of wandb; auto: online with an account."""
 
     name: str = "wandb"
     mode: str = "auto"
@@ -230,6 +234,7 @@ class InferConfig:
     """infer.py"""
 
     ckpt: str | None = None
+    ckpt_low: str | None = None  # of two experts, the student for low noise; ckpt is then the one for high noise
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     prompt: str | None = None
@@ -313,7 +318,11 @@ def check_train(config: TrainConfig) -> None:
         ("policy.name", config.policy.name, config.policy.name in POLICIES, " | ".join(POLICIES)),
         ("policy.name", config.policy.name, config.policy.name != "inherit" or bool(config.distill.init), "inherit only with distill.init=FOLDER"),
         ("distill.name", config.distill.name, config.distill.name in ("velocity", "consistency", "trajectory"), "velocity | consistency | trajectory"),
+        ("model.expert", config.model.expert, config.model.expert in ((None,) if config.model.experts == 1 else (None, "high", "low")), "high | low, where model.experts is 2"),
+        ("distill.name", config.distill.name, config.model.expert is None or config.distill.name == "velocity", "velocity, for one of two experts"),
+        ("distill.distribution", config.distill.distribution, config.model.expert is None or not config.distill.distribution, "0, for one of two experts"),
         ("distill.solver_steps", config.distill.solver_steps, config.distill.solver_steps >= 1, "at least 1"),
+        ("distill.reuse", config.distill.reuse, config.distill.reuse >= 1, "at least 1"),
         ("distill.student_timesteps", config.distill.student_timesteps, _ladder(config.distill.student_timesteps), "1000 first, then descending above 0, or none"),
         ("distill.student_timesteps", config.distill.student_timesteps, bool(config.distill.student_timesteps) or not config.distill.distribution, "timesteps, where distill.distribution is above 0"),
         ("policy.axes", config.policy.axes, bool(config.policy.axes) and set(config.policy.axes) <= {"density", "merge"}, "[density], [merge] or both"),
@@ -341,7 +350,7 @@ def check_train(config: TrainConfig) -> None:
         ("optim.optimizer", config.optim.optimizer, config.optim.optimizer in ("adamw", "muon", "adamw8bit"), "adamw | muon | adamw8bit"),
         ("model.weights", config.model.weights, config.model.weights in ("pretrained", "random"), "pretrained | random"),
         ("runtime.precision", config.runtime.precision, config.runtime.precision in ("auto", "fp32", "bf16"), "auto | fp32 | bf16"),
-        ("logger.name", config.logger.name, config.logger.name in ("wandb", "none"), "wandb | none"),
+        ("logger.name", config.logger.name, config.logger.name in ("wandb", "trackio", "none"), "wandb | trackio | none"),
         ("logger.mode", config.logger.mode, config.logger.mode in ("auto", "online", "offline"), "auto | online | offline"),
     ]  # fmt: skip
     for name, got, fine, accepted in rules:
@@ -352,9 +361,8 @@ def check_train(config: TrainConfig) -> None:
 
 def check_combination(config: TrainConfig) -> None:
     """SettingError for what does not work together."""
-    if config.lora.rank and (config.distill.distribution or config.distill.init or config.runtime.name == "zero3"):
+    if config.lora.rank and config.runtime.name == "zero3":
         raise SettingError(
-            f"lora.rank: got {config.lora.rank} with distill.distribution={config.distill.distribution}, distill.init={config.distill.init}, "
-            f"runtime={config.runtime.name}; accepted: without distribution and init, on single | ddp | zero2 (adapters are small: zero2 partitions "
-            "their states; zero3 would partition the frozen base that the teacher shares)"
+            f"lora.rank: got {config.lora.rank} with runtime=zero3, accepted: single | ddp | zero2 (adapters are small: zero2 partitions "
+            "their states; zero3 would partition the frozen base that teacher and critic share)"
         )

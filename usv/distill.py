@@ -2,13 +2,13 @@
 
     velocity distillation    L = mean ‖ student(x_t, t, text) − v_T ‖²,     v_T = uncond + w · (cond − uncond)
     consistency distillation L = mean ‖ student(x_t, t) − (x_t − x0) / sigma ‖²,     x0 = sg student's x0 at x_t − (sigma − sigma′) · v_T
+    trajectory distillation  L = mean ‖ student(x, t) − (x − x0) / sigma ‖²,     x0 = end of a guide's flow from x, itself from the student's rollout
     distribution matching    L = ½ mean ‖ x0 − sg(x0 − g) ‖²,     g = (critic's x0 − teacher's x0) / mean |x0 − teacher's x0|
 
-    trajectory distillation  L = mean ‖ student(x, t) − (x − x0) / sigma ‖²,     x0 = end of a guide's flow from x, itself from the student's rollout
-
 Guidance is folded in: the student gives in one forward what the dense teacher gives in two. A student of the second loss says
-at every noise level where the flow ends, so any subset of timesteps samples with it; the last loss says so at the inputs that the
+at every noise level where the flow ends, so any subset of timesteps samples with it; the third says so at the inputs that the
 student's own sampling meets, errors of its earlier steps included, and without the detour through its own opinion.
+Velocities passed as functions are (x (B, …), timestep (B,)) -> (B, …), as a network is called; sigma = timestep / 1000.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def solver_step(x_t: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, 
 def flow_end(velocity, x: torch.Tensor, sigma: torch.Tensor, flow_shift: float, steps: int) -> torch.Tensor:
     """Where the flow of `velocity` that passes x (B, …) at sigma (B,) ends: second order in the step (Adams–Bashforth).
 
-    velocity: (x, sigma) -> (B, …). steps: for the whole way from sigma 1; a shorter way takes its share, at least one.
+    steps: for the whole way from sigma 1; a shorter way takes its share, at least one.
     """
     u = flow.unshift_sigma(sigma, flow_shift)
     count, before, size_before, now = max(1, round(float(u.mean()) * steps)), None, None, sigma
     for left in range(count - 1, -1, -1):
         following = flow.shift_sigma(u * left / count, flow_shift)
-        here, size = velocity(x, now).float(), now - following
+        here, size = velocity(x, 1000 * now).float(), now - following
         slope = here if before is None else here + flow.expand(size / (2 * size_before), x) * (here - before)
-        x, now, before, size_before = x - flow.expand(size, x) * slope, following, here, size
+        x, now, before, size_before = solver_step(x, slope, now, following), following, here, size
     return x
 
 
@@ -65,13 +65,13 @@ def consistency_velocity(student, wanted, x_t, sigma, following) -> torch.Tensor
     """The velocity that leads from x_t straight to where the student, asked one solver step later, says the flow ends.
 
     Args:
-        student: (x, sigma) -> velocity, the student itself, under the plan it trains with.
+        student: its velocity, under the plan it trains with.
         wanted: the teacher's guided velocity at (x_t, sigma); the student's is used only behind the step it takes.
         sigma, following: (B,), following < sigma; where it is 0 the step's own end is the target.
     """
     x = solver_step(x_t, wanted, sigma, following)
     at_end = flow.expand(following <= 0, x)
-    x0 = torch.where(at_end, x, flow.x0_from_velocity(x, student(x, following).float(), following))
+    x0 = torch.where(at_end, x, flow.x0_from_velocity(x, student(x, 1000 * following).float(), following))
     return (x_t - x0) / flow.expand(sigma, x_t)
 
 

@@ -195,8 +195,8 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
         Role("VAE", counts["VAE"], weights=4 * counts["VAE"]),
     ]
     if has_critic(config):
-        critic = clips * activation_bytes(shape, tokens, bf16, False)  # trained after the student's graph is freed
-        found.insert(2, trained_role("critic", frozen, trained, config, False, max(0.0, critic - kept)))
+        learned = counts["adapters"] if lora else counts["transformer"]  # no gates; of its activations the student's place holds all
+        found.insert(2, trained_role("critic" + (" = adapters" if lora else ""), frozen, learned, config, False, 0.0))
     if config.model.experts > 1:
         found.insert(2, Role("other expert", counts["transformer"], where="not loaded: one expert is trained a run"))
     return found, shape, tokens

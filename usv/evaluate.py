@@ -22,13 +22,14 @@ import torch
 from tqdm import tqdm
 
 import usv
-from usv.checkpoint import CheckpointError, Student, load_student
-from usv.config import ModelConfig, SettingError
+from usv.checkpoint import CheckpointError, Student, load_student, named
+from usv.config import ModelConfig
 from usv.cost import ModelShape, plan_cost
 from usv.cpu import keep_freed_memory
 from usv.generate import Generation, generate, load_pipeline
 from usv.grid import tile_layout
 from usv.metrics import build_prototypes, evaluate_videos, features
+from usv.metrics.frechet import MIN_CLIPS
 from usv.sampler import StudentScheduler
 from usv.training import commit
 from usv.video import contact_sheet, write_mp4
@@ -130,7 +131,8 @@ def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_
     generated = generate_all(pipe, model, methods, prompts, seeds, batch_size)
     for name, (generation, density, merged) in generated.items():
         quality = evaluate_videos(
-            generation.videos, subjects, motions, reference if clips >= 16 else None, prototypes=prototypes, intervals=clips >= 32
+            generation.videos, subjects, motions, reference if clips >= MIN_CLIPS else None, prototypes=prototypes,
+            intervals=clips >= 2 * MIN_CLIPS,
         )
         rows[name] = {
             "forwards": generation.forwards, "seconds_per_forward": timing[name], "attention_density": density, "merged": merged,
@@ -167,17 +169,18 @@ def _flops_ratio(pipe, model: ModelConfig, checkpoint) -> float:
     side = pipe.vae_scale_factor_spatial
     frames = (model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
     grid = student.model.grid_of((frames, model.height // side, model.width // side))
-    ratio = 1 / plan_cost(student.plan, shape, tile_layout(grid, student.model.tile))
+    plan = student.plan.sampled(student.sampling.get("student_timesteps") or ())
+    ratio = 1 / plan_cost(plan, shape, tile_layout(grid, student.model.tile))
     usv.disable(pipe)
     return ratio
 
 
-def opened(pipe, path: str) -> str | Student:
-    """A checkpoint as it is, or for "FOLDER@1000,750" its student sampled at those timesteps instead of its own."""
+def opened(pipe, path: str) -> Student:
+    """The student of a folder, or for "FOLDER@1000,750" sampled at those timesteps instead of its own."""
     folder, _, steps = path.partition("@")
-    if not steps:
-        return path
     student = load_student(folder, pipe.transformer)
+    if not steps:
+        return student
     if not student.sampling.get("student_timesteps"):
         raise CheckpointError(f"{path}: a student of the teacher's sampler has no timesteps to choose; drop @{steps}")
     try:
@@ -243,13 +246,9 @@ def main() -> None:
         model.guidance_scale = args.guidance
     if args.steps is not None:
         model.num_inference_steps = args.steps
-    named = {}
-    for entry in args.ckpt:
-        name, _, path = entry.rpartition("=")
-        named[name or Path(path).resolve().parent.name] = path
     try:
-        report = evaluate(model, named, args.clips, args.batch_size, args.videos)
-    except (SettingError, ValueError, OSError) as error:
+        report = evaluate(model, named(args.ckpt), args.clips, args.batch_size, args.videos)
+    except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     report["command"] = "python -m usv.evaluate " + " ".join(sys.argv[1:])
     print(table(report))

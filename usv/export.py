@@ -39,12 +39,18 @@ def write_usv(folder: Path, student: Student, transformer, **more) -> None:
     (folder / "config.json").write_text(json.dumps(record, indent=1))
 
 
+def refuse_expert(ckpt: str | Path) -> None:
+    """CheckpointError for a student of one of two experts, and for what is no student."""
+    if expert := read_config(ckpt)["sampling"].get("expert"):
+        raise CheckpointError(f"{ckpt}: a student of one of two experts ({expert}) is not exported; usv.enable(pipe, (HIGH, LOW)) runs both")
+
+
 def export(ckpt: str | Path, model: str, out: Path, dtype: torch.dtype | None = None) -> Path:
     """A whole pipeline folder with the student's weights. Raises CheckpointError, SettingError, OSError.
 
     dtype: of the transformer's weights; None keeps fp32.
     """
-    read_config(ckpt)
+    refuse_expert(ckpt)
     pipe = load_pipeline(model)
     student = load_student(ckpt, pipe.transformer)
     pipe.transformer = student.model.transformer
@@ -64,6 +70,7 @@ def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None
 
     rank: for a student without adapters, of the LoRA that is cut from its update.
     """
+    refuse_expert(ckpt)
     record = read_config(ckpt)
     pipe = load_pipeline(model)
     student = load_student(ckpt, pipe.transformer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from diffusers import WanPipeline
 
 from usv.config import ModelConfig, SettingError
 from usv.pipeline import Enabled, frames_argument
+
+# A codec that keeps every frame makes diffusers say, for each call, that it rounds a number of frames it does not change.
+logging.getLogger("diffusers.pipelines.wan.pipeline_wan").addFilter(lambda record: "divisible by 1." not in record.getMessage())
 
 
 @dataclass
@@ -22,12 +26,17 @@ class Generation:
     forwards: int
 
 
-def load_pipeline(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", text: bool = True) -> WanPipeline:
+def load_pipeline(
+    path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", text: bool = True, expert: str | None = None
+) -> WanPipeline:
     """A Wan-format folder or hub id as a WanPipeline; without `text` it has no text encoder and takes embeddings.
+
+    expert: high | low, of two transformers the one to load, as if it were the only one.
 
     SettingError when it cannot be had.
     """
     without = {} if text else {"text_encoder": None, "tokenizer": None}
+    without |= {"high": {"transformer_2": None}, "low": {"transformer": None}, None: {}}[expert]
     try:
         pipe = WanPipeline.from_pretrained(path, dtype=dtype, **without)
     except (OSError, ValueError) as error:
@@ -37,8 +46,13 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, device: str = "
         ) from None
     if pipe.vae.dtype != torch.float32:
         pipe.vae.to(torch.float32)
-    rope = pipe.transformer.rope  # fp64 tables would make every query and key of the dense model fp64
-    rope.freqs_cos, rope.freqs_sin = rope.freqs_cos.float(), rope.freqs_sin.float()
+    if expert == "low":
+        pipe.transformer, pipe.transformer_2 = pipe.transformer_2, None
+    if expert is not None:
+        pipe.register_to_config(boundary_ratio=None)
+    for transformer in filter(None, (pipe.transformer, pipe.transformer_2)):
+        rope = transformer.rope  # fp64 tables would make every query and key of the dense model fp64
+        rope.freqs_cos, rope.freqs_sin = rope.freqs_cos.float(), rope.freqs_sin.float()
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -9,6 +9,7 @@ student is what makes this unstable; `critic_updates` per student step keep it c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -44,6 +45,24 @@ def rollout(call: Callable, noise: torch.Tensor, timesteps: Sequence[float]) -> 
     x = arrive(call, noise, timesteps)
     t = torch.full((len(x),), float(timesteps[-1]), device=x.device)
     return flow.x0_from_velocity(x, call(x, t).float(), t / 1000)
+
+
+class Replay:
+    """Batches that are dear to make: one draw in `reuse` makes a new one, the others take one of the last `size`.
+
+    It is not saved: a resumed run begins with new batches.
+    """
+
+    def __init__(self, reuse: int, size: int = 32):
+        self.reuse, self.size, self.kept = reuse, size, []
+
+    def draw(self, make: Callable, generator: torch.Generator):
+        if self.reuse == 1:
+            return make()
+        if len(self.kept) < self.size // 4 or torch.rand(1, generator=generator) * self.reuse < 1:
+            self.kept = [*self.kept[1 - self.size :], make()]
+            return self.kept[-1]
+        return self.kept[int(torch.randint(len(self.kept), (1,), generator=generator))]
 
 
 @torch.no_grad()
@@ -82,13 +101,14 @@ class Critic:
         model: (latents, timestep, text) -> (velocity, stats), a trainable copy of the teacher.
         lr: of AdamW. flow_shift: of the noise levels it is trained and asked at.
         share: which samples of a global batch this process has. average: takes parameters, makes their gradients the mean over
-            processes; every process then holds the same critic.
+            processes; every process then holds the same critic. A `model.active()` is in force wherever the model runs.
     """
 
     def __init__(
         self, model, lr: float, flow_shift: float, share: flow.Share = flow.Share(), average: Callable = lambda parameters: None
     ):
         self.model, self.flow_shift, self.share, self.average = model, flow_shift, share, average
+        self.active = getattr(model, "active", nullcontext)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
 
     def sigma(self, count: int, generator: torch.Generator, device) -> torch.Tensor:
@@ -98,10 +118,11 @@ class Critic:
         """One step of flow matching on the student's samples x0 (B, …); returns the loss."""
         sigma = self.sigma(len(x0), generator, x0.device)
         noise = flow.normal(x0.shape, generator, self.share).to(x0.device)
-        velocity = self.model(flow.interpolate(x0, noise, sigma), 1000 * sigma, text)[0]
-        loss = distill.velocity_loss(velocity, flow.velocity(x0, noise)).mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with self.active():
+            velocity = self.model(flow.interpolate(x0, noise, sigma), 1000 * sigma, text)[0]
+            loss = distill.velocity_loss(velocity, flow.velocity(x0, noise)).mean()
+            loss.backward()
         self.average([p for p in self.model.parameters() if p.grad is not None])  # of its gates none has one: it is dense
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -114,7 +135,8 @@ class Critic:
             noise = flow.normal(x0.shape, generator, self.share).to(x0.device)
             x_t = flow.interpolate(x0.detach(), noise, sigma)
             wanted = distill.guided_velocity(teacher, x_t, 1000 * sigma, text, empty, guidance_scale)
-            theirs = self.model(x_t, 1000 * sigma, text)[0]
+            with self.active():
+                theirs = self.model(x_t, 1000 * sigma, text)[0]
             teacher_x0, critic_x0 = (flow.x0_from_velocity(x_t, v.float(), sigma) for v in (wanted, theirs))
         return distill.distribution_matching_loss(x0, teacher_x0, critic_x0).mean()
 

@@ -3,6 +3,7 @@
     usv.enable(pipe, "outputs/usv_mini/student")     pipe(prompt) now runs the sparse student
     usv.enable(pipe, attention="svg2", top_p=0.9)    or, without training, a pattern (usv/patterns_pipeline.py)
     usv.enable(pipe, STUDENT, attention="svg2")      or both: the student's plan says how much, the pattern which
+    usv.enable(pipe, (HIGH, LOW))                    a pipeline of two experts (Wan2.2-A14B): a student of each
     usv.summary(pipe)                                what ran: plan, density, merging, forwards, seconds
     usv.disable(pipe)                                the pipeline is what it was
 
@@ -12,6 +13,7 @@ The student is a second transformer with its own weights; the pipeline's own is 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,17 +64,25 @@ class Record:
 class Enabled:
     """State that `enable` hangs on a pipeline and `disable` removes."""
 
-    original: torch.nn.Module
+    originals: tuple[torch.nn.Module, ...]  # by PLACES
     original_class: type
-    student: Student
-    record: Record
+    students: tuple[Student, ...]
+    record: Record  # of all students together
     scheduler: object  # the pipeline's own; a few-step student brings its timesteps
     pattern: Pattern | None = None  # chooses the blocks at the plan's densities
+
+    @property
+    def student(self) -> Student:
+        """The only one, or that for high noise."""
+        return self.students[0]
+
+
+PLACES, EXPERTS = ("transformer", "transformer_2"), ("high", "low")  # where a pipeline keeps its transformers, and their experts' names
 
 
 def enable(
     pipe: WanPipeline,
-    checkpoint: str | Path | Student | None = None,
+    checkpoint: str | Path | Student | Sequence[str | Path | Student] | None = None,
     impl: str = "auto",
     attention: str | None = None,
     **options,
@@ -82,6 +92,8 @@ def enable(
 
     Guidance is folded into the student: `pipe(prompt)` then defaults to guidance_scale 1 and to the size, steps and text
     length of the checkpoint; asking for guidance is refused.
+
+    checkpoint: of a pipeline of two experts two, the one for high noise first.
 
     Raises CheckpointError: a missing, damaged or foreign checkpoint, or one made for another model; ValueError: neither
     checkpoint nor attention, wrong options of a pattern (see `usv.patterns_pipeline.enable_pattern`), or a pattern that the
@@ -97,24 +109,40 @@ def enable(
         raise ValueError(f"{next(iter(options))}: got an option of a pattern, accepted: only together with attention=…")
     if not isinstance(pipe, WanPipeline):
         raise CheckpointError(f"enable: got a {type(pipe).__name__}, accepted: a diffusers WanPipeline")
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise CheckpointError("enable: got a pipeline of two transformers (Wan2.2-A14B), accepted: one transformer")
-    before = getattr(pipe, "_usv", None)
-    base = before.original if isinstance(before, Enabled) else pipe.transformer
-    student = checkpoint if isinstance(checkpoint, Student) else load_student(checkpoint, base)
-    record, model, pattern, fine = Record(), student.model, None, None
+    students = _students(pipe, checkpoint)
+    record, pattern, fine = Record(), None, [None] * len(students)
     if attention is not None:
         recall_rows = options.pop("recall_rows", 0)
-        pattern = planned_pattern(attention, student.plan, **options)
-        fine = PlannedPattern(pattern, model.num_layers, model.tile, progress_of(pipe), record.calls.append, impl, recall_rows)
+        for i, student in enumerate(students):
+            model, chosen = student.model, planned_pattern(attention, student.plan, **options)
+            pattern = pattern or chosen
+            fine[i] = PlannedPattern(chosen, model.num_layers, model.tile, progress_of(pipe), record.calls.append, impl, recall_rows)
     disable(pipe)  # only now: what cannot be loaded leaves the pipeline as it was
-    state = Enabled(pipe.transformer, type(pipe), student, record, pipe.scheduler, pattern)
-    if student.sampling.get("student_timesteps"):
-        pipe.scheduler = StudentScheduler(student.sampling["student_timesteps"])
-    pipe.transformer = planned(model, student.plan, record, impl, fine)
-    pipe.__class__ = _student_pipeline(type(pipe), student.sampling)
+    originals = tuple(getattr(pipe, place) for place, _ in zip(PLACES, students))
+    state = Enabled(originals, type(pipe), students, record, pipe.scheduler, pattern)
+    if students[0].sampling.get("student_timesteps"):
+        pipe.scheduler = StudentScheduler(students[0].sampling["student_timesteps"])
+    for place, student, chosen in zip(PLACES, students, fine):
+        setattr(pipe, place, planned(student.model, student.plan, record, impl, chosen))
+    pipe.__class__ = _student_pipeline(type(pipe), students[0].sampling)
     pipe._usv = state
     return pipe
+
+
+def _students(pipe: WanPipeline, checkpoint) -> tuple[Student, ...]:
+    """A student for every transformer of the pipeline. CheckpointError where number or experts differ."""
+    before = getattr(pipe, "_usv", None)
+    bases = [getattr(pipe, place) for place in PLACES if getattr(pipe, place, None) is not None]
+    bases = before.originals if isinstance(before, Enabled) else bases
+    given = checkpoint if isinstance(checkpoint, (tuple, list)) else [checkpoint]
+    if len(given) != len(bases):
+        wanted = "two, (HIGH, LOW), for a pipeline of two experts" if len(bases) == 2 else "one, for a pipeline of one transformer"
+        raise CheckpointError(f"enable: got {len(given)} checkpoint(s), accepted: {wanted}")
+    students = tuple(c if isinstance(c, Student) else load_student(c, base) for c, base in zip(given, bases))
+    for student, expert in zip(students, EXPERTS if len(bases) == 2 else (None,)):
+        if (found := student.sampling.get("expert")) != expert:
+            raise CheckpointError(f"enable: got a student of the expert {found} for the expert {expert}, accepted: one of its own")
+    return students
 
 
 def disable(pipe: WanPipeline) -> WanPipeline:
@@ -123,9 +151,10 @@ def disable(pipe: WanPipeline) -> WanPipeline:
     if isinstance(state, EnabledPattern):
         return disable_pattern(pipe)
     if state is not None:
-        del state.student.model.transformer.forward  # the instance's override, not the class's method
         pipe.__class__ = state.original_class
-        pipe.transformer = state.original
+        for place, student, original in zip(PLACES, state.students, state.originals):
+            del student.model.transformer.forward  # the instance's override, not the class's method
+            setattr(pipe, place, original)
         pipe.scheduler = state.scheduler
         del pipe._usv
     return pipe
@@ -148,9 +177,10 @@ def summary(pipe: WanPipeline) -> str:
         *(calls_lines(record.calls) if state.pattern is not None else ()),
         "timestep   density rung by layer",
     ]
-    for edge, row in zip(plan.edges, plan.rungs):
-        cells = " ".join(f"1/{2**r.density}{'' if not r.merge else f'·{MERGE_LADDER[r.merge]:.2f}m'}" for r in row)
-        lines.append(f"  ≤ {edge:5.0f}  {cells}")
+    for student in reversed(state.students):  # ascending timesteps
+        for edge, row in zip(student.plan.edges, student.plan.rungs):
+            cells = " ".join(f"1/{2**r.density}{'' if not r.merge else f'·{MERGE_LADDER[r.merge]:.2f}m'}" for r in row)
+            lines.append(f"  ≤ {edge:5.0f}  {cells}")
     return "\n".join(lines)
 
 
@@ -185,10 +215,9 @@ def _student_pipeline(base: type, sampling: dict) -> type:
     """A subclass of the pipeline whose call has the student's defaults."""
 
     def call(self, *args, **kwargs):
-        if kwargs.get("guidance_scale", 1.0) != 1.0:
-            raise CheckpointError(
-                f"guidance_scale: got {kwargs['guidance_scale']}, accepted: 1.0; guidance is folded into the student's weights"
-            )
+        for scale in ("guidance_scale", "guidance_scale_2"):
+            if kwargs.get(scale) not in (None, 1.0):
+                raise CheckpointError(f"{scale}: got {kwargs[scale]}, accepted: 1.0; guidance is folded into the student's weights")
         defaults = {"guidance_scale": 1.0}
         for key in ("height", "width", "num_inference_steps", "max_sequence_length"):
             if sampling.get(key) is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from usv.flow import shift_sigma
@@ -58,11 +59,14 @@ def merged_tokens(plan: LayerPlan | None, layout: TileLayout) -> list[int]:
     return [min(int(fraction * size), src) for size, src in zip(layout.sizes.tolist(), layout.num_src.tolist())]
 
 
-def timestep_bins(count: int, flow_shift: float) -> tuple[float, ...]:
-    """Upper edges of `count` bins that a sampler with this shift visits equally often, ascending, last one 1000."""
+def timestep_bins(count: int, flow_shift: float, begin: float = 0.0, end: float = 1.0) -> tuple[float, ...]:
+    """Upper edges of `count` bins that a sampler with this shift visits equally often, ascending, last one 1000.
+
+    begin, end: the part of the sampler's uniform time in [0, 1] that is divided.
+    """
     import torch
 
-    u = torch.arange(1, count + 1, dtype=torch.float64) / count
+    u = begin + (end - begin) * torch.arange(1, count + 1, dtype=torch.float64) / count
     return tuple((1000 * shift_sigma(u, flow_shift)).tolist())
 
 
@@ -109,6 +113,11 @@ class SparsityPlan:
     def uniform(cls, rung: Rung, edges: tuple[float, ...], num_layers: int) -> SparsityPlan:
         """The same rung everywhere."""
         return cls(tuple(edges), tuple((rung,) * num_layers for _ in edges))
+
+    def sampled(self, timesteps: Sequence[float]) -> SparsityPlan:
+        """What a sampler of these timesteps runs: a row for each; none given, this plan."""
+        ascending = sorted(timesteps)
+        return SparsityPlan(tuple(ascending), tuple(map(self.at, ascending))) if ascending else self
 
     def student_timesteps(self) -> list[float]:
         """The timesteps that run, descending; [] where steps are not decided."""

@@ -109,11 +109,8 @@ def launched() -> int:
 def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
     """Join the processes of the run. SettingError where the runtime and the launch do not fit."""
     name, world = config.runtime.name, launched()
-    if config.model.experts > 1:
-        raise SettingError(
-            f"model.experts: got {config.model.experts}, accepted in training: 1; of two experts only dry_run=true is built. "
-            "Train experiment=usv_wan_14b, which has one"
-        )
+    if config.model.experts > 1 and config.model.expert is None:
+        raise SettingError("model.expert: got none for a model of two experts, accepted: high | low; one is trained a run")
     if name == "single" and world > 1:
         raise SettingError(
             f"runtime.name: got single on {world} processes, accepted: ddp | zero2 | zero3, e.g. runtime=ddp"
@@ -208,7 +205,7 @@ def frozen_pipeline(config: TrainConfig, ranks: Ranks) -> WanPipeline:
         return pipe.to(str(ranks.device))
     gpu = ranks.device.type == "cuda"
     half = gpu and precision(config) == "bf16"
-    return load_pipeline(m.path, torch.bfloat16 if half else torch.float32, str(ranks.device), text=not gpu)
+    return load_pipeline(m.path, torch.bfloat16 if half else torch.float32, str(ranks.device), text=not gpu, expert=m.expert)
 
 
 def make_optimizer(config: TrainConfig, named: list) -> torch.optim.Optimizer:

@@ -105,12 +105,12 @@ def to_heads(tensors: Sequence[torch.Tensor], lengths: Sequence[int], group: Seq
         tensors: of one dtype; E may differ.
         lengths: tokens of every process; they may differ.
     """
-    return _ToHeads.apply(tuple(lengths), group, *tensors)
+    return _Exchange.apply(True, tuple(lengths), group, *tensors)
 
 
 def to_tokens(x: torch.Tensor, lengths: Sequence[int], group: SequenceGroup) -> torch.Tensor:
     """Inverse of `to_heads`, of one tensor: (B, h, S, E) -> (B, H, s, E). Differentiable."""
-    return _ToTokens.apply(tuple(lengths), group, x)[0]
+    return _Exchange.apply(False, tuple(lengths), group, x)[0]
 
 
 def gather(x: torch.Tensor, lengths: Sequence[int], group: SequenceGroup) -> torch.Tensor:
@@ -118,26 +118,17 @@ def gather(x: torch.Tensor, lengths: Sequence[int], group: SequenceGroup) -> tor
     return _Gather.apply(x, tuple(lengths), group)
 
 
-class _ToHeads(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """`to_heads`, or without it `to_tokens`; the gradient of each goes the other way."""
+
     @staticmethod
-    def forward(ctx, lengths, group, *tensors):
-        ctx.lengths, ctx.group = lengths, group
-        return _exchange_to_heads(tensors, lengths, group)
+    def forward(ctx, to_heads, lengths, group, *tensors):
+        ctx.to_heads, ctx.lengths, ctx.group = to_heads, lengths, group
+        return _exchange(to_heads, tensors, lengths, group)
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, None, *_exchange_to_tokens(grads, ctx.lengths, ctx.group)
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, lengths, group, *tensors):
-        ctx.lengths, ctx.group = lengths, group
-        return _exchange_to_tokens(tensors, lengths, group)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return None, None, *_exchange_to_heads(grads, ctx.lengths, ctx.group)
+        return None, None, None, *_exchange(not ctx.to_heads, grads, ctx.lengths, ctx.group)
 
 
 class _Gather(torch.autograd.Function):
@@ -156,31 +147,17 @@ class _Gather(torch.autograd.Function):
         return grad[:, begin : begin + ctx.lengths[ctx.group.rank]] * ctx.group.size, None, None
 
 
-def _exchange_to_heads(tensors, lengths: tuple[int, ...], group: SequenceGroup) -> tuple[torch.Tensor, ...]:
-    batch, here = tensors[0].shape[0], tensors[0].shape[1] // group.size
-    pieces = [x.split(here, dim=1) for x in tensors]
+def _exchange(to_heads: bool, tensors, lengths: tuple[int, ...], group: SequenceGroup) -> tuple[torch.Tensor, ...]:
+    """All tensors in one message to each process: what is sent is cut along heads and joined along tokens, or the reverse."""
+    heads, mine = tensors[0].shape[1] // (group.size if to_heads else 1), (lengths[group.rank],) * group.size
+    cut, join, leaves, comes = (1, 2, mine, lengths) if to_heads else (2, 1, lengths, mine)
+    each = [tensors[0].shape[0] * heads * x.shape[-1] for x in tensors]  # elements a token
+    pieces = [x.split(heads if to_heads else lengths, dim=cut) for x in tensors]
     sent = torch.cat([x.flatten() for to in zip(*pieces) for x in to])
-    widths = [x.shape[-1] for x in tensors]
-    counts = [batch * here * length * sum(widths) for length in lengths]
-    received = sent.new_empty(sum(counts))
-    dist.all_to_all_single(received, sent, counts, [counts[group.rank]] * group.size, group=group.group)
+    received = sent.new_empty(sum(comes) * sum(each))
+    dist.all_to_all_single(received, sent, [n * sum(each) for n in comes], [n * sum(each) for n in leaves], group=group.group)
     parts = []
-    for chunk, length in zip(received.split(counts), lengths):
-        flats = chunk.split([batch * here * length * width for width in widths])
-        parts.append([flat.view(batch, here, length, width) for flat, width in zip(flats, widths)])
-    return tuple(torch.cat(part, dim=2) for part in zip(*parts))
-
-
-def _exchange_to_tokens(tensors, lengths: tuple[int, ...], group: SequenceGroup) -> tuple[torch.Tensor, ...]:
-    batch, here = tensors[0].shape[:2]
-    pieces = [x.split(lengths, dim=2) for x in tensors]
-    sent = torch.cat([x.flatten() for to in zip(*pieces) for x in to])
-    widths, length = [x.shape[-1] for x in tensors], lengths[group.rank]
-    counts = [batch * here * n * sum(widths) for n in lengths]
-    received = sent.new_empty(counts[group.rank] * group.size)
-    dist.all_to_all_single(received, sent, [counts[group.rank]] * group.size, counts, group=group.group)
-    parts = []
-    for chunk in received.split(counts[group.rank]):
-        flats = chunk.split([batch * here * length * width for width in widths])
-        parts.append([flat.view(batch, here, length, width) for flat, width in zip(flats, widths)])
-    return tuple(torch.cat(part, dim=1) for part in zip(*parts))
+    for chunk, length in zip(received.split([n * sum(each) for n in comes]), comes):
+        flats = chunk.split([n * length for n in each])
+        parts.append([flat.view(x.shape[0], heads, length, x.shape[-1]) for flat, x in zip(flats, tensors)])
+    return tuple(torch.cat(part, dim=join) for part in zip(*parts))

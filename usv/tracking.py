@@ -1,32 +1,49 @@
-"""Logging for the roof: wandb when asked for (offline without an account), always a jsonl beside the checkpoints."""
+"""Logging for the roof: wandb (offline without an account) or trackio where asked for, always a jsonl beside the checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+
+from usv.config import SettingError
 
 
 class Tracker:
-    """Scalars to `metrics.jsonl` and to wandb; heatmaps and videos to wandb."""
+    """Scalars to `metrics.jsonl` and to a board; heatmaps, videos and tables to the board.
+
+    board: the module wandb, or trackio, which speaks the same words and keeps everything on this machine. One run has one
+    identity, kept in its folder, so that a resumed one goes on in the same place. SettingError where trackio is not installed.
+    """
 
     def __init__(self, logger, output_dir: Path, config: dict, name: str):
         self.file = open(output_dir / "metrics.jsonl", "a")
-        self.run = None
-        if logger.name == "wandb":
-            import wandb
+        self.run = self.board = None
+        if logger.name == "none":
+            return
+        identity = output_dir / "wandb_id"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex[:12])
+        if logger.name == "trackio":
+            try:
+                import trackio as board
+            except ModuleNotFoundError:
+                raise SettingError("logger=trackio: not installed; pip install trackio, or logger=wandb or none") from None
+            name = f"{name}-{identity.read_text()}"  # trackio knows runs by their names
+            self.run = board.init(project=logger.project, name=name, config=config, resume="allow", embed=False)
+        else:
+            import wandb as board
 
             mode = logger.mode
             if mode == "auto":
                 mode = "online" if os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists() else "offline"
-            identity = output_dir / "wandb_id"
-            if not identity.exists():
-                identity.write_text(uuid.uuid4().hex[:12])
-            self.run = wandb.init(
+            self.run = board.init(
                 project=logger.project, name=name, dir=str(output_dir), mode=mode, config=config, resume="allow",
-                id=identity.read_text(), settings=wandb.Settings(silent=True),
+                id=identity.read_text(), settings=board.Settings(silent=True),
             )  # fmt: skip
+        self.board = board
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         values = {name: float(value) for name, value in values.items() if value is not None}
@@ -42,7 +59,7 @@ class Tracker:
         import matplotlib
 
         matplotlib.use("Agg")
-        import wandb
+        import numpy
         from matplotlib import pyplot
 
         figure, axis = pyplot.subplots(figsize=(4, 3))
@@ -50,14 +67,21 @@ class Tracker:
         axis.set_xlabel(columns)
         axis.set_ylabel(rows)
         figure.colorbar(picture)
-        self.run.log({name: wandb.Image(figure)}, step=step)
+        figure.canvas.draw()
+        pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+        self.run.log({name: self.board.Image(pixels)}, step=step)
         pyplot.close(figure)
 
     def video(self, step: int, name: str, path: Path, caption: str) -> None:
         if self.run is not None:
-            import wandb
+            self.run.log({name: self.board.Video(str(path), caption=caption, format="mp4")}, step=step)
 
-            self.run.log({name: wandb.Video(str(path), caption=caption, format="mp4")}, step=step)
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
+        """Rows of text, numbers, and videos given as paths of mp4s."""
+        if self.run is not None:
+            cell = lambda value: self.board.Video(str(value), format="mp4") if isinstance(value, Path) else value  # noqa: E731
+            data = [[cell(value) for value in row] for row in rows]
+            self.run.log({name: self.board.Table(columns=list(columns), data=data)}, step=step)
 
     def close(self) -> None:
         self.file.close()
@@ -71,7 +95,7 @@ class Silent:
     def scalars(self, *_) -> None:
         pass
 
-    heatmap = video = scalars
+    heatmap = video = table = scalars
 
     def close(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What train.py's page leaves out: building, schedules, checkpoints, validation. On the roof: only train.py imports it."""
+"""What train.py's page leaves out: building, schedules, the averaged student, logging. On the roof: the commands import it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,17 @@ from usv import distill, flow, lora
 from usv.buckets import of_shape, open_shards
 from usv.checkpoint import Student, load_student
 from usv.config import SettingError, TrainConfig
-from usv.cost import ModelShape, plan_cost, rung_costs
+from usv.cost import ModelShape, rung_costs
 from usv.data import ShardDataset
-from usv.generate import generate
 from usv.grid import Tile, tile_layout
-from usv.matching import Critic
+from usv.matching import Critic, Replay
 from usv.models.wan import SparseWan
-from usv.pipeline import disable, enable
 from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, LayerPlan, SparsityPlan, bin_of, timestep_bins
 from usv.policy import Decisions, allowed
 from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
-from usv.run_state import policy_tables, save_best
+from usv.run_state import policy_tables
 from usv.runtime import Engine, Ranks, frozen_pipeline
-from usv.sequence_parallel import alone
-from usv.video import contact_sheet, write_mp4
 
 
 @lru_cache(maxsize=1)  # of the code that was loaded; and a git status for each checkpoint would cost more than the write
@@ -109,6 +105,7 @@ class Run:
         self.folder = Path(config.output_dir)
         self.step, self.plan, self.running, self.critic, self.best, self.guide = 0, None, None, None, None, None
         self.skipped, self.skipped_in_a_row = 0, 0
+        self.replay = Replay(config.distill.reuse)
 
     def record(self) -> Record:
         run = self
@@ -124,6 +121,11 @@ class Run:
         count = len(self.edges)
         generator = torch.Generator().manual_seed(self.config.seed * 7919 + step // count)
         return int(torch.randperm(count, generator=generator)[step % count])
+
+    def levels(self, bin: int, place: torch.Tensor) -> torch.Tensor:
+        """Noise levels (B,) at places (B,) in [0, 1) of a timestep bin."""
+        begin, end = self.span
+        return flow.shift_sigma(begin + (end - begin) * (bin + place) / len(self.edges), self.config.model.flow_shift)
 
     def decide(self, bin: int, target: float, tau: float, generator: torch.Generator) -> Decisions:
         """The policy's decision, or the frozen plan's after `freeze_at`."""
@@ -144,10 +146,21 @@ class Run:
         bin = bin_of(timestep, self.edges)
         return self.plan.rungs[bin] if self.plan is not None else self.policy.decide(bin, generator).rungs
 
-    def guided(self, text: torch.Tensor):
-        """(x, sigma) -> velocity of the student of `distill.init` as it was, under its own plan, for text (B, L, D)."""
+    def sparse(self, text: torch.Tensor, rungs_at):
+        """(x, timestep (B,)) -> the student's velocity for text (B, L, D); rungs_at: timestep -> the rungs it runs under."""
         impl = self.config.attention.impl
-        return lambda x, s: self.guide.model(x, 1000 * s, text, self.guide.plan.at(1000 * float(s[0])), impl=impl)[0]
+        return lambda x, t: self.student(x, t, text, rungs_at(float(t[0])), None, impl)[0]
+
+    def taught(self, text: torch.Tensor):
+        """(x, timestep (B,)) -> the dense teacher's guided velocity for text (B, L, D)."""
+        return lambda x, t: distill.guided_velocity(self.teacher, x, t, text, self.empty, self.config.model.guidance_scale)
+
+    def guided(self, text: torch.Tensor):
+        """The same of the student of `distill.init` as it was, under its own plan; without one the teacher's."""
+        if self.guide is None:
+            return self.taught(text)
+        impl = self.config.attention.impl
+        return lambda x, t: self.guide.model(x, t, text, self.guide.plan.at(float(t[0])), impl=impl)[0]
 
     def decides_steps(self) -> bool:
         """Whether the policy is still learning which steps run."""
@@ -206,6 +219,8 @@ class Run:
             "height": m.height, "width": m.width, "num_frames": m.num_frames, "num_inference_steps": m.num_inference_steps,
             "max_sequence_length": m.max_sequence_length, "flow_shift": m.flow_shift, "guidance_folded_in": m.guidance_scale,
         }  # fmt: skip
+        if m.expert is not None:
+            sampling["expert"] = m.expert
         if steps := self.current_plan().student_timesteps() or list(self.config.distill.student_timesteps):
             sampling |= {"student_timesteps": steps, "num_inference_steps": len(steps)}
         training = {"steps": self.step, "policy": self.config.policy.name, "seed": self.config.seed, "commit": commit()}
@@ -259,7 +274,9 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
             f"policy.budget: got {config.policy.budget}, but the sparsest rung still costs {least:.3f} of a dense forward at "
             f"this size; accepted: {least:.3f} to 1"
         )
-    run.edges = timestep_bins(config.policy.bins, m.flow_shift)
+    split = float(flow.unshift_sigma(torch.tensor(m.boundary, dtype=torch.float64), m.flow_shift))
+    run.span = {None: (0.0, 1.0), "high": (split, 1.0), "low": (0.0, split)}[m.expert]
+    run.edges = timestep_bins(config.policy.bins, m.flow_shift, *run.span)
     run.policy = make_policy(config, run.edges, run.num_layers, costs, layout.num_blocks)
     learned = isinstance(run.policy, torch.nn.Module)
     betas = tuple(config.optim.betas)
@@ -297,7 +314,9 @@ def warm_start(run: Run, config: TrainConfig) -> None:
     d = config.distill
     if d.init is not None:
         start = load_student(d.init, run.pipe.transformer)
-        run.engine.load_weights(start.model.state_dict())
+        if config.lora.rank and start.adapters is None:
+            raise SettingError(f"distill.init: got {d.init}, whose weights are whole, accepted with lora.rank: a student of adapters")
+        run.engine.load_weights(start.model.state_dict() | (start.adapters or {}))
         if config.policy.name == "inherit":
             run.plan = start.plan
             run.edges = start.plan.edges
@@ -305,10 +324,15 @@ def warm_start(run: Run, config: TrainConfig) -> None:
             run.guide = start
             start.model.to(run.device).eval().requires_grad_(False)
     if d.distribution:
-        model = SparseWan(type(run.pipe.transformer).from_config(run.pipe.transformer.config), run.teacher.tile)
-        model.load_state_dict(run.teacher.state_dict())
-        model.sequence_group = run.ranks.sequence
-        run.critic = Critic(model.to(run.device), d.critic_lr, config.model.flow_shift, run.share, run.ranks.average_gradients)
+        if config.lora.rank:
+            model = lora.Branch(run.engine.model, config.lora.rank, config.lora.alpha)
+        else:
+            model = SparseWan(type(run.pipe.transformer).from_config(run.pipe.transformer.config), run.teacher.tile).to(run.device)
+            model.load_state_dict(run.teacher.state_dict())
+            model.sequence_group = run.ranks.sequence
+            if config.runtime.gradient_checkpointing:
+                model.transformer.enable_gradient_checkpointing()
+        run.critic = Critic(model, d.critic_lr, config.model.flow_shift, run.share, run.ranks.average_gradients)
 
 
 def make_policy(config: TrainConfig, edges, num_layers: int, costs, num_blocks: int):
@@ -348,7 +372,7 @@ def _latent_shape(pipe, m) -> tuple[int, ...]:
     return (pipe.transformer.config.in_channels, (m.num_frames - 1) // time_ + 1, m.height // space, m.width // space)
 
 
-# ---- logging and validation ------------------------------------------------------------------------------------------
+# ---- logging ---------------------------------------------------------------------------------------------------------
 
 
 def log_step(run: Run, record: Record, tracker) -> None:
@@ -365,86 +389,3 @@ def _resident_gib() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
     except OSError:
         return float("nan")
-
-
-def _reference(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """What a held-out velocity is measured against: the teacher's, or for few steps the way to the end of the teacher's flow."""
-    m, d = run.config.model, run.config.distill
-    if d.name == "velocity":
-        return distill.guided_velocity(run.teacher, x_t, 1000 * sigma, text, run.empty, m.guidance_scale)
-    ask = lambda x, s: distill.guided_velocity(run.teacher, x, 1000 * s, text, run.empty, m.guidance_scale)  # noqa: E731
-    x = distill.flow_end(ask, x_t, sigma, m.flow_shift, d.solver_steps)
-    return (x_t - x) / flow.expand(sigma, x_t)
-
-
-@torch.no_grad()
-def velocity_error(run: Run, student: Student) -> dict[str, float]:
-    """Held-out ‖student − wanted‖² / ‖wanted‖² under the plan, by timestep bin and on average; wanted: see `_reference`.
-
-    weighted_error: both sums weighted by how far the sampler goes there, as in the loss.
-    Clips, noise and timesteps are the same for every call, method and run.
-    """
-    if not hasattr(run, "references"):
-        run.references = []
-        batch = next(iter(run.validation))
-        x0, text = batch["latents"].to(run.device), batch["text"].to(run.device)
-        for index in range(len(run.edges)):
-            generator = torch.Generator().manual_seed(index)
-            u = (index + (torch.arange(len(x0)) + 0.5) / len(x0)) / len(run.edges)
-            sigma = flow.shift_sigma(u, run.config.model.flow_shift).to(run.device)
-            x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator).to(run.device), sigma)
-            with alone(getattr(run.teacher, "student", run.teacher)):  # only rank 0 is here
-                wanted = _reference(run, x_t, sigma, text)
-            run.references.append((x_t, 1000 * sigma, text, wanted))
-    errors, weighted = {}, torch.zeros(2)
-    for index, (x_t, timestep, text, wanted) in enumerate(run.references):
-        velocity, _ = student.model(x_t, timestep, text, student.plan.rungs[index])
-        both = torch.stack([distill.velocity_loss(velocity, wanted), distill.velocity_loss(wanted, torch.zeros_like(wanted))])
-        errors[f"validation_by_noise/bin_{index}"] = float(both[0].mean() / both[1].mean())
-        weighted += (both * flow.slope(timestep / 1000, run.config.model.flow_shift)).mean(1).cpu()
-    mean = sum(errors.values()) / len(errors)
-    return {"validation/velocity_error": mean, "validation/weighted_error": float(weighted[0] / weighted[1]), **errors}
-
-
-def validate(run: Run, tracker) -> dict[str, float]:
-    """Held-out error of the averaged student under the plan it would be saved with; pictures and, at the end, videos."""
-    student = run.student_with_average()
-    if student is None:
-        run.ranks.wait()
-        return {}
-    with run.engine.autocast():
-        values = velocity_error(run, student)
-    values["validation/plan_cost"] = plan_cost(student.plan, run.shape, run.layout)
-    values["validation/plan_density"] = student.plan.density(run.layout.num_blocks)
-    values["validation/plan_merged"] = student.plan.merged()
-    tracker.scalars(run.step, values)
-    table = [[DENSITY_LADDER[r.density] for r in row] for row in student.plan.rungs]
-    tracker.heatmap(run.step, "sparsity/density_map", list(zip(*table)), "layer", "timestep bin")
-    table = [[MERGE_LADDER[r.merge] for r in row] for row in student.plan.rungs]
-    tracker.heatmap(run.step, "sparsity/merged_map", list(zip(*table)), "layer", "timestep bin")
-    if run.config.runtime.keep:
-        save_best(run, student, values["validation/velocity_error"])
-    if run.config.logger.videos and run.step == run.config.optim.steps and run.pipe.vae is not None:
-        side_by_side(run, student, tracker)
-    run.ranks.wait()
-    return values
-
-
-def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
-    """Validation videos teacher | student for the same prompts, seeds and timesteps as inference uses."""
-    batch = next(iter(run.validation))
-    prompts, seeds = batch["captions"][:count], list(range(count))
-    embedded = {} if run.pipe.text_encoder is not None else {"embeds": batch["text"][:count], "empty": run.empty}
-    with lora.base_only(run.pipe.transformer):
-        dense = generate(run.pipe, run.config.model, prompts, seeds, **embedded).videos
-    enable(run.pipe, student)
-    try:
-        sparse = generate(run.pipe, run.config.model, prompts, seeds, num_inference_steps=student.sampling["num_inference_steps"], **embedded).videos
-    finally:
-        disable(run.pipe)
-    for i, prompt in enumerate(prompts):
-        path = run.folder / "validation" / f"step{run.step:06d}_{i}.mp4"
-        write_mp4(path, torch.cat([dense[i], sparse[i]], dim=-1), scale=2)
-        tracker.video(run.step, f"validation/video_{i}", path, f"teacher | student: {prompt}")
-    rows = [(f"{who}: {p}", v[i]) for i, p in enumerate(prompts) for who, v in (("teacher", dense), ("student", sparse))]
-    contact_sheet(run.folder / "validation" / f"step{run.step:06d}.png", rows)

@@ -15,16 +15,7 @@ from triton.compiler import ASTSource
 
 from .block_pool import triton as block_pool
 from .kmeans import triton as kmeans
-from .machine_code import (
-    AMD_SHARED,
-    SHARED_LIMIT,
-    amd_field,
-    amd_loop,
-    nvidia_loop,
-    nvidia_usage,
-    programs_per_cu,
-    programs_per_sm,
-)
+from .machine_code import amd_figures, nvidia_figures
 from .norm_rope import triton as norm_rope
 from .permute import triton as permute
 from .select import triton as select
@@ -73,25 +64,16 @@ def build(kernel, pointers: str, other: dict, constants: dict, warps: int, targe
     if target == "gfx942":
         options = {"num_warps": warps, "num_stages": min(stages, 2)}
         compiled = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
-        assembly, shared = compiled.asm["amdgcn"], compiled.metadata.shared
-        registers = amd_field(assembly, "vgpr_count")
-        return described | {
-            "target": target, "registers": registers, "spills": amd_field(assembly, "vgpr_spill_count"), "shared_bytes": shared,
-            "shared_limit": AMD_SHARED, "programs_per_sm": programs_per_cu(registers, shared, warps),
+        assembly = compiled.asm["amdgcn"]
+        return described | amd_figures(compiled, warps) | {
             "dots": len(re.findall("v_mfma", assembly)),
             "wide_accesses": len(re.findall(r"(?:global|buffer|flat)_(?:load|store)_dwordx4", assembly)),
-            "atomics": len(re.findall(r"(?:global|buffer|flat)_atomic", assembly)), "inner_loop": amd_loop(assembly),
         }  # fmt: skip
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "num_stages": stages})
-    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    registers, sass = nvidia_usage(compiled.asm["cubin"])
-    return described | {
-        "target": f"sm_{target}", "registers": registers, "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "shared_bytes": shared, "shared_limit": SHARED_LIMIT[target],
-        "programs_per_sm": programs_per_sm(registers, shared, warps, target),
+    ptx = compiled.asm["ptx"]
+    return described | nvidia_figures(compiled, warps, target) | {
         "dots": ptx.count("mma.sync") + ptx.count("wgmma.mma_async") + ptx.count("tcgen05.mma"),
         "wide_accesses": ptx.count(".v4.b32"),
-        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.M)), "inner_loop": nvidia_loop(sass),
     }  # fmt: skip
 
 

@@ -18,16 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .machine_code import (
-    AMD_SHARED,
-    SHARED_LIMIT,
-    amd_field,
-    amd_loop,
-    nvidia_loop,
-    nvidia_usage,
-    programs_per_cu,
-    programs_per_sm,
-)
+from .machine_code import amd_figures, nvidia_figures
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Largest query and key block the host knows (0: none), i.e. one tile a block, two tiles a block, the nested loop.
@@ -79,16 +70,11 @@ def compile_nvidia(name, dim, dtype, layout, extras, arch: int) -> dict:
     ast, cfg = source(name, dim, dtype, layout, extras)
     options = {"num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
     compiled = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, sass = nvidia_usage(compiled.asm["cubin"])
-    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    programs = programs_per_sm(registers, shared, cfg.num_warps, arch)
+    ptx, figures = compiled.asm["ptx"], nvidia_figures(compiled, cfg.num_warps, arch)
     return {
-        **described(name, dim, dtype, layout, extras, cfg), "target": f"sm_{arch}", "registers": registers,
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)), "shared_bytes": shared, "shared_limit": SHARED_LIMIT[arch],
-        "programs_per_sm": programs, "warps_per_sm": programs * cfg.num_warps,
+        **described(name, dim, dtype, layout, extras, cfg), **figures, "warps_per_sm": figures["programs_per_sm"] * cfg.num_warps,
         "wgmma": ptx.count("wgmma.mma_async"), "tcgen05": ptx.count("tcgen05.mma"), "mma_sync": ptx.count("mma.sync"),
         "loads_16_bytes": len(re.findall(r"cp\.async\.c[ag]\S* .*, 0x10", ptx)) + len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
-        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.M)), "inner_loop": nvidia_loop(sass),
     }  # fmt: skip
 
 
@@ -99,14 +85,10 @@ def compile_amd(name, dim, dtype, layout, extras) -> dict:
     ast, cfg = source(name, dim, dtype, layout, extras)
     options = {"num_warps": cfg.num_warps, "num_stages": min(cfg.num_stages, 2)}
     compiled = triton.compile(ast, target=GPUTarget("hip", "gfx942", 64), options=options)
-    assembly, shared = compiled.asm["amdgcn"], compiled.metadata.shared
-    registers = amd_field(assembly, "vgpr_count")
-    programs = programs_per_cu(registers, shared, cfg.num_warps)
+    figures = amd_figures(compiled, cfg.num_warps)
     return {
-        **described(name, dim, dtype, layout, extras, cfg), "target": "gfx942", "registers": registers,
-        "spills": amd_field(assembly, "vgpr_spill_count"), "shared_bytes": shared, "shared_limit": AMD_SHARED,
-        "programs_per_sm": programs, "warps_per_sm": programs * cfg.num_warps,
-        "mfma": len(re.findall(r"v_mfma", assembly)), "inner_loop": amd_loop(assembly),
+        **described(name, dim, dtype, layout, extras, cfg), **figures, "warps_per_sm": figures["programs_per_sm"] * cfg.num_warps,
+        "mfma": len(re.findall(r"v_mfma", compiled.asm["amdgcn"])),
     }  # fmt: skip
 
 

@@ -100,5 +100,27 @@ def nvidia_usage(cubin: bytes) -> tuple[int, str]:
         return int(re.search(r"REG:(\d+)", usage)[1]), tool("nvdisasm", "-c", str(path))
 
 
+def nvidia_figures(compiled, warps: int, arch: int) -> dict:
+    """What the report tells of a kernel compiled for an NVIDIA architecture (80, 90, 100)."""
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    registers, sass = nvidia_usage(compiled.asm["cubin"])
+    return {
+        "target": f"sm_{arch}", "registers": registers, "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)), "shared_bytes": shared,
+        "shared_limit": SHARED_LIMIT[arch], "programs_per_sm": programs_per_sm(registers, shared, warps, arch),
+        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.M)), "inner_loop": nvidia_loop(sass),
+    }  # fmt: skip
+
+
+def amd_figures(compiled, warps: int) -> dict:
+    """The same of one compiled for gfx942."""
+    assembly, shared = compiled.asm["amdgcn"], compiled.metadata.shared
+    registers = amd_field(assembly, "vgpr_count")
+    return {
+        "target": "gfx942", "registers": registers, "spills": amd_field(assembly, "vgpr_spill_count"), "shared_bytes": shared,
+        "shared_limit": AMD_SHARED, "programs_per_sm": programs_per_cu(registers, shared, warps),
+        "atomics": len(re.findall(r"(?:global|buffer|flat)_atomic", assembly)), "inner_loop": amd_loop(assembly),
+    }  # fmt: skip
+
+
 def amd_field(assembly: str, key: str) -> int:
     return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])

@@ -12,17 +12,12 @@ import torch
 from usv.bench import block, denoise, forward, memory, training
 from usv.bench.measure import write
 from usv.bench.sides import pipeline_sides
+from usv.checkpoint import named
 from usv.config import ModelConfig, SettingError
 from usv.cpu import keep_freed_memory
 from usv.generate import load_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def named(entries: list[str]) -> dict[str, str]:
-    """[name=]path arguments; the default name is the run's folder."""
-    pairs = [entry.rpartition("=") for entry in entries]
-    return {name or Path(path).resolve().parent.name: path for name, _, path in pairs}
 
 
 def model_config(args) -> ModelConfig:

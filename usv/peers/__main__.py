@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from usv.checkpoint import named
 from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory
 from usv.peers.methods import all_methods
@@ -80,18 +81,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         if not 0 < getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: got {getattr(args, name)}, accepted: a fraction in (0, 1)")
     return args
-
-
-def named(entries: list[str]) -> dict[str, str]:
-    """[name=]path arguments; the default name is the run's folder. ValueError for a name given twice."""
-    found: dict[str, str] = {}
-    for entry in entries:
-        name, _, path = entry.rpartition("=")
-        name = name or Path(path.partition("@")[0]).resolve().parent.name
-        if name in found:
-            raise ValueError(f"--ckpt: got the name {name!r} twice, accepted: one name a student, as in other=FOLDER")
-        found[name] = path
-    return found
 
 
 def main(words: list[str] | None = None, model: ModelConfig | None = None) -> dict:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from diffusers import WanPipeline
 
 import usv
-from usv.checkpoint import Student, load_student
+from usv.checkpoint import Student
 from usv.compare_patterns import CALIBRATION_SEED, temporal_share
 from usv.config import ModelConfig
 from usv.evaluate import opened, requests
@@ -179,8 +179,7 @@ def ours(name: str, path: str) -> Method:
 
     def enter(pipe: WanPipeline):
         if "student" not in loaded:
-            student = opened(pipe, path)
-            loaded["student"] = student if isinstance(student, Student) else load_student(student, pipe.transformer)
+            loaded["student"] = opened(pipe, path)
         return enabled(pipe, loaded["student"])
 
     return Method(name, "ours", path, enter, training_free=False)
@@ -193,7 +192,6 @@ def fixed_density(path: str, density: float) -> Method:
     def enter(pipe: WanPipeline):
         if "student" not in loaded:
             student = opened(pipe, path)
-            student = student if isinstance(student, Student) else load_student(student, pipe.transformer)
             student.plan = replace(
                 SparsityPlan.uniform(Rung(rung, 0), student.plan.edges, student.plan.num_layers), steps=student.plan.steps
             )

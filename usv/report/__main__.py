@@ -15,6 +15,7 @@ import os
 import sys
 from pathlib import Path
 
+from usv.checkpoint import named
 from usv.report.inputs import gather
 from usv.report.page import page, picture
 from usv.report.readme import refreshed, tables
@@ -52,8 +53,7 @@ def defaults(args: argparse.Namespace) -> tuple[list[Path], dict[str, Path], lis
         trained = {p.parent.parent.name: p.parent for p in sorted((ROOT / "outputs").glob("*/student/config.json"))}
         students = shipped or trained
     else:
-        pairs = [entry.rpartition("=") for entry in args.student]
-        students = {name or Path(path).resolve().parent.name: Path(path) for name, _, path in pairs}
+        students = {name: Path(path) for name, path in named(args.student).items()}
     if args.curves is None:
         beside = [folder / name for folder in students.values() for name in ("metrics.jsonl", "../metrics.jsonl")]
         logs = [p.resolve() for p in beside] + sorted((ROOT / "outputs").glob("*/metrics.jsonl"))
@@ -73,7 +73,10 @@ def write(path: Path, text: str) -> None:
 
 def main(words: list[str] | None = None) -> Path:
     args = parse(words)
-    inputs = gather(*defaults(args), args.videos)
+    try:
+        inputs = gather(*defaults(args), args.videos)
+    except ValueError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     command = "python -m usv.report " + " ".join(sys.argv[1:] if words is None else words)
     text = page(inputs, command.strip(), commit())
     write(args.out, text)
