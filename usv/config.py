@@ -114,8 +114,8 @@ class DistillConfig:
     """What the student learns (usv/distill.py).
 
     name: velocity (the teacher's guided velocity; sampled like the teacher) | consistency (where the flow ends; few steps) |
-    trajectory (where the flow of a guide ends, from what the student's own rollouts meet; few steps. The guide is the student of
-    distill.init, as it was, else the teacher). solver_steps: from noise to clip. reuse: how often a batch of trajectories is
+    trajectory (where the flow of a guide ends, from what the student's own rollouts meet; few steps. The guide is the student
+    that distill.guide names, else that of distill.init, as it was, else the teacher). solver_steps: from noise to clip. reuse: how often a batch of trajectories is
     trained on, on average; they cost most of a step. student_timesteps: those of the few-step
     student, 1000 first; empty: model.num_inference_steps of the teacher's sampler. distribution: weight of distribution
     matching on the student's own samples, with `critic_updates` of the critic a step. init: a student folder to start from.
@@ -129,6 +129,7 @@ class DistillConfig:
     critic_lr: float = 3e-4
     critic_updates: int = 1
     init: str | None = None
+    guide: str | None = None
 
 
 @dataclass

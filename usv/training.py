@@ -322,7 +322,10 @@ def warm_start(run: Run, config: TrainConfig) -> None:
             run.edges = start.plan.edges
         if d.name == "trajectory":
             run.guide = start
-            start.model.to(run.device).eval().requires_grad_(False)
+    if d.name == "trajectory" and d.guide is not None:
+        run.guide = load_student(d.guide, run.pipe.transformer)
+    if run.guide is not None:
+        run.guide.model.to(run.device).eval().requires_grad_(False)
     if d.distribution:
         if config.lora.rank:
             model = lora.Branch(run.engine.model, config.lora.rank, config.lora.alpha)
