@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 BIN     = $(VENV)/bin
 LAUNCH  = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test lint wan-mini results report kernels-report bench-gpu
+.PHONY: setup demo test lint wan-mini results report ablation kernels-report bench-gpu
 
 setup: $(VENV)/.ready
 
@@ -40,7 +40,8 @@ wan-mini: setup
 
 # every number and picture of the README from the shipped checkpoints, on two cores; other students: make results CKPTS="--ckpt mine=FOLDER"
 STUDENTS   ?= $(sort $(patsubst data/students/%/config.json,%,$(wildcard data/students/*/config.json)))
-CKPTS      ?= $(foreach name,$(STUDENTS),--ckpt $(name)=data/students/$(name))
+# and the few-step student in its first step alone
+CKPTS      ?= $(foreach name,$(STUDENTS),--ckpt data/students/$(name)) --ckpt usv_one_step=data/students/usv_few_step@1000
 CLIPS      ?= 120
 PEER_CLIPS ?= 24
 BATCH      ?= 8
@@ -55,6 +56,13 @@ results: setup
 # the page, and the README's tables and plot, of the results that are there
 report: setup
 	$(BIN)/python -m usv.report --videos outputs/results/peers --readme README.md --pareto docs/pareto.svg
+
+# each axis alone and in pairs, then all three (the student that ships); about three hours on two cores, resumable
+AXES ?= attention merge steps attention_steps merge_steps
+
+ablation: setup data/shards/camera/index.json
+	for name in $(AXES); do $(LAUNCH) train.py experiment=$$name logger=none || exit 1; done
+	$(BIN)/python -m usv.evaluate $(foreach name,$(AXES),--ckpt outputs/$(name)/student) --ckpt all=data/students/usv_few_step --clips 60 --batch-size $(BATCH) --out data/results/ablation.json
 
 kernels-report: setup
 	$(BIN)/python -m usv_kernels.compile_report

@@ -195,10 +195,11 @@ def show(folder: Path, prompts: list[str], videos: dict[str, torch.Tensor], coun
     """A contact sheet, side-by-side mp4s (dense | students) of the first prompts, and videos.json, which says what they are."""
     rows, entries = [], []
     for index in range(min(count, len(prompts))):
-        rows += [(f"{name}: {prompts[index]}", clips[index]) for name, clips in videos.items()]
-        write_mp4(folder / f"{index:02d}.mp4", torch.cat([clips[index] for clips in videos.values()], dim=-1), scale=2)
+        beside = torch.cat([clips[index] for clips in videos.values()], dim=-1)
+        rows.append((f"{' | '.join(videos)}: {prompts[index]}", beside))
+        write_mp4(folder / f"{index:02d}.mp4", beside, scale=2)
         entries.append({"file": f"{index:02d}.mp4", "prompt": prompts[index], "seed": index, "methods": list(videos)})
-    contact_sheet(folder / "contact_sheet.png", rows)
+    contact_sheet(folder / "contact_sheet.png", rows, columns=max(2, 12 // len(videos)))
     (folder / "videos.json").write_text(json.dumps(entries, indent=1) + "\n")
 
 

@@ -1,0 +1,69 @@
+"""usv/oracle.py: damages of one rung at a time, and the plan that the knapsack makes of them."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from usv import oracle
+from usv.checkpoint import Student, load_student, save_student
+from usv.config import ModelConfig
+from usv.generate import load_pipeline
+from usv.grid import Tile
+from usv.models.wan import SparseWan
+from usv.plan import RUNGS, Rung, SparsityPlan, timestep_bins
+
+PLAN = SparsityPlan(timestep_bins(2, 3.0), ((Rung(1, 2), Rung(2, 0)), (Rung(2, 0), Rung(1, 1))))
+
+
+def test_the_oracle_spends_the_budget_where_damage_is():
+    costs = [1.0 - 0.9 * i / (len(RUNGS) - 1) for i in range(len(RUNGS))]
+    damage = np.zeros((2, 2, len(RUNGS)))
+    damage[0, 1, 1:] = 5.0  # one cell does not bear anything, the others anything
+    plan = oracle.oracle_plan(damage, costs, 0.4, (500.0, 1000.0))
+    assert plan.rungs[0][1] == RUNGS[0] and np.mean([costs[RUNGS.index(r)] for row in plan.rungs for r in row]) <= 0.4
+
+
+@pytest.fixture
+def student(tiny_wan, tmp_path):
+    model = SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval()
+    sampling = {"height": tiny.SIZE, "width": tiny.SIZE, "num_frames": tiny.FRAMES, "num_inference_steps": 2, "max_sequence_length": tiny.TEXT}
+    save_student(tmp_path / "student", Student(model, PLAN, sampling))
+    return tmp_path / "student"
+
+
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_three_plans_of_one_cost(student, tiny_wan, tiny_shards, weights):
+    settings = ModelConfig(str(tiny_wan), tiny.SIZE, tiny.SIZE, tiny.FRAMES, tiny.TEXT, list(tiny.TILE))
+    pipe = load_pipeline(str(tiny_wan))
+    report = oracle.compare(settings, load_student(student, pipe.transformer), pipe, str(tiny_shards), weights, 1)
+    rows, damage = report["rows"], np.array(report["damage"])
+    assert rows["uniform"]["cost"] <= rows["learned"]["cost"] + 1e-4 and rows["oracle"]["cost"] <= rows["learned"]["cost"] + 1e-4
+    assert rows["learned"]["plan"] == PLAN.to_dict()["rungs"]
+    assert (damage[..., 0] == 0).all() and (damage[..., 1:] != 0).all(), "the first rung is dense, every other was executed"
+    if weights == "teacher":  # without guidance in one branch nothing is exact, but far from a student of other weights
+        assert max(row["error"] for row in rows.values()) < 1
+
+
+def test_damage_is_the_rise_of_the_error(student, tiny_wan, tiny_shards):
+    settings = ModelConfig(str(tiny_wan), tiny.SIZE, tiny.SIZE, tiny.FRAMES, tiny.TEXT, list(tiny.TILE), guidance_scale=1.0)
+    pipe = load_pipeline(str(tiny_wan))
+    teacher = SparseWan(pipe.transformer, Tile(*tiny.TILE)).eval()
+    batch = {"latents": torch.randn(2, 16, tiny.FRAMES, 8, 8), "text": torch.randn(2, tiny.TEXT, 64)}
+    judge = oracle.Judge(teacher, teacher, batch, torch.zeros(tiny.TEXT, 64), settings, PLAN.edges, 0)
+    assert judge.error(0, None)[0] == 0 and judge.plan_error(SparsityPlan.uniform(Rung(), PLAN.edges, 2)) == 0
+    assert judge.plan_error(PLAN) > 0 and judge.error(1, PLAN.rungs[1])[1] > 0
+
+
+def test_command_line(student, tiny_wan, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(oracle, "compare", lambda *_: {"rows": {"learned": {"error": 0.1, "cost": 0.2}}, "gain": 0.97})
+    words = ["oracle", "--ckpt", str(student), "--model", str(tiny_wan), "--weights", "teacher", "--out", str(tmp_path / "o.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    oracle.main()
+    assert "97% of the oracle's gain" in capsys.readouterr().out and json.loads((tmp_path / "o.json").read_text())["gain"] == 0.97
+    monkeypatch.setattr(sys, "argv", ["oracle", "--ckpt", "no/such", "--model", str(tiny_wan)])
+    with pytest.raises(SystemExit, match="CheckpointError: no/such"):
+        oracle.main()

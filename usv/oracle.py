@@ -1,0 +1,148 @@
+"""How far is a student's plan from the best one? An oracle measures what every rung of every layer does, one at a time.
+
+    python -m usv.oracle --ckpt data/students/usv_mini --out data/results/oracle_wan_mini.json
+
+For each timestep bin and layer, each rung is executed with all other layers dense; its damage is the rise of the velocity error
+(‖student − teacher‖² / ‖teacher‖², weighted by how far the sampler goes there, as in the loss). The multi-choice knapsack over
+these damages gives the oracle's plan at the cost of the student's own. Both plans and the uniform one of that cost then run on clips
+the oracle has not seen: gain = (uniform − learned) / (uniform − oracle). Damages do not add up exactly, so a gain above 1 can be.
+
+On the student's weights the learned plan has an advantage, it was trained under it; on the teacher's (--weights teacher) nobody has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from usv import distill, flow
+from usv.checkpoint import Student, load_student
+from usv.config import ModelConfig
+from usv.cost import ModelShape, plan_cost, rung_costs
+from usv.cpu import keep_freed_memory
+from usv.data import ShardDataset
+from usv.evaluate import machine
+from usv.generate import load_pipeline
+from usv.grid import tile_layout
+from usv.models.wan import SparseWan
+from usv.plan import RUNGS, Rung, SparsityPlan
+from usv.policy.fixed import uniform_plan
+from usv.policy.knapsack import choose
+from usv.training import commit
+
+
+class Judge:
+    """Held-out clips at the noise levels of one plan's bins, with the guided teacher's velocities.
+
+    Args:
+        batch: latents (B, C, T, H, W) and text (B, L, D). empty: (L, D). edges: upper timesteps of the bins.
+    """
+
+    def __init__(self, model: SparseWan, teacher: SparseWan, batch: dict, empty: torch.Tensor, settings: ModelConfig, edges, seed: int):
+        self.model, self.points = model, []
+        x0, text, shift = batch["latents"], batch["text"], settings.flow_shift
+        for index in range(len(edges)):
+            generator = torch.Generator().manual_seed(seed + index)
+            sigma = flow.shift_sigma((index + (torch.arange(len(x0)) + 0.5) / len(x0)) / len(edges), shift)
+            x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator), sigma)
+            wanted = distill.guided_velocity(teacher, x_t, 1000 * sigma, text, empty, settings.guidance_scale)
+            weight = flow.slope(sigma, shift)
+            scale = (weight * distill.velocity_loss(wanted, torch.zeros_like(wanted))).mean()
+            self.points.append((x_t, sigma, text, wanted, weight, scale))
+
+    @torch.no_grad()
+    def error(self, bin: int, row: tuple[Rung, ...] | None) -> tuple[float, float]:
+        """Weighted squared error under a row of rungs (None: all dense), and the weighted square of what is wanted."""
+        x_t, sigma, text, wanted, weight, scale = self.points[bin]
+        velocity, _ = self.model(x_t, 1000 * sigma, text, row)
+        return float((weight * distill.velocity_loss(velocity, wanted)).mean()), float(scale)
+
+    def plan_error(self, plan: SparsityPlan) -> float:
+        """Relative weighted error of a whole plan."""
+        errors, scales = zip(*(self.error(bin, row) for bin, row in enumerate(plan.rungs)))
+        return sum(errors) / sum(scales)
+
+
+def measure(judge: Judge, bins: int, layers: int) -> np.ndarray:
+    """(bins, layers, rungs) rise of the squared error by each rung in one layer, all others dense."""
+    damage = np.zeros((bins, layers, len(RUNGS)))
+    with tqdm(total=bins * layers * (len(RUNGS) - 1), unit="rung") as bar:
+        for bin in range(bins):
+            dense = judge.error(bin, None)[0]
+            for layer in range(layers):
+                for index, rung in enumerate(RUNGS):
+                    if rung == Rung():
+                        continue
+                    row = tuple(rung if i == layer else Rung() for i in range(layers))
+                    damage[bin, layer, index] = judge.error(bin, row)[0] - dense
+                    bar.update(1)
+    return damage
+
+
+def oracle_plan(damage: np.ndarray, costs, budget: float, edges) -> SparsityPlan:
+    """The plan of least total measured damage within a mean cost."""
+    bins, layers, rungs = damage.shape
+    chosen = choose(-damage.reshape(-1, rungs), np.asarray(costs), budget).reshape(bins, layers)
+    return SparsityPlan(tuple(edges), tuple(tuple(RUNGS[i] for i in row) for row in chosen))
+
+
+def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights: str, batch_size: int) -> dict:
+    """The three plans at one cost, on clips that the damages were not measured on."""
+    teacher = SparseWan(pipe.transformer, student.model.tile).eval().requires_grad_(False)
+    model = student.model if weights == "student" else teacher
+    plan = student.plan
+    data = ShardDataset(shards, batch_size, split="val", drop_text=0.0, shuffle=False, repeat=False, model=settings.path)
+    clips = iter(data)
+    seen, unseen = next(clips), next(clips)
+    layout = tile_layout(model.grid_of(seen["latents"].shape), model.tile)
+    shape = ModelShape.of(model.config, settings.max_sequence_length)
+    costs, budget = rung_costs(shape, layout), plan_cost(plan, shape, layout)
+    damage = measure(Judge(model, teacher, seen, data.empty, settings, plan.edges, 0), len(plan.edges), plan.num_layers)
+    judge = Judge(model, teacher, unseen, data.empty, settings, plan.edges, 1000)
+    plans = {
+        "learned": plan,
+        "uniform": uniform_plan(plan.edges, plan.num_layers, costs, budget),
+        "oracle": oracle_plan(damage, costs, budget, plan.edges),
+    }
+    rows = {
+        name: {"error": round(judge.plan_error(p), 6), "cost": round(plan_cost(p, shape, layout), 5), "plan": p.to_dict()["rungs"]}
+        for name, p in plans.items()
+    }
+    errors = {name: row["error"] for name, row in rows.items()}
+    gain = (errors["uniform"] - errors["learned"]) / (errors["uniform"] - errors["oracle"])
+    return {"weights": weights, "edges": list(plan.edges), "rows": rows, "gain": round(gain, 4), "damage": damage.round(7).tolist()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="student folder")
+    parser.add_argument("--model", default="data/wan-mini")
+    parser.add_argument("--data", default="data/shards/camera", help="shards; their split val is used")
+    parser.add_argument("--weights", choices=("student", "teacher"), default="student")
+    parser.add_argument("--batch-size", type=int, default=4, help="clips the damages are measured on, and as many they are not")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    args = parser.parse_args()
+    keep_freed_memory()
+    try:
+        pipe = load_pipeline(args.model)
+        report = compare(ModelConfig(path=args.model), load_student(args.ckpt, pipe.transformer), pipe, args.data, args.weights, args.batch_size)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    for name, row in report["rows"].items():
+        print(f"{name:10} error {row['error']:.4f} at cost {row['cost']:.4f}")
+    print(f"the learned plan has {report['gain']:.0%} of the oracle's gain over the uniform plan, on the {args.weights}'s weights")
+    if args.out is not None:
+        command = "python -m usv.oracle " + " ".join(sys.argv[1:])
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"commit": commit(), "command": command, "machine": machine(), **report}) + "\n")
+        print(args.out)
+
+
+if __name__ == "__main__":
+    main()
