@@ -71,6 +71,10 @@ def run(config: InferConfig) -> dict:
         read_config(config.ckpt)  # a wrong checkpoint shows before the model is loaded
         if config.ckpt_low is not None:
             read_config(config.ckpt_low)
+            if config.compare:
+                raise SettingError("compare: got true with ckpt_low, accepted: false; the dense experts have guidance scales of their own")
+    elif config.ckpt_low is not None:
+        raise SettingError("ckpt_low: got one without ckpt; give ckpt=HIGH ckpt_low=LOW, a student of each expert")
     elif config.compare and pattern is None:
         raise SettingError("compare=true compares with the dense model: also give ckpt=FOLDER or attention=svg2")
     folder = Path(config.output_dir)
@@ -103,7 +107,7 @@ def run(config: InferConfig) -> dict:
 
 def write(folder: Path, config: InferConfig, texts: list[str], seeds: list[int], methods: dict) -> dict:
     """Videos, contact sheet and infer.json."""
-    report = {"commit": commit(), "ckpt": config.ckpt, "model": config.model.path, "methods": {}, "videos": []}
+    report = {"commit": commit(), "ckpt": config.ckpt, "ckpt_low": config.ckpt_low, "model": config.model.path, "methods": {}, "videos": []}
     rows = []
     for name, (result, executed) in methods.items():
         seconds = {stage: round(value, 3) for stage, value in result.seconds.items()}

@@ -1,11 +1,13 @@
 """Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors."""
 
 import os
+import tempfile
 
 import pytest
 import tiny
 import torch
 
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when it is imported: never the user's own
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -23,7 +23,7 @@ FLOORS = {
     "training": 7, "validation": 7, "dry_run": 7, "runtime": 7, "run_state": 7, "export": 7, "tracking": 7, "evaluate": 7, "compare_policies": 7, "oracle": 7, "bench": 7, "report": 7, "peers": 7,
 }  # fmt: skip
 ROOF = 7
-RUNTIME = {"accelerate", "deepspeed", "hydra", "wandb"}
+RUNTIME = {"accelerate", "deepspeed", "hydra", "trackio", "wandb"}
 SOURCES = sorted([*(ROOT / "usv").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "train.py", ROOT / "infer.py"])
 
 

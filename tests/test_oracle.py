@@ -30,7 +30,10 @@ def test_the_oracle_spends_the_budget_where_damage_is():
 @pytest.fixture
 def student(tiny_wan, tmp_path):
     model = SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval()
-    sampling = {"height": tiny.SIZE, "width": tiny.SIZE, "num_frames": tiny.FRAMES, "num_inference_steps": 2, "max_sequence_length": tiny.TEXT}
+    sampling = {
+        "height": tiny.SIZE, "width": tiny.SIZE, "num_frames": tiny.FRAMES, "num_inference_steps": 2, "max_sequence_length": tiny.TEXT,
+        "flow_shift": 3.0, "guidance_folded_in": 3.0,
+    }  # fmt: skip
     save_student(tmp_path / "student", Student(model, PLAN, sampling))
     return tmp_path / "student"
 
@@ -46,6 +49,17 @@ def test_three_plans_of_one_cost(student, tiny_wan, tiny_shards, weights):
     assert (damage[..., 0] == 0).all() and (damage[..., 1:] != 0).all(), "the first rung is dense, every other was executed"
     if weights == "teacher":  # without guidance in one branch nothing is exact, but far from a student of other weights
         assert max(row["error"] for row in rows.values()) < 1
+
+
+def test_what_cannot_be_compared_is_refused(student, tiny_wan, tiny_shards):
+    settings = ModelConfig(str(tiny_wan), tiny.SIZE, tiny.SIZE, tiny.FRAMES, tiny.TEXT, list(tiny.TILE))
+    pipe = load_pipeline(str(tiny_wan))
+    loaded = load_student(student, pipe.transformer)
+    with pytest.raises(ValueError, match="at most half of the held-out clips"):
+        oracle.compare(settings, loaded, pipe, str(tiny_shards), "teacher", 2)
+    loaded.sampling["student_timesteps"] = [1000.0]
+    with pytest.raises(ValueError, match="a few-step student"):
+        oracle.compare(settings, loaded, pipe, str(tiny_shards), "teacher", 1)
 
 
 def test_damage_is_the_rise_of_the_error(student, tiny_wan, tiny_shards):

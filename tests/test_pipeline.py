@@ -174,11 +174,13 @@ def test_experts_run_their_own_student_or_are_refused(pipe, student):
     twin.set_progress_bar_config(disable=True)
     before = latents(twin)
     low = Student(SparseWan(copy.deepcopy(second), Tile(*tiny.TILE)).eval(), SparsityPlan.uniform(Rung(), (800.0,), 2), SAMPLING)
-    high = Student(student.model, student.plan, {**SAMPLING, "expert": "high"})
-    low.sampling = {**SAMPLING, "expert": "low"}
+    high = Student(student.model, student.plan, {**SAMPLING, "expert": "high", "boundary": 0.8})
+    low.sampling = {**SAMPLING, "expert": "low", "boundary": 0.8}
     for given, words in ((student, "two, \\(HIGH, LOW\\)"), ((low, high), "student of the expert low for the expert high"), ((high, student), "expert None")):
         with pytest.raises(CheckpointError, match=words):
             usv.enable(twin, given)
+    with pytest.raises(CheckpointError, match=r"boundaries \[0.8, 0.8, 0.9\]"):
+        usv.enable(twin, (high, Student(low.model, low.plan, {**low.sampling, "boundary": 0.9})))
     with pytest.raises(CheckpointError, match="one, for a pipeline of one transformer"):
         usv.enable(pipe, (high, low))
     with pytest.raises(CheckpointError, match="student of the expert high"):

@@ -1,12 +1,12 @@
 """The tracker writes to wandb offline, goes on with the same run, and keeps its own jsonl."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from usv.config import LoggerConfig, SettingError
+from usv import runtime
+from usv.config import LoggerConfig, SettingError, TrainConfig
 from usv.tracking import Tracker
 from usv.video import write_mp4
 
@@ -30,8 +30,8 @@ def test_wandb_offline_without_an_account(tmp_path, monkeypatch):
     assert lines == [{"step": step, "loss/velocity": 0.5} for step in (1, 2)]
 
 
-def test_trackio_keeps_one_run_on_this_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "board"))
+def test_trackio_keeps_one_run_on_this_machine(tmp_path):
+    """In TRACKIO_DIR, which conftest.py sets before anything can import trackio."""
     write_mp4(tmp_path / "clip.mp4", torch.rand(3, 3, 16, 16))
     for step in (1, 2):
         tracker = Tracker(LoggerConfig(name="trackio"), tmp_path, {"seed": 0}, "test")
@@ -41,13 +41,13 @@ def test_trackio_keeps_one_run_on_this_machine(tmp_path, monkeypatch):
         tracker.close()
     from trackio.sqlite_storage import SQLiteStorage
 
-    (name,) = SQLiteStorage.get_runs("usv")
+    (name,) = (n for n in SQLiteStorage.get_runs("usv") if n == f"test-{(tmp_path / 'wandb_id').read_text()}")
     logs = SQLiteStorage.get_logs("usv", name)
     assert [row["step"] for row in logs if "loss/velocity" in row] == [1, 2]
     assert sum("quality/videos" in row for row in logs) == 2 and sum("sparsity/density_map" in row for row in logs) == 2
 
 
-def test_a_board_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trackio", None)
+def test_a_board_that_is_not_installed_is_named_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
     with pytest.raises(SettingError, match="pip install trackio"):
-        Tracker(LoggerConfig(name="trackio"), tmp_path, {}, "test")
+        runtime.start(TrainConfig(logger=LoggerConfig(name="trackio")))

@@ -112,8 +112,8 @@ def test_a_run_trains_validates_and_leaves_a_student(make, watched, tmp_path):
     assert [line["step"] for line in validation] == [4, 8]
     assert all(line["validation/plan_cost"] <= 0.8 + 1e-6 for line in validation)
     assert any(line["sparsity/cost"] < 1 for line in lines if "sparsity/cost" in line)
-    videos = sorted((tmp_path / "run" / "validation").glob("*.mp4"))
-    assert len(videos) == 2
+    videos = sorted((tmp_path / "run" / "validation").glob("step*_[0-9].mp4"))
+    assert len(videos) == 2 and len(list((tmp_path / "run" / "validation").glob("*.mp4"))) == 6  # and each side alone
     with av.open(str(videos[0])) as container:
         frames = [f for f in container.decode(video=0)]
     assert len(frames) == tiny.FRAMES and (frames[0].width, frames[0].height) == (4 * tiny.SIZE, 2 * tiny.SIZE)
@@ -235,6 +235,9 @@ def test_experts_are_trained_one_a_run_and_sampled_together(make, watched, tiny_
         wanted = second.state_dict() if expert == "low" else both.transformer.state_dict()
         assert all(torch.equal(teacher[0][f"transformer.{n}"], v) for n, v in wanted.items() if "rope" not in n)
         assert not list((tmp_path / expert).glob("validation/*.mp4"))
+    config.model.expert, config.output_dir = "low", str(tmp_path / "high")
+    with pytest.raises(CheckpointError, match="of the expert high, this run trains low"):
+        watched(config)
     assert levels["high"][1] == 1 and levels["high"][-1] == 1000 and 800 < levels["high"][2]
     assert levels["low"][0] == 0 and levels["low"][1] == levels["high"][0] and levels["low"][-1] == pytest.approx(800)
     pipe = load_pipeline(str(tmp_path / "wan"))
@@ -246,23 +249,24 @@ def test_experts_are_trained_one_a_run_and_sampled_together(make, watched, tiny_
 def test_a_few_step_student_of_adapters_starts_from_one(make, watched, tmp_path):
     """distill.init with lora.rank: adapters go on from adapters; whole weights are refused."""
 
-    def adapted(folder, init=None, **more):
-        config = make(folder, policy="inherit" if init else "gumbel", steps=3, **more)
-        config.lora.rank, d = 4, config.distill
+    def adapted(folder, init=None, seed=3, lr=1e-3):
+        config = make(folder, policy="inherit" if init else "gumbel", steps=3)
+        config.lora.rank, config.seed, config.optim.lr, d = 4, seed, lr, config.distill
         if init:
             d.name, d.init, d.student_timesteps, d.solver_steps, d.distribution = "trajectory", str(init), [1000.0, 600.0], 3, 0.5
         return config
 
     watched(adapted(tmp_path / "first"))
     first = load_file(tmp_path / "first" / "student" / "student.safetensors")
-    starts = []
-    _, weights, record = watched(
-        adapted(tmp_path / "few", tmp_path / "first" / "student"), at={1: lambda run: starts.append(run.guide.model.state_dict())}
-    )
-    assert weights.keys() == first.keys() and any(".lora_B." in n for n in weights) and not any("critic" in n for n in weights)
-    moved = {n: float((weights[n] - first[n]).norm() / first[n].norm()) for n in weights if ".lora_A." in n}
-    assert 0 < min(moved.values()) and max(moved.values()) < 0.5, "from where the first ended"
+    _, still, _ = watched(adapted(tmp_path / "still", tmp_path / "first" / "student", seed=4, lr=0.0))
+    assert same(still, first), "it starts where the first ended"
+    _, weights, record = watched(adapted(tmp_path / "few", tmp_path / "first" / "student", seed=4))
+    assert weights.keys() == first.keys() and not same(weights, first) and not any("critic" in n for n in weights)
     assert record["sampling"]["student_timesteps"] == [1000.0, 600.0]
+    other = adapted(tmp_path / "other", tmp_path / "first" / "student")
+    other.lora.alpha *= 2
+    with pytest.raises(ValueError, match="distill.init: got adapters of"):
+        watched(other)
     watched(make(tmp_path / "whole", steps=2))
     with pytest.raises(ValueError, match="a student of adapters"):
         watched(adapted(tmp_path / "refused", tmp_path / "whole" / "student"))

@@ -324,6 +324,8 @@ def check_train(config: TrainConfig) -> None:
         ("distill.distribution", config.distill.distribution, config.model.expert is None or not config.distill.distribution, "0, for one of two experts"),
         ("distill.solver_steps", config.distill.solver_steps, config.distill.solver_steps >= 1, "at least 1"),
         ("distill.reuse", config.distill.reuse, config.distill.reuse >= 1, "at least 1"),
+        ("distill.reuse", config.distill.reuse, config.distill.reuse == 1 or config.distill.name == "trajectory", "1, but for distill=trajectory"),
+        ("distill.guide", config.distill.guide, config.distill.guide is None or config.distill.name == "trajectory", "none, but for distill=trajectory"),
         ("distill.student_timesteps", config.distill.student_timesteps, _ladder(config.distill.student_timesteps), "1000 first, then descending above 0, or none"),
         ("distill.student_timesteps", config.distill.student_timesteps, bool(config.distill.student_timesteps) or not config.distill.distribution, "timesteps, where distill.distribution is above 0"),
         ("policy.axes", config.policy.axes, bool(config.policy.axes) and set(config.policy.axes) <= {"density", "merge"}, "[density], [merge] or both"),

@@ -197,9 +197,16 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
     if has_critic(config):
         learned = counts["adapters"] if lora else counts["transformer"]  # no gates; of its activations the student's place holds all
         found.insert(2, trained_role("critic" + (" = adapters" if lora else ""), frozen, learned, config, False, 0.0))
+    if has_guide(config):
+        found.insert(2, Role("guide", counts["transformer"], weights=half * counts["transformer"]))
     if config.model.experts > 1:
         found.insert(2, Role("other expert", counts["transformer"], where="not loaded: one expert is trained a run"))
     return found, shape, tokens
+
+
+def has_guide(config: TrainConfig) -> bool:
+    """Whether another student than the trained one gives the trajectories."""
+    return config.distill.name == "trajectory" and bool(config.distill.guide or config.distill.init)
 
 
 def has_critic(config: TrainConfig) -> bool:
@@ -223,9 +230,9 @@ def step_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> dict[str,
         flops["student forward"] += batch * config.policy.budget * dense
     if config.distill.name == "trajectory":  # rollouts of half the ladder and of the solver on average; the guide may be sparse
         own = (len(config.distill.student_timesteps) - 1) / 2
-        flops["student forward"] += batch * config.policy.budget * dense * own
-        guide = config.policy.budget if config.distill.init else 1 if config.model.guidance_scale == 1 else 2
-        flops["teacher"] = batch * dense * guide * (config.distill.solver_steps + 1) / 2
+        flops["student forward"] += batch * config.policy.budget * dense * own / config.distill.reuse
+        guide = config.policy.budget if has_guide(config) else 1 if config.model.guidance_scale == 1 else 2
+        flops["teacher"] = batch * dense * guide * (config.distill.solver_steps + 1) / 2 / config.distill.reuse
     if has_critic(
         config
     ):  # a rollout of half the ladder on average is judged by teacher and critic; then the critic's steps

@@ -101,13 +101,15 @@ class Critic:
         model: (latents, timestep, text) -> (velocity, stats), a trainable copy of the teacher.
         lr: of AdamW. flow_shift: of the noise levels it is trained and asked at.
         share: which samples of a global batch this process has. average: takes parameters, makes their gradients the mean over
-            processes; every process then holds the same critic. A `model.active()` is in force wherever the model runs.
+            processes; every process then holds the same critic. autocast: context of the forward that `update` makes. A
+            `model.active()` is in force wherever the model runs.
     """
 
     def __init__(
-        self, model, lr: float, flow_shift: float, share: flow.Share = flow.Share(), average: Callable = lambda parameters: None
-    ):
-        self.model, self.flow_shift, self.share, self.average = model, flow_shift, share, average
+        self, model, lr: float, flow_shift: float, share: flow.Share = flow.Share(), average: Callable = lambda parameters: None,
+        autocast: Callable = nullcontext,
+    ):  # fmt: skip
+        self.model, self.flow_shift, self.share, self.average, self.autocast = model, flow_shift, share, average, autocast
         self.active = getattr(model, "active", nullcontext)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
 
@@ -120,8 +122,9 @@ class Critic:
         noise = flow.normal(x0.shape, generator, self.share).to(x0.device)
         self.optimizer.zero_grad(set_to_none=True)
         with self.active():
-            velocity = self.model(flow.interpolate(x0, noise, sigma), 1000 * sigma, text)[0]
-            loss = distill.velocity_loss(velocity, flow.velocity(x0, noise)).mean()
+            with self.autocast():
+                velocity = self.model(flow.interpolate(x0, noise, sigma), 1000 * sigma, text)[0]
+                loss = distill.velocity_loss(velocity, flow.velocity(x0, noise)).mean()
             loss.backward()
         self.average([p for p in self.model.parameters() if p.grad is not None])  # of its gates none has one: it is dense
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from usv import distill, flow
-from usv.checkpoint import Student, load_student
+from usv.checkpoint import CheckpointError, Student, load_student
 from usv.config import ModelConfig
 from usv.cost import ModelShape, plan_cost, rung_costs
 from usv.cpu import keep_freed_memory
@@ -94,12 +95,16 @@ def oracle_plan(damage: np.ndarray, costs, budget: float, edges) -> SparsityPlan
 
 def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights: str, batch_size: int) -> dict:
     """The three plans at one cost, on clips that the damages were not measured on."""
+    if student.sampling.get("student_timesteps"):
+        raise CheckpointError("--ckpt: got a few-step student, accepted: one of velocity distillation; the other says where flows end")
     teacher = SparseWan(pipe.transformer, student.model.tile).eval().requires_grad_(False)
     model = student.model if weights == "student" else teacher
     plan = student.plan
     data = ShardDataset(shards, batch_size, split="val", drop_text=0.0, shuffle=False, repeat=False, model=settings.path)
-    clips = iter(data)
-    seen, unseen = next(clips), next(clips)
+    clips = list(islice(data, 2))
+    if len(clips) < 2:
+        raise ValueError(f"--batch-size: got {batch_size}, accepted: at most half of the held-out clips of {shards}")
+    seen, unseen = clips
     layout = tile_layout(model.grid_of(seen["latents"].shape), model.tile)
     shape = ModelShape.of(model.config, settings.max_sequence_length)
     costs, budget = rung_costs(shape, layout), plan_cost(plan, shape, layout)
@@ -115,8 +120,9 @@ def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights:
         for name, p in plans.items()
     }
     errors = {name: row["error"] for name, row in rows.items()}
-    gain = (errors["uniform"] - errors["learned"]) / (errors["uniform"] - errors["oracle"])
-    return {"weights": weights, "edges": list(plan.edges), "rows": rows, "gain": round(gain, 4), "damage": damage.round(7).tolist()}
+    most = errors["uniform"] - errors["oracle"]
+    gain = round((errors["uniform"] - errors["learned"]) / most, 4) if most > 0 else None  # the oracle itself gains nothing
+    return {"weights": weights, "edges": list(plan.edges), "rows": rows, "gain": gain, "damage": damage.round(7).tolist()}
 
 
 def main() -> None:
@@ -131,12 +137,20 @@ def main() -> None:
     keep_freed_memory()
     try:
         pipe = load_pipeline(args.model)
-        report = compare(ModelConfig(path=args.model), load_student(args.ckpt, pipe.transformer), pipe, args.data, args.weights, args.batch_size)
+        student = load_student(args.ckpt, pipe.transformer)
+        s = student.sampling
+        settings = ModelConfig(
+            args.model, flow_shift=s["flow_shift"], guidance_scale=s["guidance_folded_in"], max_sequence_length=s["max_sequence_length"]
+        )
+        report = compare(settings, student, pipe, args.data, args.weights, args.batch_size)
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     for name, row in report["rows"].items():
         print(f"{name:10} error {row['error']:.4f} at cost {row['cost']:.4f}")
-    print(f"the learned plan has {report['gain']:.0%} of the oracle's gain over the uniform plan, on the {args.weights}'s weights")
+    if report["gain"] is None:
+        print("the oracle's plan gains nothing over the uniform one")
+    else:
+        print(f"the learned plan has {report['gain']:.0%} of the oracle's gain over the uniform plan, on the {args.weights}'s weights")
     if args.out is not None:
         command = "python -m usv.oracle " + " ".join(sys.argv[1:])
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -142,6 +142,13 @@ def _students(pipe: WanPipeline, checkpoint) -> tuple[Student, ...]:
     for student, expert in zip(students, EXPERTS if len(bases) == 2 else (None,)):
         if (found := student.sampling.get("expert")) != expert:
             raise CheckpointError(f"enable: got a student of the expert {found} for the expert {expert}, accepted: one of its own")
+    if len(bases) == 2:
+        boundaries = [pipe.config.boundary_ratio, *(student.sampling.get("boundary") for student in students)]
+        sizes = [[student.sampling.get(key) for key in ("height", "width", "num_frames")] for student in students]
+        if len(set(boundaries)) > 1 or sizes[0] != sizes[1]:
+            raise CheckpointError(
+                f"enable: got boundaries {boundaries} of pipeline and students, sizes {sizes}; accepted: one boundary, one size"
+            )
     return students
 
 
@@ -167,10 +174,11 @@ def summary(pipe: WanPipeline) -> str:
         return "usv: not enabled; the pipeline runs its own dense transformer"
     if isinstance(state, EnabledPattern):
         return pattern_summary(state)
-    plan, record = state.student.plan, state.record
-    merged = plan.merged()
+    plans, record = [student.plan for student in state.students], state.record
+    bins = sum(len(plan.edges) for plan in plans)
+    merged = sum(plan.merged() * len(plan.edges) for plan in plans) / bins
     lines = [
-        f"usv: sparse student, {plan.num_layers} layers × {len(plan.edges)} timestep bins, {merged:.0%} of tokens merged by plan"
+        f"usv: sparse student, {plans[0].num_layers} layers × {bins} timestep bins, {merged:.0%} of tokens merged by plan"
         + ("" if state.pattern is None else f"\nblocks by {state.pattern} at the plan's densities"),
         f"executed: {record.forwards} forwards, {record.seconds:.2f} s in the transformer, attention density "
         f"{record.mean_density():.3f} of the tokens left, {record.mean_merged():.0%} merged",

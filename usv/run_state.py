@@ -1,4 +1,4 @@
-"""A run on disk: student/ to use, state/ to go on from, checkpoints/ kept, best/. On the roof: train.py and training.py use it.
+"""A run on disk: student/ to use, state/ to go on from, checkpoints/ kept, best/. On the roof: train.py and its rooms use it.
 
 Each folder is written beside its name and renamed when complete, so a kill, an error or a full disk at any moment leaves the
 one before. state/trainer.pt holds whole tensors by name: any runtime on any number of ranks goes on from it (usv/runtime.py).
@@ -33,7 +33,7 @@ def save(run) -> Path:
     """Write student and trainer state, from all ranks together; rank 0 writes."""
     student = run.student_with_average("cpu")
     state = {
-        "step": run.step, "running": run.running, "skipped": run.skipped, "student": run.engine.weights(trained=True),
+        "expert": run.config.model.expert, "step": run.step, "running": run.running, "skipped": run.skipped, "student": run.engine.weights(trained=True),
         "ema": run.engine.weights(averaged=True, trained=True), "optimizer": run.engine.moments(),
         "policy": run.policy.state_dict(), "data": run.data.state_dict(), "best": run.best,
         "policy_optimizer": None if run.policy_optimizer is None else run.policy_optimizer.state_dict(),
@@ -101,6 +101,8 @@ def resume(run) -> None:
             f"{folder}: belongs to a run of {state['steps']} steps, this one has {run.config.optim.steps}, and schedules would "
             "differ; use the same optim.steps, another output_dir, or runtime.resume=never"
         )
+    if state.get("expert") != run.config.model.expert:
+        raise CheckpointError(f"{folder}: of the expert {state.get('expert')}, this run trains {run.config.model.expert}; use another output_dir")
     try:
         run.engine.load_weights(state["student"], state["ema"])
         run.engine.load_moments(state["optimizer"])

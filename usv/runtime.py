@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -111,6 +112,8 @@ def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
     name, world = config.runtime.name, launched()
     if config.model.experts > 1 and config.model.expert is None:
         raise SettingError("model.expert: got none for a model of two experts, accepted: high | low; one is trained a run")
+    if config.logger.name == "trackio" and find_spec("trackio") is None:
+        raise SettingError("logger=trackio: not installed; pip install trackio, or logger=wandb or none")
     if name == "single" and world > 1:
         raise SettingError(
             f"runtime.name: got single on {world} processes, accepted: ddp | zero2 | zero3, e.g. runtime=ddp"

@@ -8,14 +8,12 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from usv.config import SettingError
-
 
 class Tracker:
     """Scalars to `metrics.jsonl` and to a board; heatmaps, videos and tables to the board.
 
     board: the module wandb, or trackio, which speaks the same words and keeps everything on this machine. One run has one
-    identity, kept in its folder, so that a resumed one goes on in the same place. SettingError where trackio is not installed.
+    identity, kept in its folder, so that a resumed one goes on in the same place.
     """
 
     def __init__(self, logger, output_dir: Path, config: dict, name: str):
@@ -27,10 +25,8 @@ class Tracker:
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:12])
         if logger.name == "trackio":
-            try:
-                import trackio as board
-            except ModuleNotFoundError:
-                raise SettingError("logger=trackio: not installed; pip install trackio, or logger=wandb or none") from None
+            import trackio as board
+
             name = f"{name}-{identity.read_text()}"  # trackio knows runs by their names
             self.run = board.init(project=logger.project, name=name, config=config, resume="allow", embed=False)
         else:

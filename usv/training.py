@@ -156,7 +156,7 @@ class Run:
         return lambda x, t: distill.guided_velocity(self.teacher, x, t, text, self.empty, self.config.model.guidance_scale)
 
     def guided(self, text: torch.Tensor):
-        """The same of the student of `distill.init` as it was, under its own plan; without one the teacher's."""
+        """The same of the guide (`distill.guide`, else `distill.init` as it was) under its own plan; without one the teacher's."""
         if self.guide is None:
             return self.taught(text)
         impl = self.config.attention.impl
@@ -220,7 +220,7 @@ class Run:
             "max_sequence_length": m.max_sequence_length, "flow_shift": m.flow_shift, "guidance_folded_in": m.guidance_scale,
         }  # fmt: skip
         if m.expert is not None:
-            sampling["expert"] = m.expert
+            sampling |= {"expert": m.expert, "boundary": m.boundary}
         if steps := self.current_plan().student_timesteps() or list(self.config.distill.student_timesteps):
             sampling |= {"student_timesteps": steps, "num_inference_steps": len(steps)}
         training = {"steps": self.step, "policy": self.config.policy.name, "seed": self.config.seed, "commit": commit()}
@@ -314,8 +314,7 @@ def warm_start(run: Run, config: TrainConfig) -> None:
     d = config.distill
     if d.init is not None:
         start = load_student(d.init, run.pipe.transformer)
-        if config.lora.rank and start.adapters is None:
-            raise SettingError(f"distill.init: got {d.init}, whose weights are whole, accepted with lora.rank: a student of adapters")
+        refuse_other_kind(config, start)
         run.engine.load_weights(start.model.state_dict() | (start.adapters or {}))
         if config.policy.name == "inherit":
             run.plan = start.plan
@@ -326,6 +325,7 @@ def warm_start(run: Run, config: TrainConfig) -> None:
         run.guide = load_student(d.guide, run.pipe.transformer)
     if run.guide is not None:
         run.guide.model.to(run.device).eval().requires_grad_(False)
+        run.guide.model.sequence_group = run.ranks.sequence
     if d.distribution:
         if config.lora.rank:
             model = lora.Branch(run.engine.model, config.lora.rank, config.lora.alpha)
@@ -335,7 +335,19 @@ def warm_start(run: Run, config: TrainConfig) -> None:
             model.sequence_group = run.ranks.sequence
             if config.runtime.gradient_checkpointing:
                 model.transformer.enable_gradient_checkpointing()
-        run.critic = Critic(model, d.critic_lr, config.model.flow_shift, run.share, run.ranks.average_gradients)
+        run.critic = Critic(model, d.critic_lr, config.model.flow_shift, run.share, run.ranks.average_gradients, run.engine.autocast)
+
+
+def refuse_other_kind(config: TrainConfig, start: Student) -> None:
+    """SettingError where the student of distill.init cannot go on as what is trained now."""
+    mine, theirs = config.lora, start.lora if start.adapters is not None else None
+    if mine.rank and theirs is None:
+        raise SettingError(f"distill.init: got {config.distill.init}, whose weights are whole, accepted with lora.rank: a student of adapters")
+    wanted = {"rank": mine.rank, "alpha": mine.alpha, "targets": list(mine.targets)}
+    if mine.rank and theirs | {"targets": sorted(theirs["targets"])} != wanted | {"targets": sorted(wanted["targets"])}:
+        raise SettingError(f"distill.init: got adapters of {theirs}, accepted with lora={wanted}: the same")
+    if start.sampling.get("expert") != config.model.expert:
+        raise SettingError(f"distill.init: got a student of the expert {start.sampling.get('expert')}, accepted: of {config.model.expert}")
 
 
 def make_policy(config: TrainConfig, edges, num_layers: int, costs, num_blocks: int):

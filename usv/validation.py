@@ -38,7 +38,8 @@ def velocity_error(run: Run, student: Student) -> dict[str, float]:
         run.references = []
         batch = next(iter(run.validation))
         x0, text = batch["latents"].to(run.device), batch["text"].to(run.device)
-        ladder, places = run.config.distill.student_timesteps, (torch.arange(len(x0)) + 0.5) / len(x0)
+        ladder = [] if run.config.policy.steps else run.config.distill.student_timesteps  # decided steps change as they are learned
+        places = (torch.arange(len(x0)) + 0.5) / len(x0)
         for index in range(len(ladder or run.edges)):
             generator = torch.Generator().manual_seed(index)
             sigma = torch.full((len(x0),), ladder[index] / 1000) if ladder else run.levels(index, places)
@@ -83,6 +84,14 @@ def validate(run: Run, tracker) -> dict[str, float]:
     return values
 
 
+def measured(metric, count: int) -> torch.Tensor:
+    """(count,) values; NaN where clips are too short or small for the metric, which is no reason to end a run."""
+    try:
+        return metric()
+    except ValueError:
+        return torch.full((count,), float("nan"))
+
+
 def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
     """Validation videos teacher | student for the same prompts, seeds and timesteps as inference uses."""
     batch = next(iter(run.validation))
@@ -97,7 +106,8 @@ def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
         disable(run.pipe)
     folder, rows, sides = run.folder / "validation", [], (("teacher", dense.videos), ("student", sparse.videos))
     speedup = dense.seconds["denoise"] / sparse.seconds["denoise"]
-    quality = {"PSNR to teacher": psnr(sparse.videos, dense.videos), "consistency": subject_consistency(sparse.videos), "flicker": flicker(sparse.videos)}
+    quality = {"PSNR to teacher": lambda: psnr(sparse.videos, dense.videos), "consistency": lambda: subject_consistency(sparse.videos), "flicker": lambda: flicker(sparse.videos)}
+    quality = {name: measured(metric, count) for name, metric in quality.items()}
     for i, prompt in enumerate(prompts):
         path = folder / f"step{run.step:06d}_{i}.mp4"
         write_mp4(path, torch.cat([dense.videos[i], sparse.videos[i]], dim=-1), scale=2)
