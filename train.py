@@ -133,7 +133,8 @@ def trajectory(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: tor
     sigma = torch.full((len(noise),), ladder[-1] / 1000, device=run.device)
     with run.engine.autocast():
         x = matching.arrive(run.sparse(text, lambda t: run.rungs_at(t, generator)), noise, ladder)
-        return x, sigma, text, (x - distill.flow_end(run.guided(text), x, sigma, shift, d.solver_steps)) / flow.expand(sigma, x)
+        x0 = distill.flow_end(run.guided(text), x, sigma, shift, d.solver_steps)
+    return x, sigma, text, flow.velocity_to(x, x0, sigma)
 
 
 def target(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, decisions) -> torch.Tensor:

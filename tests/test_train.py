@@ -16,36 +16,13 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from runs import ROOT, STEPS, interrupt, program, same
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train as program  # noqa: E402
-from usv.checkpoint import CheckpointError, read_config  # noqa: E402
-from usv.config import DataConfig, LoggerConfig, ModelConfig, OptimConfig, PolicyConfig, RuntimeConfig, TrainConfig  # noqa: E402
-from usv.data import ShardDataset  # noqa: E402
-from usv.plan import SparsityPlan  # noqa: E402
-
-STEPS = 8
-
-
-@pytest.fixture
-def make(tiny_wan, tiny_shards):
-    """A run's settings."""
-
-    def settings(folder, policy="gumbel", steps=STEPS, **runtime) -> TrainConfig:
-        return TrainConfig(
-            output_dir=str(folder), seed=3,
-            model=ModelConfig(str(tiny_wan), tiny.SIZE, tiny.SIZE, tiny.FRAMES, tiny.TEXT, list(tiny.TILE), num_inference_steps=2),
-            policy=PolicyConfig(policy, budget=0.8, bins=2, warm_down=[0.0, 0.4], freeze_at=0.6),
-            data=DataConfig(str(tiny_shards), drop_text=0.2, validation_clips=2),
-            optim=OptimConfig(steps=steps, batch_size=2, lr=1e-3, warmup=2),
-            runtime=RuntimeConfig(precision="fp32", checkpoint_seconds=1e9, **runtime),
-            logger=LoggerConfig("none", every=1, validate_every=4),
-        )  # fmt: skip
-
-    return settings
+from usv.checkpoint import CheckpointError, read_config
+from usv.config import TrainConfig
+from usv.data import ShardDataset
+from usv.plan import SparsityPlan
 
 
 def arguments(config: TrainConfig) -> list[str]:
@@ -56,38 +33,6 @@ def arguments(config: TrainConfig) -> list[str]:
             if not is_dataclass(value):
                 words.append(f"{group}.{key}={'null' if value is None else str(value).replace(' ', '')}")
     return words
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """Runs train() here; gives the exact loss and gradient norm of every step, and calls `at[step]` after that step."""
-    handler = signal.getsignal(signal.SIGINT)
-    original = program.log_step
-
-    def run(config, at=None):
-        seen = {}
-
-        def spy(run, record, tracker):
-            if "loss/velocity" in record.values:  # not of a skipped step
-                seen[run.step] = (record.values["loss/velocity"], record.values["optim/gradient_norm"])
-            original(run, record, tracker)
-            if at and run.step in at:
-                at[run.step](run)
-
-        monkeypatch.setattr(program, "log_step", spy)
-        folder = program.train(config)
-        return seen, load_file(folder / "student.safetensors"), read_config(folder)
-
-    yield run
-    signal.signal(signal.SIGINT, handler)
-
-
-def interrupt(_run):
-    signal.raise_signal(signal.SIGINT)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def logged(folder):
@@ -148,74 +93,6 @@ def test_gradient_checkpointing_trains_the_same(make, watched, tmp_path):
     assert plain == again
 
 
-def test_steps_are_decided_with_the_rungs(make, watched, tmp_path):
-    """policy.steps: jumps are measured, the plan says which steps run, the student samples with those, the budget is all steps'."""
-    config = make(tmp_path / "run")
-    config.policy.steps, config.policy.bins, config.policy.budget, config.distill.name = True, 3, 0.4, "consistency"
-    seen = []
-    watched(config, at={4: lambda run: seen.append(run.policy.jump_seen.clone())})
-    assert float(seen[0].sum()) == 4 and float(seen[0][-1]) == 0  # a jump a step; pure noise is never jumped
-    record = read_config(tmp_path / "run" / "student")
-    plan = SparsityPlan.from_dict(record["plan"])
-    assert len(plan.steps) == 3 and plan.steps[-1]
-    assert record["sampling"]["student_timesteps"] == plan.student_timesteps()
-    last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    cost = [line["validation/plan_cost"] for line in last if "validation/plan_cost" in line][-1]
-    assert cost * sum(plan.steps) / 3 <= 0.4 + 1e-6
-
-
-def test_few_steps_from_a_velocity_student(make, watched, tmp_path):
-    """distill=few_step on the plan of another run: the plan is inherited, the critic learns, resume is exact."""
-    first = make(tmp_path / "first", steps=2)
-    watched(first)
-
-    def few(folder):
-        config = make(folder, policy="inherit", steps=3)
-        d = config.distill
-        d.name, d.init, d.student_timesteps, d.distribution = "consistency", str(tmp_path / "first" / "student"), [1000.0, 600.0], 0.5
-        return config
-
-    watched(few(tmp_path / "whole"))
-    plan = lambda name: json.loads((tmp_path / name / "student" / "config.json").read_text())  # noqa: E731
-    assert plan("whole")["plan"] == plan("first")["plan"]
-    assert plan("whole")["sampling"]["student_timesteps"] == [1000.0, 600.0]
-    values = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert any("loss/critic" in row for row in values) and any("validation/velocity_error" in row for row in values)
-    watched(few(tmp_path / "parts"), at={2: interrupt})
-    watched(few(tmp_path / "parts"))
-    a, b = (load_file(tmp_path / n / "student" / "student.safetensors") for n in ("whole", "parts"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
-    """The student of distill.init guides: asked at the levels of its flow, and left as it was; without it the teacher does."""
-    first = make(tmp_path / "first", steps=2)
-    watched(first)
-    kept = load_file(tmp_path / "first" / "student" / "student.safetensors")
-
-    def few(folder, init, **settings):
-        config = make(folder, policy="inherit" if init else "static", **settings)
-        d = config.distill
-        d.name, d.init, d.student_timesteps, d.solver_steps = "trajectory", init, [1000.0, 600.0], 3
-        config.logger.validate_every = 2
-        return config
-
-    init, guides = str(tmp_path / "first" / "student"), []
-    seen, weights, _ = watched(few(tmp_path / "whole", init, steps=3), at={3: lambda run: guides.append(run.guide.model.state_dict())})
-    assert sorted(seen) == [1, 2, 3]
-    assert all(torch.equal(guides[0][k], v) for k, v in kept.items())
-    assert any(not torch.equal(weights[k], v) for k, v in kept.items() if k in weights)
-    other = few(tmp_path / "other", init, steps=1)
-    other.distill.guide = str(tmp_path / "whole" / "student")
-    watched(other, at={1: lambda run: guides.append(run.guide.model.state_dict())})
-    assert all(torch.equal(guides[1][k], v) for k, v in load_file(tmp_path / "whole" / "student" / "student.safetensors").items())
-    taught, _, _ = watched(few(tmp_path / "taught", None, steps=2))
-    assert sorted(taught) == [1, 2]
-    values = [json.loads(line) for line in (tmp_path / "taught" / "metrics.jsonl").read_text().splitlines()]
-    asked = {key for row in values for key in row if key.startswith("validation_by_noise/")}
-    assert asked == {"validation_by_noise/t_1000", "validation_by_noise/t_600"}  # where the student will be sampled, nowhere else
-
-
 def test_experts_are_trained_one_a_run_and_sampled_together(make, watched, tiny_wan, tmp_path):
     """Each sees its own noise levels only, starts at its own transformer, and both run in one pipeline."""
     from diffusers import WanPipeline
@@ -244,32 +121,6 @@ def test_experts_are_trained_one_a_run_and_sampled_together(make, watched, tiny_
     usv.enable(pipe, (tmp_path / "high" / "student", tmp_path / "low" / "student"))
     videos = generate(pipe, make(tmp_path / "x").model, ["a cat"], [0], 1, 3).videos
     assert torch.isfinite(videos).all() and pipe._usv.record.forwards == 3
-
-
-def test_a_few_step_student_of_adapters_starts_from_one(make, watched, tmp_path):
-    """distill.init with lora.rank: adapters go on from adapters; whole weights are refused."""
-
-    def adapted(folder, init=None, seed=3, lr=1e-3):
-        config = make(folder, policy="inherit" if init else "gumbel", steps=3)
-        config.lora.rank, config.seed, config.optim.lr, d = 4, seed, lr, config.distill
-        if init:
-            d.name, d.init, d.student_timesteps, d.solver_steps, d.distribution = "trajectory", str(init), [1000.0, 600.0], 3, 0.5
-        return config
-
-    watched(adapted(tmp_path / "first"))
-    first = load_file(tmp_path / "first" / "student" / "student.safetensors")
-    _, still, _ = watched(adapted(tmp_path / "still", tmp_path / "first" / "student", seed=4, lr=0.0))
-    assert same(still, first), "it starts where the first ended"
-    _, weights, record = watched(adapted(tmp_path / "few", tmp_path / "first" / "student", seed=4))
-    assert weights.keys() == first.keys() and not same(weights, first) and not any("critic" in n for n in weights)
-    assert record["sampling"]["student_timesteps"] == [1000.0, 600.0]
-    other = adapted(tmp_path / "other", tmp_path / "first" / "student")
-    other.lora.alpha *= 2
-    with pytest.raises(ValueError, match="distill.init: got adapters of"):
-        watched(other)
-    watched(make(tmp_path / "whole", steps=2))
-    with pytest.raises(ValueError, match="a student of adapters"):
-        watched(adapted(tmp_path / "refused", tmp_path / "whole" / "student"))
 
 
 @pytest.fixture

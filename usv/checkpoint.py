@@ -50,6 +50,10 @@ class Student:
     lora: dict | None = None
     adapters: dict | None = None
 
+    def executed_plan(self) -> SparsityPlan:
+        """The plan's rows at the timesteps that are sampled: of a few-step student its own, else all."""
+        return self.plan.sampled(self.sampling.get("student_timesteps") or ())
+
 
 def atomic_folder(path: Path, write) -> None:
     """Fill a temporary sibling by `write(folder)`, then put it in the place of `path`; the old one stands until then."""

@@ -72,7 +72,7 @@ def consistency_velocity(student, wanted, x_t, sigma, following) -> torch.Tensor
     x = solver_step(x_t, wanted, sigma, following)
     at_end = flow.expand(following <= 0, x)
     x0 = torch.where(at_end, x, flow.x0_from_velocity(x, student(x, 1000 * following).float(), following))
-    return (x_t - x0) / flow.expand(sigma, x_t)
+    return flow.velocity_to(x_t, x0, sigma)
 
 
 def distribution_matching_loss(x0: torch.Tensor, teacher_x0: torch.Tensor, critic_x0: torch.Tensor) -> torch.Tensor:

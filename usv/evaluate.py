@@ -169,8 +169,7 @@ def _flops_ratio(pipe, model: ModelConfig, checkpoint) -> float:
     side = pipe.vae_scale_factor_spatial
     frames = (model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
     grid = student.model.grid_of((frames, model.height // side, model.width // side))
-    plan = student.plan.sampled(student.sampling.get("student_timesteps") or ())
-    ratio = 1 / plan_cost(plan, shape, tile_layout(grid, student.model.tile))
+    ratio = 1 / plan_cost(student.executed_plan(), shape, tile_layout(grid, student.model.tile))
     usv.disable(pipe)
     return ratio
 

@@ -48,6 +48,19 @@ def x0_from_velocity(x_t: torch.Tensor, v: torch.Tensor, sigma: torch.Tensor) ->
     return x_t - expand(sigma, x_t) * v
 
 
+def velocity_to(x_t: torch.Tensor, x0: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The velocity that leads straight from (x_t, sigma) to x0; inverse of `x0_from_velocity`."""
+    return (x_t - x0) / expand(sigma, x_t)
+
+
+def bin_levels(bin, place, count: int, shift: float, begin: float = 0.0, end: float = 1.0) -> torch.Tensor:
+    """Noise levels at places in [0, 1] of a timestep bin, one of `count` that divide begin to end of the sampler's uniform time.
+
+    bin, place: a number and (B,), or the reverse.
+    """
+    return shift_sigma(begin + (end - begin) * (bin + place) / count, shift)
+
+
 @dataclass(frozen=True)
 class Share:
     """Which rows of a global batch this process works on: run `rank` of `world` equal runs."""

@@ -11,6 +11,7 @@ import torch
 from diffusers import WanPipeline
 
 from usv.config import ModelConfig, SettingError
+from usv.patterns_pipeline import transformers_of
 from usv.pipeline import Enabled, frames_argument
 
 # A codec that keeps every frame makes diffusers say, for each call, that it rounds a number of frames it does not change.
@@ -50,11 +51,16 @@ def load_pipeline(
         pipe.transformer, pipe.transformer_2 = pipe.transformer_2, None
     if expert is not None:
         pipe.register_to_config(boundary_ratio=None)
-    for transformer in filter(None, (pipe.transformer, pipe.transformer_2)):
-        rope = transformer.rope  # fp64 tables would make every query and key of the dense model fp64
-        rope.freqs_cos, rope.freqs_sin = rope.freqs_cos.float(), rope.freqs_sin.float()
+    for transformer in transformers_of(pipe).values():
+        single_precision_rope(transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def single_precision_rope(transformer) -> None:
+    """fp64 tables would make every query and key of the dense model fp64."""
+    rope = transformer.rope
+    rope.freqs_cos, rope.freqs_sin = rope.freqs_cos.float(), rope.freqs_sin.float()
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class Judge:
         x0, text, shift = batch["latents"], batch["text"], settings.flow_shift
         for index in range(len(edges)):
             generator = torch.Generator().manual_seed(seed + index)
-            sigma = flow.shift_sigma((index + (torch.arange(len(x0)) + 0.5) / len(x0)) / len(edges), shift)
+            sigma = flow.bin_levels(index, (torch.arange(len(x0)) + 0.5) / len(x0), len(edges), shift)
             x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator), sigma)
             wanted = distill.guided_velocity(teacher, x_t, 1000 * sigma, text, empty, settings.guidance_scale)
             weight = flow.slope(sigma, shift)

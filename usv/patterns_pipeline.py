@@ -66,6 +66,12 @@ class EnabledPattern:
     undo: list[Callable[[], None]]
 
 
+def transformers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The transformers of a pipeline by their places in it; of two experts that for high noise first."""
+    places = ("transformer", "transformer_2")
+    return {place: getattr(pipe, place) for place in places if getattr(pipe, place, None) is not None}
+
+
 def enable_pattern(
     pipe: DiffusionPipeline, attention: str, impl: str = "auto", recall_rows: int = 0, **options
 ) -> DiffusionPipeline:
@@ -82,11 +88,10 @@ def enable_pattern(
     """
     pattern = make_pattern(attention, **options)
     record = PatternRecord()
-    names = [name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None]
-    require(bool(names), "pipe", f"a {type(pipe).__name__}", "a pipeline with a Wan, CogVideoX or HunyuanVideo transformer")
+    transformers = transformers_of(pipe)
+    require(bool(transformers), "pipe", f"a {type(pipe).__name__}", "a pipeline with a Wan, CogVideoX or HunyuanVideo transformer")
     undo: list[Callable[[], None]] = []
-    for name in names:
-        transformer = getattr(pipe, name)
+    for transformer in transformers.values():
         undo.append(attach(transformer, pattern, progress_of(pipe), record.calls.append, impl, recall_rows))
         undo.append(_count_forwards(transformer, record))
     pipe._usv = EnabledPattern(attention, pattern, record, undo)

@@ -32,6 +32,7 @@ from usv.patterns_pipeline import (
     enable_pattern,
     pattern_summary,
     progress_of,
+    transformers_of,
 )
 from usv.plan import MERGE_LADDER, SparsityPlan
 from usv.sampler import StudentScheduler
@@ -64,7 +65,7 @@ class Record:
 class Enabled:
     """State that `enable` hangs on a pipeline and `disable` removes."""
 
-    originals: tuple[torch.nn.Module, ...]  # by PLACES
+    originals: dict[str, torch.nn.Module]  # by their places in the pipeline
     original_class: type
     students: tuple[Student, ...]
     record: Record  # of all students together
@@ -77,7 +78,7 @@ class Enabled:
         return self.students[0]
 
 
-PLACES, EXPERTS = ("transformer", "transformer_2"), ("high", "low")  # where a pipeline keeps its transformers, and their experts' names
+EXPERTS = ("high", "low")  # as a pipeline of two orders them
 
 
 def enable(
@@ -118,11 +119,11 @@ def enable(
             pattern = pattern or chosen
             fine[i] = PlannedPattern(chosen, model.num_layers, model.tile, progress_of(pipe), record.calls.append, impl, recall_rows)
     disable(pipe)  # only now: what cannot be loaded leaves the pipeline as it was
-    originals = tuple(getattr(pipe, place) for place, _ in zip(PLACES, students))
+    originals = transformers_of(pipe)
     state = Enabled(originals, type(pipe), students, record, pipe.scheduler, pattern)
     if students[0].sampling.get("student_timesteps"):
         pipe.scheduler = StudentScheduler(students[0].sampling["student_timesteps"])
-    for place, student, chosen in zip(PLACES, students, fine):
+    for place, student, chosen in zip(originals, students, fine):
         setattr(pipe, place, planned(student.model, student.plan, record, impl, chosen))
     pipe.__class__ = _student_pipeline(type(pipe), students[0].sampling)
     pipe._usv = state
@@ -132,8 +133,7 @@ def enable(
 def _students(pipe: WanPipeline, checkpoint) -> tuple[Student, ...]:
     """A student for every transformer of the pipeline. CheckpointError where number or experts differ."""
     before = getattr(pipe, "_usv", None)
-    bases = [getattr(pipe, place) for place in PLACES if getattr(pipe, place, None) is not None]
-    bases = before.originals if isinstance(before, Enabled) else bases
+    bases = list((before.originals if isinstance(before, Enabled) else transformers_of(pipe)).values())
     given = checkpoint if isinstance(checkpoint, (tuple, list)) else [checkpoint]
     if len(given) != len(bases):
         wanted = "two, (HIGH, LOW), for a pipeline of two experts" if len(bases) == 2 else "one, for a pipeline of one transformer"
@@ -159,7 +159,7 @@ def disable(pipe: WanPipeline) -> WanPipeline:
         return disable_pattern(pipe)
     if state is not None:
         pipe.__class__ = state.original_class
-        for place, student, original in zip(PLACES, state.students, state.originals):
+        for student, (place, original) in zip(state.students, state.originals.items()):
             del student.model.transformer.forward  # the instance's override, not the class's method
             setattr(pipe, place, original)
         pipe.scheduler = state.scheduler

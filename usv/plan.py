@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from usv.flow import shift_sigma
+from usv.flow import bin_levels
 from usv.grid import TileLayout
 
 DENSITY_LADDER = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -66,8 +66,8 @@ def timestep_bins(count: int, flow_shift: float, begin: float = 0.0, end: float 
     """
     import torch
 
-    u = begin + (end - begin) * torch.arange(1, count + 1, dtype=torch.float64) / count
-    return tuple((1000 * shift_sigma(u, flow_shift)).tolist())
+    bins = torch.arange(count, dtype=torch.float64)
+    return tuple((1000 * bin_levels(bins, 1, count, flow_shift, begin, end)).tolist())
 
 
 def bin_of(timestep: float, edges: tuple[float, ...]) -> int:

@@ -31,7 +31,7 @@ from usv.config import SettingError, TrainConfig
 from usv.cpu import fast_dtype
 from usv.dry_run import transformer_config
 from usv.flow import Share
-from usv.generate import load_pipeline
+from usv.generate import load_pipeline, single_precision_rope
 from usv.optim import MuonAdamW
 from usv.sequence_parallel import SequenceGroup
 
@@ -199,10 +199,7 @@ def frozen_pipeline(config: TrainConfig, ranks: Ranks) -> WanPipeline:
     if m.weights == "random":
         torch.manual_seed(config.seed)
         transformer = WanTransformer3DModel.from_config(transformer_config(config))
-        transformer.rope.freqs_cos, transformer.rope.freqs_sin = (
-            transformer.rope.freqs_cos.float(),
-            transformer.rope.freqs_sin.float(),
-        )
+        single_precision_rope(transformer)
         pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
         pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal = m.codec.scale_spatial, m.codec.scale_temporal
         return pipe.to(str(ranks.device))

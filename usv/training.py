@@ -124,8 +124,7 @@ class Run:
 
     def levels(self, bin: int, place: torch.Tensor) -> torch.Tensor:
         """Noise levels (B,) at places (B,) in [0, 1) of a timestep bin."""
-        begin, end = self.span
-        return flow.shift_sigma(begin + (end - begin) * (bin + place) / len(self.edges), self.config.model.flow_shift)
+        return flow.bin_levels(bin, place, len(self.edges), self.config.model.flow_shift, *self.span)
 
     def decide(self, bin: int, target: float, tau: float, generator: torch.Generator) -> Decisions:
         """The policy's decision, or the frozen plan's after `freeze_at`."""

@@ -22,8 +22,7 @@ def _reference(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Ten
     d, teacher = run.config.distill, run.taught(text)
     if d.name == "velocity":
         return teacher(x_t, 1000 * sigma)
-    x = distill.flow_end(teacher, x_t, sigma, run.config.model.flow_shift, d.solver_steps)
-    return (x_t - x) / flow.expand(sigma, x_t)
+    return flow.velocity_to(x_t, distill.flow_end(teacher, x_t, sigma, run.config.model.flow_shift, d.solver_steps), sigma)
 
 
 @torch.no_grad()
@@ -66,7 +65,7 @@ def validate(run: Run, tracker) -> dict[str, float]:
         return {}
     with run.engine.autocast():
         values = velocity_error(run, student)
-    plan = student.plan.sampled(student.sampling.get("student_timesteps") or ())
+    plan = student.executed_plan()
     values["validation/plan_cost"] = plan_cost(plan, run.shape, run.layout)
     values["validation/plan_density"] = plan.density(run.layout.num_blocks)
     values["validation/plan_merged"] = plan.merged()
@@ -84,12 +83,12 @@ def validate(run: Run, tracker) -> dict[str, float]:
     return values
 
 
-def measured(metric, count: int) -> torch.Tensor:
-    """(count,) values; NaN where clips are too short or small for the metric, which is no reason to end a run."""
+def measured(metric, *videos: torch.Tensor) -> torch.Tensor:
+    """(N,) values of N clips; NaN where they are too short or small for the metric, which is no reason to end a run."""
     try:
-        return metric()
+        return metric(*videos)
     except ValueError:
-        return torch.full((count,), float("nan"))
+        return torch.full((len(videos[0]),), float("nan"))
 
 
 def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
@@ -106,8 +105,11 @@ def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
         disable(run.pipe)
     folder, rows, sides = run.folder / "validation", [], (("teacher", dense.videos), ("student", sparse.videos))
     speedup = dense.seconds["denoise"] / sparse.seconds["denoise"]
-    quality = {"PSNR to teacher": lambda: psnr(sparse.videos, dense.videos), "consistency": lambda: subject_consistency(sparse.videos), "flicker": lambda: flicker(sparse.videos)}
-    quality = {name: measured(metric, count) for name, metric in quality.items()}
+    quality = {
+        "PSNR to teacher": measured(psnr, sparse.videos, dense.videos),
+        "consistency": measured(subject_consistency, sparse.videos),
+        "flicker": measured(flicker, sparse.videos),
+    }
     for i, prompt in enumerate(prompts):
         path = folder / f"step{run.step:06d}_{i}.mp4"
         write_mp4(path, torch.cat([dense.videos[i], sparse.videos[i]], dim=-1), scale=2)

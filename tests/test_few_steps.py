@@ -1,0 +1,105 @@
+"""Few-step students: steps decided by the policy, consistency and distribution matching, trajectories of a guide, adapters."""
+
+import json
+
+import pytest
+import torch
+from runs import interrupt, same
+from safetensors.torch import load_file
+
+from usv.checkpoint import read_config
+from usv.plan import SparsityPlan
+
+
+def test_steps_are_decided_with_the_rungs(make, watched, tmp_path):
+    """policy.steps: jumps are measured, the plan says which steps run, the student samples with those, the budget is all steps'."""
+    config = make(tmp_path / "run")
+    config.policy.steps, config.policy.bins, config.policy.budget, config.distill.name = True, 3, 0.4, "consistency"
+    seen = []
+    watched(config, at={4: lambda run: seen.append(run.policy.jump_seen.clone())})
+    assert float(seen[0].sum()) == 4 and float(seen[0][-1]) == 0  # a jump a step; pure noise is never jumped
+    record = read_config(tmp_path / "run" / "student")
+    plan = SparsityPlan.from_dict(record["plan"])
+    assert len(plan.steps) == 3 and plan.steps[-1]
+    assert record["sampling"]["student_timesteps"] == plan.student_timesteps()
+    last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    cost = [line["validation/plan_cost"] for line in last if "validation/plan_cost" in line][-1]
+    assert cost * sum(plan.steps) / 3 <= 0.4 + 1e-6
+
+
+def test_few_steps_from_a_velocity_student(make, watched, tmp_path):
+    """distill=few_step on the plan of another run: the plan is inherited, the critic learns, resume is exact."""
+    first = make(tmp_path / "first", steps=2)
+    watched(first)
+
+    def few(folder):
+        config = make(folder, policy="inherit", steps=3)
+        d = config.distill
+        d.name, d.init, d.student_timesteps, d.distribution = "consistency", str(tmp_path / "first" / "student"), [1000.0, 600.0], 0.5
+        return config
+
+    watched(few(tmp_path / "whole"))
+    plan = lambda name: json.loads((tmp_path / name / "student" / "config.json").read_text())  # noqa: E731
+    assert plan("whole")["plan"] == plan("first")["plan"]
+    assert plan("whole")["sampling"]["student_timesteps"] == [1000.0, 600.0]
+    values = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert any("loss/critic" in row for row in values) and any("validation/velocity_error" in row for row in values)
+    watched(few(tmp_path / "parts"), at={2: interrupt})
+    watched(few(tmp_path / "parts"))
+    a, b = (load_file(tmp_path / n / "student" / "student.safetensors") for n in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
+    """The student of distill.init guides: asked at the levels of its flow, and left as it was; without it the teacher does."""
+    first = make(tmp_path / "first", steps=2)
+    watched(first)
+    kept = load_file(tmp_path / "first" / "student" / "student.safetensors")
+
+    def few(folder, init, **settings):
+        config = make(folder, policy="inherit" if init else "static", **settings)
+        d = config.distill
+        d.name, d.init, d.student_timesteps, d.solver_steps = "trajectory", init, [1000.0, 600.0], 3
+        config.logger.validate_every = 2
+        return config
+
+    init, guides = str(tmp_path / "first" / "student"), []
+    seen, weights, _ = watched(few(tmp_path / "whole", init, steps=3), at={3: lambda run: guides.append(run.guide.model.state_dict())})
+    assert sorted(seen) == [1, 2, 3]
+    assert all(torch.equal(guides[0][k], v) for k, v in kept.items())
+    assert any(not torch.equal(weights[k], v) for k, v in kept.items() if k in weights)
+    other = few(tmp_path / "other", init, steps=1)
+    other.distill.guide = str(tmp_path / "whole" / "student")
+    watched(other, at={1: lambda run: guides.append(run.guide.model.state_dict())})
+    assert all(torch.equal(guides[1][k], v) for k, v in load_file(tmp_path / "whole" / "student" / "student.safetensors").items())
+    taught, _, _ = watched(few(tmp_path / "taught", None, steps=2))
+    assert sorted(taught) == [1, 2]
+    values = [json.loads(line) for line in (tmp_path / "taught" / "metrics.jsonl").read_text().splitlines()]
+    asked = {key for row in values for key in row if key.startswith("validation_by_noise/")}
+    assert asked == {"validation_by_noise/t_1000", "validation_by_noise/t_600"}  # where the student will be sampled, nowhere else
+
+
+def test_a_few_step_student_of_adapters_starts_from_one(make, watched, tmp_path):
+    """distill.init with lora.rank: adapters go on from adapters; whole weights are refused."""
+
+    def adapted(folder, init=None, seed=3, lr=1e-3):
+        config = make(folder, policy="inherit" if init else "gumbel", steps=3)
+        config.lora.rank, config.seed, config.optim.lr, d = 4, seed, lr, config.distill
+        if init:
+            d.name, d.init, d.student_timesteps, d.solver_steps, d.distribution = "trajectory", str(init), [1000.0, 600.0], 3, 0.5
+        return config
+
+    watched(adapted(tmp_path / "first"))
+    first = load_file(tmp_path / "first" / "student" / "student.safetensors")
+    _, still, _ = watched(adapted(tmp_path / "still", tmp_path / "first" / "student", seed=4, lr=0.0))
+    assert same(still, first), "it starts where the first ended"
+    _, weights, record = watched(adapted(tmp_path / "few", tmp_path / "first" / "student", seed=4))
+    assert weights.keys() == first.keys() and not same(weights, first) and not any("critic" in n for n in weights)
+    assert record["sampling"]["student_timesteps"] == [1000.0, 600.0]
+    other = adapted(tmp_path / "other", tmp_path / "first" / "student")
+    other.lora.alpha *= 2
+    with pytest.raises(ValueError, match="distill.init: got adapters of"):
+        watched(other)
+    watched(make(tmp_path / "whole", steps=2))
+    with pytest.raises(ValueError, match="a student of adapters"):
+        watched(adapted(tmp_path / "refused", tmp_path / "whole" / "student"))
