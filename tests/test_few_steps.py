@@ -72,6 +72,10 @@ def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
     other.distill.guide = str(tmp_path / "whole" / "student")
     watched(other, at={1: lambda run: guides.append(run.guide.model.state_dict())})
     assert all(torch.equal(guides[1][k], v) for k, v in load_file(tmp_path / "whole" / "student" / "student.safetensors").items())
+    other = few(tmp_path / "by_teacher", init, steps=1)
+    other.distill.guide = "teacher"
+    watched(other, at={1: lambda run: guides.append(run.guide)})
+    assert guides[2] is None
     taught, _, _ = watched(few(tmp_path / "taught", None, steps=2))
     assert sorted(taught) == [1, 2]
     values = [json.loads(line) for line in (tmp_path / "taught" / "metrics.jsonl").read_text().splitlines()]

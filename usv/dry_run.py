@@ -206,7 +206,7 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
 
 def has_guide(config: TrainConfig) -> bool:
     """Whether another student than the trained one gives the trajectories."""
-    return config.distill.name == "trajectory" and bool(config.distill.guide or config.distill.init)
+    return config.distill.name == "trajectory" and config.distill.guide != "teacher" and bool(config.distill.guide or config.distill.init)
 
 
 def has_critic(config: TrainConfig) -> bool:

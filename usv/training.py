@@ -318,9 +318,9 @@ def warm_start(run: Run, config: TrainConfig) -> None:
         if config.policy.name == "inherit":
             run.plan = start.plan
             run.edges = start.plan.edges
-        if d.name == "trajectory":
+        if d.name == "trajectory" and d.guide is None:
             run.guide = start
-    if d.name == "trajectory" and d.guide is not None:
+    if d.name == "trajectory" and d.guide not in (None, "teacher"):
         run.guide = load_student(d.guide, run.pipe.transformer)
     if run.guide is not None:
         run.guide.model.to(run.device).eval().requires_grad_(False)
