@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from usv import distill, flow, matching
 from usv.config import SettingError, TrainConfig, check_overrides, check_train, config_groups, typed
-from usv.cpu import keep_freed_memory
+from usv.cpu import keep_freed_memory, use_all_cores
 from usv.dry_run import report
 from usv.models.wan import Probe
 from usv.plan import bin_of
@@ -44,6 +44,7 @@ def train(config: TrainConfig) -> Path:
     """The whole job; returns the student's folder."""
     keep_freed_memory()
     accelerator, ranks = start(config)
+    use_all_cores(config.runtime.threads)
     run = build(config, accelerator, ranks)
     tracker = Tracker(config.logger, run.folder, asdict(config), run.folder.name) if ranks.first else Silent()
     resume(run)

@@ -90,6 +90,7 @@ def test_full_width_trains(tmp_path):
         (["runtime=ddp", "runtime.sequence_parallel=0"], "runtime.sequence_parallel: got 0"),
         (["runtime.name=fsdp"], "runtime.name: got fsdp, accepted: single | ddp | zero2 | zero3"),
         (["optim.optimizer=sgd"], "optim.optimizer: got sgd, accepted: adamw | muon | adamw8bit"),
+        (["runtime.threads=0"], "runtime.threads: got 0"),
         (["runtime.max_skipped=0"], "runtime.max_skipped: got 0"),
     ],
 )

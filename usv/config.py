@@ -181,7 +181,7 @@ class RuntimeConfig:
     optimiser states in CPU memory. zero3_persist: tensors of at most so many elements are never partitioned.
     sequence_parallel: so many ranks share each sample, every one with a part of its tokens and, in attention, of the heads.
     keep: older checkpoints kept beside the newest; the best is kept besides. max_skipped: non-finite steps in a row that
-    are skipped before the run stops.
+    are skipped before the run stops. threads: of a process on the CPU; none: its share of the cores.
     """
 
     name: str = "single"
@@ -193,6 +193,7 @@ class RuntimeConfig:
     checkpoint_seconds: float = 60.0
     keep: int = 0
     max_skipped: int = 5
+    threads: int | None = None
     resume: str = "auto"
 
 
@@ -348,6 +349,7 @@ def check_train(config: TrainConfig) -> None:
         ("runtime.sequence_parallel", config.runtime.sequence_parallel, config.runtime.sequence_parallel >= 1, "1 (off) or more"),
         ("runtime.sequence_parallel", config.runtime.sequence_parallel, config.runtime.sequence_parallel == 1 or config.runtime.name != "single", "1 with runtime=single; above it runtime=ddp | zero2 | zero3 on as many processes or a multiple"),
         ("runtime.keep", config.runtime.keep, config.runtime.keep >= 0, "0 or more"),
+        ("runtime.threads", config.runtime.threads, config.runtime.threads is None or config.runtime.threads >= 1, "at least 1, or none"),
         ("runtime.max_skipped", config.runtime.max_skipped, config.runtime.max_skipped >= 1, "at least 1"),
         ("lora.rank", config.lora.rank, config.lora.rank >= 0, "0 (all weights) or more"),
         ("optim.optimizer", config.optim.optimizer, config.optim.optimizer in ("adamw", "muon", "adamw8bit"), "adamw | muon | adamw8bit"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -23,6 +24,20 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # musl and others
         return False
     return all(mallopt(option, value) for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 28)))
+
+
+def use_all_cores(threads: int | None = None) -> int:
+    """Threads PyTorch computes with, set to `threads`, else to this process's share of the cores under `accelerate launch`.
+
+    The launcher sets OMP_NUM_THREADS=1 where nobody chose a number, and training then leaves all cores but one idle. Without
+    the launcher, or with another number than 1, nothing is changed.
+    """
+    if threads is None and "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
 
 
 def fast_dtype() -> torch.dtype:
