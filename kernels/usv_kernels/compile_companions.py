@@ -1,12 +1,6 @@
-"""What the compiler makes of every companion kernel, without a GPU: `python -m usv_kernels.compile_companions 80 90 100 gfx942`.
+"""What the compiler makes of every companion kernel, without a GPU; `compile_report` tabulates it beside the attention kernels."""
 
-Prints one JSON object a line: kernel, target, and what the assembler made of it. `compile_report` tabulates them beside the
-attention kernels. Not with TRITON_INTERPRET set.
-"""
-
-import json
 import re
-import sys
 
 import torch
 import triton
@@ -75,10 +69,3 @@ def build(kernel, pointers: str, other: dict, constants: dict, warps: int, targe
         "dots": ptx.count("mma.sync") + ptx.count("wgmma.mma_async") + ptx.count("tcgen05.mma"),
         "wide_accesses": ptx.count(".v4.b32"),
     }  # fmt: skip
-
-
-if __name__ == "__main__":
-    for target in sys.argv[1:]:
-        target = target if target == "gfx942" else int(target)
-        for entry in kernels(target):
-            print(json.dumps(build(*entry, target)), flush=True)

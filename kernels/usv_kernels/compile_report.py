@@ -2,17 +2,15 @@
 
 Compiles each kernel and tile shape to machine code for sm_80, sm_90 and sm_100 and to gfx942 assembly, disassembles it, and
 tabulates registers, spills, shared memory, the occupancy these allow, and the instructions of the inner loop; then the
-companion kernels (`compile_companions`). Figures of compiled code, not of speed. An interrupted run goes on where it stopped:
-finished rows lie in kernels_compiled.partial.jsonl beside the report until it is written.
+companion kernels (`compile_companions`). Figures of compiled code, not of speed. About 70 seconds on two cores.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,14 +31,14 @@ def kernels():
             "delta": triton_backward.delta_kernel, "gate_sum": triton_backward.gate_sum_kernel}  # fmt: skip
 
 
-def source(name: str, dim: int, dtype: torch.dtype, layout: str, extras: bool):
-    """ASTSource and options of one variant, typed as `triton_launch` calls it; extras: with key bias and block gates."""
+def source(name: str, dim: int, dtype: torch.dtype, layout: str, extras: bool, arch: int):
+    """ASTSource and tile shape of one variant, typed as `triton_launch` calls it; extras: with key bias and block gates."""
     from triton.compiler import ASTSource
 
     from .block_sparse_attention import triton_launch as launch
 
     function, largest = kernels()[name], LAYOUTS[layout]
-    cfg = launch.config(name, dim, dtype, largest, largest) if name in ("forward", "dq", "dkv") else launch.Config(64, 64, 4, 3)
+    cfg = launch.config(name, dim, dtype, largest, largest, arch) if name in ("forward", "dq", "dkv") else launch.Config(64, 64, 4, 3)
     constants = {"BM": cfg.BM, "BN": cfg.BN, "D": dim, "DP": 1 << (dim - 1).bit_length(), "HAS_BIAS": extras,
                  "HAS_GATE": extras, "HAS_GRAD_LSE": extras, "BK": 128,
                  "KV_TILES": launch.tiles_per_block(largest, cfg.BN), "Q_TILES": launch.tiles_per_block(largest, cfg.BM)}  # fmt: skip
@@ -67,7 +65,7 @@ def compile_nvidia(name, dim, dtype, layout, extras, arch: int) -> dict:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    ast, cfg = source(name, dim, dtype, layout, extras)
+    ast, cfg = source(name, dim, dtype, layout, extras, arch)
     options = {"num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
     compiled = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
     ptx, figures = compiled.asm["ptx"], nvidia_figures(compiled, cfg.num_warps, arch)
@@ -82,8 +80,10 @@ def compile_amd(name, dim, dtype, layout, extras) -> dict:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    ast, cfg = source(name, dim, dtype, layout, extras)
-    options = {"num_warps": cfg.num_warps, "num_stages": min(cfg.num_stages, 2)}
+    from .block_sparse_attention.triton_launch import AMD
+
+    ast, cfg = source(name, dim, dtype, layout, extras, AMD)
+    options = {"num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
     compiled = triton.compile(ast, target=GPUTarget("hip", "gfx942", 64), options=options)
     figures = amd_figures(compiled, cfg.num_warps)
     return {
@@ -97,17 +97,9 @@ def described(name, dim, dtype, layout, extras, cfg) -> dict:
             "BN": cfg.BN, "warps": cfg.num_warps, "stages": cfg.num_stages}  # fmt: skip
 
 
-def variants(quick: bool):
-    """(name, D, dtype, layout, extras, target) of the report, or of the tests' subset: every kernel, target and loop form."""
+def variants():
+    """(name, D, dtype, layout, extras, target): every kernel, target, dtype and form of the loop."""
     half, full, main = torch.bfloat16, torch.float32, ("forward", "dq", "dkv")
-    if quick:
-        for target in (80, 90, 100):
-            yield from ((name, dim, half, "tile 64", True, target) for name in main for dim in (64, 128))
-        yield from ((name, 128, half, "clusters", True, 90) for name in main)
-        yield from ((name, 128, full, "tile 64", False, 80) for name in main)
-        yield from ((name, 64, half, "tile 64", True, "gfx942") for name in main)
-        yield from ((name, 64, half, "tile 64", True, 90) for name in ("delta", "gate_sum"))
-        return
     for target in (80, 90, 100):
         for name in main:
             for dim in (32, 64, 96, 128):
@@ -143,13 +135,12 @@ def table(rows: list[dict]) -> str:
     })  # fmt: skip
 
 
-def work(quick: bool) -> list[tuple]:
+def work() -> list[tuple]:
     """What there is to compile: ("attention", *variant) and ("companion", index, target)."""
     from .compile_companions import kernels as companion_kernels
 
-    targets = (90, "gfx942") if quick else (80, 90, 100, "gfx942")
-    companions = [("companion", i, target) for target in targets for i in range(len(companion_kernels(target)))]
-    return [("attention", *variant) for variant in variants(quick)] + companions
+    companions = [("companion", i, target) for target in (80, 90, 100, "gfx942") for i in range(len(companion_kernels(target)))]
+    return [("attention", *variant) for variant in variants()] + companions
 
 
 def compile_one(task: tuple) -> dict:
@@ -165,46 +156,6 @@ def compile_one(task: tuple) -> dict:
     return compile_amd(*variant) if target == "gfx942" else compile_nvidia(*variant, target)
 
 
-def fingerprint() -> str:
-    """Changes with the compiler and with any source of this package."""
-    import triton
-
-    digest = hashlib.sha256(f"{torch.__version__} {triton.__version__}".encode())
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def finished_rows(path: Path, stamp: str) -> dict[str, dict]:
-    """Rows of an interrupted run of the same sources by task; a line cut short by the interruption is left out."""
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if entry["stamp"] == stamp:
-            rows[entry["task"]] = entry["row"]
-    return rows
-
-
-def compile_all(tasks: list[tuple], jobs: int, partial: Path) -> list[dict]:
-    """Rows in the order of the tasks, compiled by `jobs` processes."""
-    stamp = fingerprint()
-    rows = finished_rows(partial, stamp)
-    missing = [task for task in tasks if str(task) not in rows]
-    print(f"{len(tasks) - len(missing)} of {len(tasks)} variants at hand, {jobs} processes", flush=True)
-    # Spawned: a fork would inherit whatever threads torch has started.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, partial.open("a") as log:
-        futures = {pool.submit(compile_one, task): task for task in missing}
-        for done in as_completed(futures):
-            task = str(futures[done])
-            rows[task] = done.result()
-            log.write(json.dumps({"stamp": stamp, "task": task, "row": rows[task]}) + "\n")
-            log.flush()
-    return [rows[str(task)] for task in tasks]
-
-
 def write(path: Path, text: str) -> None:
     """All or nothing, so that two runs at once never leave a mixture."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -214,34 +165,26 @@ def write(path: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the subset that the tests compile")
-    parser.add_argument("--json", action="store_true", help="print JSON lines of the attention kernels, write nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
-    parser.add_argument("--only", default="", help="compile only tasks whose description contains this, e.g. \"'dkv', 64\" or companion, and keep them for a run without --only")
     parser.add_argument("--out", type=Path, default=Path("data/results"), help="folder of the written report")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         sys.exit("TRITON_INTERPRET is set: nothing can be compiled in the interpreter, unset it")
-    if args.json:
-        for variant in variants(args.quick):
-            print(json.dumps(compile_one(("attention", *variant))), flush=True)
-        return
     import triton
 
     args.out.mkdir(parents=True, exist_ok=True)
-    partial = args.out / "kernels_compiled.partial.jsonl"
-    tasks = [task for task in work(args.quick) if args.only in str(task)]
-    rows = compile_all(tasks, args.jobs, partial)
+    tasks = work()
+    # Spawned: a fork would inherit whatever threads torch has started.
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(compile_one, tasks))
     attention, companions = ([r for task, r in zip(tasks, rows) if task[0] == kind] for kind in ("attention", "companion"))
     header = (f"torch {torch.__version__}, triton {triton.__version__}; compiled, not run: no figure here is a time. Spills: loads and stores of local memory (gfx942: spilled registers); "
               "programs/SM: how many fit on a multiprocessor (gfx942: a compute unit) at one time, by registers and shared memory.")  # fmt: skip
     text = f"# Kernels as compiled\n\n{header}\n\n## Attention\n\n{table(attention)}\n\n## Companions\n\n{table(companions)}\n"
     print(text)
     print(f"{len(rows)} variants, {sum(r['spills'] > 0 for r in rows)} with spills")
-    if not args.only:
-        write(args.out / "kernels_compiled.md", text)
-        write(args.out / "kernels_compiled.json", json.dumps({"torch": torch.__version__, "triton": triton.__version__, "rows": attention, "companions": companions}, indent=1) + "\n")
-        partial.unlink(missing_ok=True)
+    write(args.out / "kernels_compiled.md", text)
+    write(args.out / "kernels_compiled.json", json.dumps({"torch": torch.__version__, "triton": triton.__version__, "rows": attention, "companions": companions}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The attention kernels as machine code for GPUs that are not here: Ampere, Hopper, Blackwell and MI300."""
+"""Every kernel as machine code for GPUs that are not here: Ampere, Hopper, Blackwell and MI300."""
 
 import json
 import os
@@ -10,22 +10,43 @@ import pytest
 import usv_kernels
 
 MAIN = {"forward", "dq", "dkv"}
+SMALLEST_SM80 = 99 * 1024  # shared memory of the smallest GPUs that run sm_80 code, bytes
+# Specialised arguments are compiled in (by divisibility, or as 1). These are a model's own, or follow from them: strides of
+# whole rows. N of `select` is a choice of two builds: rows of a multiple of 16 scores are read 16 bytes at a time.
+FIXED = {"dim", "channels", "stride_b", "stride_h", "stride_s", "stride_row", "stride_col", "index_s", "num_kv"}
+COMPANIONS = {"block_pool", "select", "token_merge", "permute", "kmeans", "norm_rope"}
 
 
 @pytest.fixture(scope="module")
-def rows():
-    # Another process: this one's triton may be the interpreter, which compiles nothing.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(usv_kernels.__file__).parents[1])
-    command = [sys.executable, "-m", "usv_kernels.compile_report", "--quick", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def report(tmp_path_factory):
+    """Everything, compiled by another process: this one's triton may be the interpreter, which compiles nothing."""
+    folder = tmp_path_factory.mktemp("compiled")
+    command = [sys.executable, "-m", "usv_kernels.compile_report", "--out", str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return json.loads((folder / "kernels_compiled.json").read_text())
+
+
+@pytest.fixture
+def rows(report):
+    return report["rows"]
+
+
+def environment() -> dict:
+    found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return found | {"PYTHONPATH": str(Path(usv_kernels.__file__).parents[1])}
 
 
 def test_every_kernel_builds_for_every_target(rows):
-    built = {(r["target"], r["kernel"]) for r in rows}
-    assert built >= {(t, k) for t in ("sm_80", "sm_90", "sm_100", "gfx942") for k in MAIN}
+    built = {(r["target"], r["kernel"], r["D"], r["dtype"], r["layout"], r["bias_and_gate"]) for r in rows}
+    for target in ("sm_80", "sm_90", "sm_100"):
+        for kernel in MAIN:
+            for dim in (32, 64, 96, 128):
+                layouts = [(layout, extras) for layout in ("tile 64", "tile 128", "clusters") for extras in (False, True)]
+                assert built >= {(target, kernel, dim, "bf16", *each) for each in layouts}
+                assert (target, kernel, dim, "fp16", "tile 64", True) in built
+                assert built >= {(target, kernel, dim, "fp32", layout, True) for layout in ("tile 64", "clusters")}
+    assert built >= {("gfx942", k, d, "bf16", y, True) for k in MAIN for d in (64, 128) for y in ("tile 64", "tile 128", "clusters")}
     assert {"delta", "gate_sum"} <= {r["kernel"] for r in rows}
 
 
@@ -60,12 +81,26 @@ def test_nothing_that_varies_between_steps_is_compiled_in():
     What stays specialised are strides of whole rows, multiples of 16 whatever the length, and alignment of pointers.
     """
     code = "import json, usv_kernels.compile_report as r; print(json.dumps({k: [(p.name, p.is_constexpr, p.do_not_specialize) for p in f.params] for k, f in r.kernels().items()}))"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(usv_kernels.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     rows = {f"{x}_stride_{axis}" for x in ("q", "k", "v", "out", "grad", "dq", "dk") for axis in "bhs"}
     for kernel, parameters in json.loads(done.stdout).items():
         special = {name for name, constant, plain in parameters if not (constant or plain or name.endswith("_ptr"))}
         assert special <= rows, f"{kernel} would compile anew for {special - rows}"
         constants = {name for name, constant, _ in parameters if constant}
         assert constants <= {"HAS_BIAS", "HAS_GATE", "HAS_GRAD_LSE", "KV_TILES", "Q_TILES", "BM", "BN", "BK", "D", "DP"}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_companions(report, target):
+    rows = [row for row in report["companions"] if row["target"] == target]
+    assert {row["kernel"].split(".")[0] for row in rows} == COMPANIONS
+    for row in rows:
+        assert row["registers"] > 0 and row["shared_bytes"] <= row["shared_limit"], row
+        assert target != "sm_80" or row["shared_bytes"] <= SMALLEST_SM80, row
+        assert row["spills"] == 0, row
+        assert set(row["specialised"]) <= FIXED, f"would compile anew when a count or length changes: {row}"
+        # 1024 channels of 16 bits over 256 lanes of gfx942 are 8 bytes each.
+        if (target, row["kernel"]) != ("gfx942", "token_merge._reduce_kernel"):
+            assert row["wide_accesses"] > 0, f"no 16-byte access: {row}"
+        assert row["atomics"] == 0, f"atomics make runs differ: {row}"
+        assert (row["dots"] > 0) == (row["kernel"] == "kmeans._assign_kernel"), f"matrix instructions: {row}"

@@ -1,8 +1,5 @@
-"""What is read from compiled kernels: loops of both assemblies, occupancy, and a report that goes on where it was cut."""
+"""What is read from compiled kernels: loops of both assemblies, and occupancy."""
 
-import json
-
-from usv_kernels import compile_report
 from usv_kernels.machine_code import amd_loop, nvidia_loop, programs_per_cu, programs_per_sm
 
 NVIDIA_TEXT = """
@@ -63,14 +60,3 @@ def test_occupancy():
     assert programs_per_sm(16, 0, 4, 90) == 16
     assert [programs_per_cu(r, 1024, 4) for r in (64, 65, 256, 512)] == [8, 7, 2, 1]
     assert programs_per_cu(64, 20 * 1024, 4) == 3
-
-
-def test_an_interrupted_report_goes_on(tmp_path):
-    path = tmp_path / "partial.jsonl"
-    lines = [
-        json.dumps({"stamp": stamp, "task": f"task {i}", "row": {"registers": i}})
-        for i, stamp in enumerate(("now", "old", "now"))
-    ]
-    path.write_text("\n".join(lines)[:-5])  # of other sources; cut in the middle
-    assert compile_report.finished_rows(path, "now") == {"task 0": {"registers": 0}}
-    assert compile_report.finished_rows(tmp_path / "none.jsonl", "now") == {}

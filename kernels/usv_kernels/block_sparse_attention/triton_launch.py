@@ -18,6 +18,7 @@ from .triton_forward import forward_kernel
 
 HEAD_DIMS = (32, 64, 96, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+AMD = 942  # the architecture of gfx942, beside NVIDIA's 80, 90, 100
 MAX_TILES = 4  # tiles of a block that one flat loop handles; larger or unknown blocks take the nested loop
 
 
@@ -36,16 +37,27 @@ def _tile(largest: int, top: int) -> int:
     return top if largest == 0 else max(16, min(top, triton.next_power_of_2(largest)))
 
 
-def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int) -> Config:
-    """The tile shape of `forward`, `dq` or `dkv`. Chosen from register and shared-memory use as compiled for sm_80, sm_90
-    and sm_100 (`python -m usv_kernels.compile_report`), not yet from timings."""
+def architecture(q: Tensor) -> int:
+    """What tile shapes depend on of a tensor's device: 80, 90, 100 … (NVIDIA), AMD; of the interpreter 90."""
+    if q.device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return AMD if torch.version.hip else 10 * major + minor
+
+
+def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int, arch: int = 90) -> Config:
+    """The tile shape of `forward`, `dq` or `dkv`. Chosen so that nothing spills as compiled for sm_80, sm_90, sm_100 and
+    gfx942 (`python -m usv_kernels.compile_report`), not yet from timings."""
     wide = dim > 64
     nested = (q_max if kernel == "dkv" else kv_max) == 0
     if dtype == torch.float32:
         # fp32 products run on the scalar units: small tiles, and at D 128 more warps, keep the operands in registers.
         bm, bn = (16, 16 if nested and kernel == "dq" else 32) if wide else (32, 32)
         warps = 4 if not wide or bn == 16 or (nested and kernel == "forward") else 8
-        return Config(_tile(q_max, bm), _tile(kv_max, bn), warps, 2)
+        if kernel == "dkv" and nested and dim == 64:
+            warps = 8
+        pipelined = nested or kernel != "dq" if wide else kernel == "forward" and dim == 32
+        return Config(_tile(q_max, bm), _tile(kv_max, bn), warps, 2 if pipelined else 1)
     bm, bn = _tile(q_max, 128 if kernel == "forward" and q_max > 64 else 64), _tile(kv_max, 64)
     # Loops over blocks of unknown or several tiles need registers that the full tile would spill.
     if kernel == "dkv" and (nested or (wide and q_max > 64)):
@@ -53,7 +65,28 @@ def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int) -
     if kernel == "dq" and nested and wide:
         bn = min(bn, 32)
     warps = 8 if bm == 128 or (wide and (nested or kernel == "dkv" and bn == 64)) else 4
-    return Config(bm, bn, warps, 3 if kernel == "forward" and not nested else 2)
+    stages = 3 if kernel == "forward" and not nested else 2
+    if arch == AMD:
+        return _amd(kernel, dim, bm, bn, warps)
+    if 90 <= arch < 120:
+        return Config(bm, bn, warps, stages)
+    # Without the wgmma of Hopper or the tcgen05 of Blackwell both operands of a product come from registers.
+    if not wide and nested and kernel != "dkv" or kernel == "dq" and wide and kv_max > 64:
+        bn = min(bn, 32)
+    if kernel == "dq" and dim == 64 and not nested:
+        stages = 3
+    if kernel == "dkv" and dim == 64 and q_max <= 64:
+        bm = min(bm, 32)
+    return Config(bm, bn, warps, stages)
+
+
+def _amd(kernel: str, dim: int, bm: int, bn: int, warps: int) -> Config:
+    """CDNA: 512 registers a lane with four warps, 256 with eight; a pipeline's second stage lies in registers too."""
+    if kernel == "forward":
+        return Config(bm, min(bn, 32), warps if bm == 128 else 4, 2)
+    if dim <= 64:
+        return Config(bm, bn, warps, 2)
+    return Config(bm, min(bn, 32), 4, 1) if kernel == "dq" else Config(min(bm, 16), bn, 8, 2)
 
 
 def tiles_per_block(largest: int, tile: int) -> int:
@@ -130,7 +163,7 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
     lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
     if q.numel() == 0 or q_starts.numel() == 0 or kv_starts.numel() == 0:
         return out, lse
-    cfg = config("forward", q.shape[-1], q.dtype, q_max, kv_max)
+    cfg = config("forward", q.shape[-1], q.dtype, q_max, kv_max, architecture(q))
     block, start, rows, _ = tile_table(q_starts, q_sizes, cfg.BM, q_max, q_len)
     bias, *bias_strides = _bias(key_bias, heads)
     gate = None if block_gate is None else block_gate.float().contiguous()
@@ -182,7 +215,7 @@ def _launch_dq(dq, dgate, q, k, v, grad, lse, delta, bias, bias_strides, gate, t
     counts, lists, q_starts, q_sizes, kv_starts, kv_sizes = tensors
     batch, heads, q_len, _ = q.shape
     num_q, capacity = lists.shape[2:]
-    cfg = config("dq", q.shape[-1], q.dtype, q_max, kv_max)
+    cfg = config("dq", q.shape[-1], q.dtype, q_max, kv_max, architecture(q))
     block, start, rows, first = tile_table(q_starts, q_sizes, cfg.BM, q_max, q_len)
     tiles = block.shape[1]
     # One tile a block: its sums are the gradient. Otherwise each tile writes its own and a second kernel adds them.
@@ -205,7 +238,7 @@ def _launch_dkv(dk, dv, dbias, q, k, v, grad, lse, delta, bias, bias_strides, ga
     batch, heads, q_len, _ = q.shape
     num_q, capacity = lists.shape[2:]
     num_kv, kv_len = kv_starts.shape[-1], k.shape[2]
-    cfg = config("dkv", q.shape[-1], q.dtype, q_max, kv_max)
+    cfg = config("dkv", q.shape[-1], q.dtype, q_max, kv_max, architecture(q))
     offsets, entries = inverted_lists(counts, lists, num_kv)
     block, start, rows, _ = tile_table(kv_starts, kv_sizes, cfg.BN, kv_max, kv_len)
     dkv_kernel[(block.shape[1], batch * heads)](
