@@ -5,7 +5,7 @@
 For each density and pattern: settings are found that execute it (`usv.matched_density`), every prompt is generated, and one row
 is written: fidelity to the dense twin, subject and motion accuracy, Fréchet distance to real clips, attention recall and
 seconds by stage. The JSON is complete after every row; the same command goes on where it was cut off, other settings or another
-model begin anew. Beside the JSON stand a table (.md) and a plot (.png). Seconds are of the sparse calls, a clip; the total is
+model begin anew, other --clusters only svg2. Beside the JSON stand a table (.md) and a plot (.png). Seconds are of the sparse calls, a clip; the total is
 denoising without the time of measuring.
 """
 
@@ -43,8 +43,8 @@ STAGES = ("profile", "cluster", "select", "permute", "attention")
 class Comparison:
     """One comparison on disk: settings, rows, and the dense videos that the rows are measured against."""
 
-    def __init__(self, out: Path, cache: Path, settings: dict):
-        self.out, self.settings = out, settings
+    def __init__(self, out: Path, cache: Path, settings: dict, clusters: dict):
+        self.out, self.settings, self.clusters = out, settings, clusters
         mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         self.dense_file = cache / f"dense-{mark}.safetensors"
         self.report = {"settings": settings, "calibration": {}, "dense": None, "rows": []}
@@ -52,8 +52,13 @@ class Comparison:
             found = json.loads(out.read_text())
             if found.get("settings") == settings:
                 self.report = found
+                found["rows"] = [row for row in found["rows"] if self._of_these_clusters(row["options"])]
+                found["calibration"] = {k: o for k, o in found["calibration"].items() if self._of_these_clusters(o)}
             else:
                 print(f"{out}: of other settings or another model, begun anew")
+
+    def _of_these_clusters(self, options: dict) -> bool:
+        return "q_clusters" not in options or {k: options[k] for k in self.clusters} == self.clusters
 
     def done(self, density: float, name: str) -> bool:
         return any(row["method"] == name and row["wanted"] == density for row in self.report["rows"])
@@ -151,7 +156,7 @@ def dense_twins(comparison: Comparison, setup: Setup, reference: tuple) -> torch
     return generation.videos
 
 
-def compare(comparison: Comparison, setup: Setup, methods: list[str], densities: list[float], calibration: int, clusters: dict) -> dict:
+def compare(comparison: Comparison, setup: Setup, methods: list[str], densities: list[float], calibration: int) -> dict:
     """Every row that is still missing. Returns the report."""
     from usv.compare_report import publish
 
@@ -167,11 +172,11 @@ def compare(comparison: Comparison, setup: Setup, methods: list[str], densities:
             key = f"{name} {density}"
             options = comparison.report["calibration"].get(key)
             if options is None:
-                options = setup.calibrated(name, density, calibration, clusters if name == "svg2" else {})
+                options = setup.calibrated(name, density, calibration, comparison.clusters if name == "svg2" else {})
                 comparison.report["calibration"][key] = options
                 comparison.save()
             generation, record = setup.run(key, setup.prompts, setup.seeds, name, options)
-            row = row_of(name, density, options, record, generation, len(setup.prompts))
+            row = row_of(name, density, options, record, generation, len(setup.prompts)) | {"commit": commit()}
             comparison.report["rows"].append(row | measured(setup, generation, twins, reference))
             comparison.save()
             publish(comparison.report, comparison.out)
@@ -197,7 +202,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--dense-layers", type=float, default=0.03, help="fraction of the first layers that stay dense, for all")
     parser.add_argument("--dense-steps", type=float, default=0.2, help="fraction of the first steps that stay dense, for all")
-    parser.add_argument("--clusters", type=int, nargs=2, default=[16, 64], help="svg2: of queries and of keys")
+    parser.add_argument("--clusters", type=int, nargs=2, default=[100, 200], help="svg2: of queries and of keys")
     parser.add_argument("--recall-rows", type=int, default=16, help="query rows a call on which recall is measured")
     parser.add_argument("--calibration-clips", type=int, default=2, help="prompts on which settings of a density are found")
     parser.add_argument("--out", type=Path, default=Path("outputs/patterns.json"), help="JSON; .md and .png stand beside it")
@@ -218,13 +223,13 @@ def main(words: list[str] | None = None, model: ModelConfig | None = None) -> di
     model = model or ModelConfig(path=args.model)
     model.path, model.num_inference_steps, model.guidance_scale = args.model, args.steps, args.guidance
     warm_up = {"dense_layers": args.dense_layers, "dense_steps": args.dense_steps}
-    names = ("model", "clips", "steps", "guidance", "batch_size", "clusters", "recall_rows", "calibration_clips")
+    names = ("model", "clips", "steps", "guidance", "batch_size", "recall_rows", "calibration_clips")
     settings = {name: getattr(args, name) for name in names} | warm_up | {"weights": fingerprint(args.model)}
     clusters = dict(zip(("q_clusters", "k_clusters"), args.clusters))
     try:
         setup = Setup(model, args.clips, args.batch_size, warm_up, args.recall_rows)
-        comparison = Comparison(args.out, args.cache, settings)
-        report = compare(comparison, setup, args.methods, args.densities, args.calibration_clips, clusters)
+        comparison = Comparison(args.out, args.cache, settings, clusters)
+        report = compare(comparison, setup, args.methods, args.densities, args.calibration_clips)
     except (SettingError, ValueError, OSError, RuntimeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     publish(report, args.out)

@@ -115,6 +115,9 @@ def test_rows_survive_a_kill_and_are_not_run_again(command, tmp_path, monkeypatc
     assert two["density_with_warm_up"] == pytest.approx((8 + 4 * two["executed"]) / 12, abs=1e-3)
     assert two["seconds"]["cluster"] > 0 and two["seconds"]["total"] > two["seconds"]["attention"] > 0
     assert command("tile_top_k", "svg2", "svg")[1] == []
+    report, ran = command("tile_top_k", "svg2", "svg", "--clusters", "5", "20")
+    assert {label.split()[0] for label in ran} == {"svg2"}, "other clusters are svg2's affair alone"
+    assert [row["method"] for row in report["rows"]] == ["tile_top_k", "svg", "svg2"] and report["rows"][2]["options"]["q_clusters"] == 5
     _, ran = command("tile_top_k", "--guidance", "1")
     assert ran[0] == "dense", "other settings begin anew"
 

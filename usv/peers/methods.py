@@ -29,7 +29,7 @@ from usv.plan import DENSITY_LADDER, MERGE_LADDER, Rung, SparsityPlan, timestep_
 
 FAMILIES = ("dense", "fewer steps", "cache", "merging", "pattern", "fixed density", "ours")
 WARM_UP = {"dense_layers": 0.03, "dense_steps": 0.2}  # as published, for all patterns
-CLUSTERS = {"q_clusters": 16, "k_clusters": 64}  # published 100 and 500, for 30,000 tokens and more
+CLUSTERS = {"q_clusters": 100, "k_clusters": 200}  # published 100 and 500, the latter for 30,000 tokens and more
 
 
 @dataclass(frozen=True)
