@@ -303,7 +303,7 @@ def typed(config: DictConfig, schema: type):
 
 POLICIES = ("static", "entropy", "gumbel", "inherit")
 RUNTIMES = ("single", "ddp", "zero2", "zero3")
-IMPLS = ("auto", "reference", "cpu", "triton", "flex")
+IMPLS = ("auto", "reference", "cpu", "triton", "flex", "flex_compiled")
 
 
 def _ascending(pair: list[float]) -> bool:

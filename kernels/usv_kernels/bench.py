@@ -80,17 +80,10 @@ def candidates(heads, length, dim, density, block, dtype, device, impl, backward
 
 def flex_call(q, k, v, selection, block):
     """FlexAttention, compiled, with the mask of the same blocks built once outside the timing."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from .block_sparse_attention import flex
 
-    s = selection
-    mask = BlockMask.from_kv_blocks(torch.zeros_like(s.kv_num_blocks), torch.zeros_like(s.to_mask(), dtype=torch.int32),
-                                    s.kv_num_blocks, BlockSelection.from_mask(s.to_mask(), s.q_sizes, s.kv_sizes).kv_indices,
-                                    BLOCK_SIZE=block, seq_lengths=(q.shape[2], k.shape[2]))  # fmt: skip
-    compiled = torch.compile(flex_attention, dynamic=False)
-    # On a GPU its own tiles (128 rows) would refuse blocks of 64: tiles of the block's size, in both passes.
-    tiles = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
-    options = dict.fromkeys(tiles, block) if q.is_cuda else None
-    return lambda: compiled(q, k, v, block_mask=mask, kernel_options=options)
+    mask, options = flex.block_mask(selection, block, q.shape[2], k.shape[2]), flex.tiles(q, block)
+    return lambda: flex.compiled()(q, k, v, block_mask=mask, kernel_options=options)
 
 
 def case(heads, length, dim, density, block, dtype, device, impl, budget, flex=True) -> list[dict]:

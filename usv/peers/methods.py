@@ -37,7 +37,7 @@ class Method:
     """name, one of FAMILIES, settings in words, and `enter(pipe)`: a context that runs it and yields a `Running`.
 
     training_free: it approximates the dense model, so its videos are measured against the dense twins too.
-    own_pipeline: it leaves traces, so it gets a pipeline of its own.
+    own_pipeline: it leaves traces, so it gets a pipeline of its own. compiles: at each new batch size.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Method:
     enter: Callable[[WanPipeline], AbstractContextManager[Running]]
     training_free: bool = True
     own_pipeline: bool = False
+    compiles: bool = False
 
 
 def all_methods(model: ModelConfig, checkpoints: dict[str, str], density: float, fixed: float) -> list[Method]:
@@ -54,7 +55,7 @@ def all_methods(model: ModelConfig, checkpoints: dict[str, str], density: float,
     methods += [dense(f"dense_{n}_steps", n) for n in (20, 10, 5) if n < model.num_inference_steps]
     methods += cache_methods(model)
     methods += [merging(model, rung) for rung in (1, 2)]
-    methods += [pattern(model, name, density) for name in PATTERNS]
+    methods += [pattern(model, name, density) for name in PATTERNS] + [pattern(model, "tile_top_k", density, "flex_compiled")]
     if checkpoints:
         methods.append(fixed_density(next(iter(checkpoints.values())), fixed))
     return methods + [ours(name, path) for name, path in checkpoints.items()]
@@ -119,15 +120,18 @@ def merging(model: ModelConfig, merge: int) -> Method:
     return Method(f"merge_{merged:g}", "merging", f"{merged:.0%} of the tokens merged in every layer, dense weights", enter)
 
 
-def pattern(model: ModelConfig, name: str, density: float) -> Method:
-    """A training-free pattern whose sparse calls execute `density`; layers and steps of the warm-up stay dense."""
+def pattern(model: ModelConfig, name: str, density: float, impl: str = "auto") -> Method:
+    """A training-free pattern whose sparse calls execute `density`; layers and steps of the warm-up stay dense.
+
+    impl: of the kernel; with flex_compiled FlexAttention computes the same selection.
+    """
     found: dict[str, dict] = {}
 
     @contextmanager
     def enter(pipe: WanPipeline) -> Iterator[Running]:
         if "options" not in found:
             found["options"] = pattern_options(pipe, model, name, density)
-        usv.enable(pipe, attention=name, **WARM_UP, **found["options"])
+        usv.enable(pipe, attention=name, impl=impl, **WARM_UP, **found["options"])
         record = pipe._usv.record
         try:
             yield Running(
@@ -137,16 +141,18 @@ def pattern(model: ModelConfig, name: str, density: float) -> Method:
             usv.disable(pipe)
 
     settings = f"density {density:g} after {WARM_UP['dense_steps']:.0%} dense steps"
+    if impl == "flex_compiled":
+        return Method(f"{name}_flex", "pattern", settings + ", attention by FlexAttention", enter, compiles=True)
     return Method(name, "pattern", settings, enter)
 
 
 def pattern_options(pipe: WanPipeline, model: ModelConfig, name: str, density: float) -> dict:
     """Options that execute `density`; only svg has to run a prompt for them, with a fifth of the steps."""
-    if name == "svg2":
-        return {"density": density, **CLUSTERS}
     sides = (side // pipe.vae_scale_factor_spatial for side in (model.height, model.width))
     shape = ((model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1, *sides)
     grid = TokenGrid(*(side // patch for side, patch in zip(shape, pipe.transformer.config.patch_size)))
+    if name == "svg2":
+        return {"density": density} | {each: min(count, grid.num_tokens // 4) for each, count in CLUSTERS.items()}
     short = replace(model, num_inference_steps=max(2, model.num_inference_steps // 5))
 
     def measure(tried: dict) -> tuple[float, float]:

@@ -59,7 +59,8 @@ def run_methods(model: ModelConfig, methods: list[Method], clips: int, batch_siz
     pipelines, results = Pipelines(model.path), {method.name: Result() for method in methods}
     prompts, _, _ = requests(clips)
     for method in methods:  # caches are built, settings are found and what cannot run says so, before anything is timed
-        attempt(pipelines, model, method, prompts[:1], [0], results[method.name], trial=True)
+        first = prompts[: batch_size if method.compiles else 1]
+        attempt(pipelines, model, method, first, list(range(len(first))), results[method.name], trial=True)
         if results[method.name].reason:
             say(f"{method.name}: {results[method.name].reason}")
     with tqdm(total=clips * sum(r.reason is None for r in results.values()), unit="video") as bar:

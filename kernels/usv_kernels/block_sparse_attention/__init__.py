@@ -17,7 +17,7 @@ from ..selection import BlockSelection
 from . import operator, reference
 
 log = logging.getLogger("usv_kernels")
-IMPLS = ("auto", "reference", "cpu", "triton", "flex")
+IMPLS = ("auto", "reference", "cpu", "triton", "flex", "flex_compiled")
 _announced: set[tuple[str, str]] = set()
 
 
@@ -42,7 +42,8 @@ def block_sparse_attention(
             not read and get zero gradient.
         scale: factor of the dot products, default 1 / sqrt(D).
         impl: "auto" takes "triton" on a GPU and "cpu" on a CPU and logs the choice once; any other value runs exactly
-            that or raises.
+            that or raises. "flex" is FlexAttention in eager mode, "flex_compiled" its fused kernel, for consecutive blocks of
+            one size without bias and gates (on a CPU its lse is NaN).
         debug: on a GPU, also check counts, indices and block bounds by device-side assertions. On a CPU they are always
             checked (outside torch.compile).
 
@@ -67,10 +68,13 @@ def block_sparse_attention(
         _announce(q.device.type, impl)
     if impl == "reference":
         return reference.attend(q, k, v, selection, key_bias, block_gate, scale)
-    if impl == "flex":
+    if impl in ("flex", "flex_compiled"):
         from . import flex
 
-        return flex.attend(q, k, v, selection, key_bias, block_gate, scale)
+        if impl == "flex":
+            return flex.attend(q, k, v, selection, key_bias, block_gate, scale)
+        require(key_bias is None and block_gate is None, "impl", "'flex_compiled' with a bias or gates", "impl='flex', or neither")
+        return flex.attend_compiled(q, k, v, selection, scale)
     require(impl == "triton" or q.device.type == "cpu", "impl", f"'cpu' with tensors on {q.device}", "tensors on the CPU")
     return operator.attend(q, k, v, selection, key_bias, block_gate, scale, impl)
 

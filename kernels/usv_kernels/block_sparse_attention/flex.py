@@ -4,9 +4,11 @@ Slow to set up (a compiled kernel for each shape) and, on a CPU, without a backw
 inputs are refused there rather than silently detached.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from .._checks import require
 from ..selection import BlockSelection
@@ -14,12 +16,9 @@ from .reference import pair_logits, token_blocks
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias: Tensor | None,
-           block_gate: Tensor | None, scale: float, block_size: int = 128, compile: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Same arguments and results as the public function; `compile` runs FlexAttention's fused kernel."""
-    inputs = [x for x in (q, k, v, key_bias, block_gate) if x is not None]
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    require(not (differentiable and q.device.type == "cpu"), "impl", "'flex' with inputs that require gradients on a CPU",
-            "impl='cpu', or torch.no_grad(): FlexAttention has no CPU backward")  # fmt: skip
+           block_gate: Tensor | None, scale: float, block_size: int = 128) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Same arguments and results as the public function."""
+    _refuse_cpu_gradients(q, k, v, key_bias, block_gate)
     batch, heads, q_len, _ = q.shape
     kv_len = k.shape[2]
     pairs = pair_logits(selection, block_gate, torch.float32)
@@ -36,6 +35,52 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias:
 
     mask = create_block_mask(listed, batch, heads, q_len, kv_len, device=q.device, BLOCK_SIZE=block_size)
     plain = key_bias is None and block_gate is None
-    run = torch.compile(flex_attention, dynamic=False) if compile else flex_attention
-    out, aux = run(q, k, v, score_mod=None if plain else score, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
+    out, aux = flex_attention(q, k, v, score_mod=None if plain else score, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
     return out, aux.lse
+
+
+def _refuse_cpu_gradients(*tensors: Tensor | None) -> None:
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    require(not (differentiable and tensors[0].device.type == "cpu"), "impl", "'flex' with inputs that require gradients on a CPU",
+            "impl='cpu', or torch.no_grad(): FlexAttention has no CPU backward")  # fmt: skip
+
+
+@cache
+def compiled():
+    """FlexAttention's fused kernel; it compiles once a shape."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def block_mask(selection: BlockSelection, block: int, q_len: int, kv_len: int) -> BlockMask:
+    """The same lists as FlexAttention wants them, for blocks that all have `block` tokens and follow each other.
+
+    ValueError for others.
+    """
+    for name, starts, sizes in (("q_sizes", selection.q_starts, selection.q_sizes), ("kv_sizes", selection.kv_starts, selection.kv_sizes)):
+        tiles = torch.arange(starts.shape[-1], device=starts.device) * block
+        require(bool((sizes == block).all() and (starts == tiles).all()), name, "other blocks", f"consecutive blocks of {block} tokens")
+    lists = BlockSelection.from_mask(selection.to_mask(), selection.q_sizes, selection.kv_sizes)
+    none = torch.zeros_like(lists.kv_num_blocks), torch.zeros_like(lists.to_mask(), dtype=torch.int32)
+    full = torch.zeros_like(none[1])
+    full[..., : lists.kv_indices.shape[-1]] = lists.kv_indices
+    return BlockMask.from_kv_blocks(*none, lists.kv_num_blocks, full, BLOCK_SIZE=block, seq_lengths=(q_len, kv_len))
+
+
+def attend_compiled(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+    """out and lse by the fused kernel, without bias and gates; see `block_mask` for what blocks it takes.
+
+    On a CPU that kernel has no lse (torch 2.13): NaN everywhere.
+    """
+    _refuse_cpu_gradients(q, k, v)
+    block = int(selection.q_sizes.flatten()[0])
+    mask = block_mask(selection, block, q.shape[2], k.shape[2])
+    if q.device.type == "cpu":
+        return compiled()(q, k, v, block_mask=mask, scale=scale), q.new_full(q.shape[:3], float("nan"), dtype=torch.float32)
+    out, aux = compiled()(q, k, v, block_mask=mask, scale=scale, kernel_options=tiles(q, block), return_aux=AuxRequest(lse=True))
+    return out, aux.lse
+
+
+def tiles(q: Tensor, block: int) -> dict | None:
+    """Kernel options: on a GPU its own tiles (128 rows) would refuse blocks of 64, so tiles of the block's size, in both passes."""
+    names = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
+    return dict.fromkeys(names, block) if q.is_cuda else None
