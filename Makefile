@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 BIN     = $(VENV)/bin
 LAUNCH  = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test lint wan-mini results report ablation kernels-report bench-gpu
+.PHONY: setup demo test lint wan-mini results report ablation budgets kernels-report bench-gpu
 
 setup: $(VENV)/.ready
 
@@ -69,3 +69,10 @@ kernels-report: setup
 
 bench-gpu: setup
 	$(BIN)/python -m usv_kernels.bench --gpu
+
+# quality against seconds over budgets: one short policy run each, from the student that ships; about an hour on two cores, resumable
+BUDGETS ?= 0.15 0.2 0.28 0.4 0.6
+
+budgets: setup data/shards/camera/index.json
+	for budget in $(BUDGETS); do $(LAUNCH) train.py distill.init=data/students/usv_mini policy.most_density=1 policy.merge_layers=null optim.steps=200 logger=none policy.budget=$$budget output_dir=outputs/budget_$$budget || exit 1; done
+	$(BIN)/python -m usv.evaluate $(foreach budget,$(BUDGETS),--ckpt budget_$(budget)=outputs/budget_$(budget)/student) --clips 60 --batch-size $(BATCH) --out data/results/budgets.json
