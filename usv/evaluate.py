@@ -51,7 +51,7 @@ def requests(count: int) -> tuple[list[str], list[int], list[int]]:
     """`count` captions with their labels. 120 cover every subject with every motion; fewer still cover all subjects."""
     world = camera_motion()
     subjects, motions = len(world.SUBJECTS), len(world.MOTIONS)
-    pairs = [(i % subjects, (i + i // subjects) % motions) for i in range(count)]
+    pairs = [(i % subjects, (i % subjects + i // subjects) % motions) for i in range(count)]
     return [world.caption(s, m) for s, m in pairs], [s for s, _ in pairs], [m for _, m in pairs]
 
 
