@@ -43,7 +43,7 @@ STUDENTS   ?= $(sort $(patsubst data/students/%/config.json,%,$(wildcard data/st
 # and the few-step student in its first step alone
 CKPTS      ?= $(foreach name,$(STUDENTS),--ckpt data/students/$(name)) --ckpt usv_one_step=data/students/usv_few_step@1000
 CLIPS      ?= 120
-PEER_CLIPS ?= 24
+PEER_CLIPS ?= 16
 BATCH      ?= 8
 
 results: setup

@@ -224,7 +224,8 @@ def main(words: list[str] | None = None, model: ModelConfig | None = None) -> di
     model.path, model.num_inference_steps, model.guidance_scale = args.model, args.steps, args.guidance
     warm_up = {"dense_layers": args.dense_layers, "dense_steps": args.dense_steps}
     names = ("model", "clips", "steps", "guidance", "batch_size", "recall_rows", "calibration_clips")
-    settings = {name: getattr(args, name) for name in names} | warm_up | {"weights": fingerprint(args.model)}
+    prompts = hashlib.sha256("\n".join(requests(args.clips)[0]).encode()).hexdigest()[:16]
+    settings = {name: getattr(args, name) for name in names} | warm_up | {"weights": fingerprint(args.model), "prompts": prompts}
     clusters = dict(zip(("q_clusters", "k_clusters"), args.clusters))
     try:
         setup = Setup(model, args.clips, args.batch_size, warm_up, args.recall_rows)

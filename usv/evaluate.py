@@ -144,18 +144,20 @@ def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_
         row["denoise_speedup"] = rows["dense"]["denoise_seconds"] / row["denoise_seconds"]
     if videos is not None:
         show(videos, prompts, {name: g.videos for name, (g, _, _) in generated.items()})
-    return {"commit": commit(), "machine": machine(), "clips": clips, "checkpoints": checkpoints, "methods": rows}
+    return {"commit": commit(), "machine": machine(pipe.device), "clips": clips, "checkpoints": checkpoints, "methods": rows}
 
 
-def machine() -> dict:
-    """What a result ran on."""
-    return {"device": _device(), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+def machine(device: str | torch.device = "cpu") -> dict:
+    """What a result ran on; device: where the pipeline is."""
+    return {"device": _name(torch.device(device)), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    listing = Path("/proc/cpuinfo")  # Linux
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 

@@ -54,12 +54,18 @@ def measure(functions: dict, device: str, budget: float) -> dict:
     return {name: quantiles(values) for name, values in samples.items()}
 
 
+def _git(*words: str) -> str:
+    """What git answers; nothing outside a checkout or without git."""
+    try:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        return ""
+
+
 def environment(device: str) -> dict:
     """Everything a reader needs to judge the figures."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    changed = subprocess.run(["git", "status", "--porcelain", "."], capture_output=True, text=True, cwd=Path(__file__).parent)
-    info = {"torch": torch.__version__, "python": platform.python_version(), "commit": git.stdout.strip() or None,
-            "uncommitted_changes": bool(changed.stdout.strip()), "threads": torch.get_num_threads()}  # fmt: skip
+    info = {"torch": torch.__version__, "python": platform.python_version(), "commit": _git("rev-parse", "HEAD") or None,
+            "uncommitted_changes": bool(_git("status", "--porcelain", ".")), "threads": torch.get_num_threads()}  # fmt: skip
     if device == "cuda":
         import triton
 

@@ -25,6 +25,14 @@ def _hits(predicted: list, wanted: list) -> torch.Tensor:
     return torch.tensor([a == b for a, b in zip(predicted, wanted, strict=True)], dtype=torch.float64)
 
 
+def _has_vmaf() -> bool:
+    try:
+        find_ffmpeg()
+    except RuntimeError:
+        return False
+    return True
+
+
 def evaluate_videos(
     videos: torch.Tensor,
     subjects: Sequence | None = None,
@@ -45,7 +53,7 @@ def evaluate_videos(
     `frechet_ci` with the subjects as strata, B ≥ 32).
 
     videos and dense_twins (B, T, 3, H, W) float in [0, 1], T ≥ 3. Raises ValueError for wrong arguments (all are
-    checked before anything is computed) and RuntimeError where twins are given and no ffmpeg has libvmaf.
+    checked before anything is computed). VMAF is left out where no ffmpeg has libvmaf (`fidelity.find_ffmpeg` says why).
     """
     videos = check_videos(videos, min_frames=3)
     if subjects is not None:
@@ -59,14 +67,13 @@ def evaluate_videos(
         check_features(videos.flatten(1)[:, :1], "videos", 2 * MIN_CLIPS if intervals else MIN_CLIPS)
     if dense_twins is not None:
         check_twins(videos, dense_twins, "dense_twins")
-        find_ffmpeg()
 
     each = {}
     if dense_twins is None:
         frames = frame_features(videos)
     else:
         each["lpips_like"], frames = compare_frames(videos, dense_twins)
-        each |= {metric.__name__: metric(videos, dense_twins) for metric in (psnr, ssim, vmaf)}
+        each |= {metric.__name__: metric(videos, dense_twins) for metric in (psnr, ssim, *([vmaf] if _has_vmaf() else ()))}
     flow = optical_flow(videos)
     each |= {
         "subject_consistency": consistency_of(frames),

@@ -51,7 +51,7 @@ def defaults(args: argparse.Namespace) -> tuple[list[Path], dict[str, Path], lis
     if args.student is None:
         shipped = {p.parent.name: p.parent for p in sorted((ROOT / "data" / "students").glob("*/config.json"))}
         trained = {p.parent.parent.name: p.parent for p in sorted((ROOT / "outputs").glob("*/student/config.json"))}
-        students = shipped or trained
+        students = trained | shipped
     else:
         students = {name: Path(path) for name, path in named(args.student).items()}
     if args.curves is None:

@@ -93,7 +93,7 @@ def _lines(path: Path, problems: list[str]) -> list[dict]:
     rows = []
     try:
         text = path.read_text()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{path}: not readable ({error})")
         return []
     for line in text.splitlines():
@@ -112,9 +112,8 @@ def _videos(folder: Path, problems: list[str]) -> list[Video]:
     described = _json(folder / "videos.json", problems) if (folder / "videos.json").exists() else None
     if not isinstance(described, list):
         return [Video(path) for path in sorted(folder.glob("*.mp4"))]
-    found = [
-        Video(folder / entry["file"], entry.get("prompt", ""), entry.get("seed"), tuple(entry.get("methods", ())))
-        for entry in described
-    ]
+    entries = [entry for entry in described if isinstance(entry, dict) and isinstance(entry.get("file"), str)]
+    problems += [f"{folder}/videos.json: an entry without a file"] * (len(described) - len(entries))
+    found = [Video(folder / e["file"], e.get("prompt", ""), e.get("seed"), tuple(e.get("methods", ()))) for e in entries]
     problems += [f"{video.path}: named in videos.json and missing" for video in found if not video.path.exists()]
     return [video for video in found if video.path.exists()]

@@ -56,7 +56,7 @@ def what_was_run(inputs: Inputs) -> str:
     rows = []
     for reports in inputs.results.values():
         for file, report in reports.items():
-            commit = report.get("commit") or report.get("environment", {}).get("commit", "not stated")
+            commit = report.get("commit") or report.get("environment", {}).get("commit") or "not stated"
             command = report.get("command", "not stated")
             short = commit if commit.startswith("not") else commit[:9]
             rows.append([escape(file.rsplit("/", 1)[-1]), f"<code>{escape(command)}</code>", f"<code>{escape(short)}</code>", escape(environment(report))])
@@ -116,7 +116,7 @@ def beaten(points: list, name: str, more: bool) -> str:
     """One line: the peers that no student is as fast as and as good as."""
     found = uncovered(points, more)
     if not found:
-        return f"<li><b>{escape(name)}</b>: nowhere; for every peer some student is at least as fast and as good.</li>"
+        return f"<li><b>{escape(name)}</b>: nowhere; for every peer some student is at least as fast and as good (fixed densities run a student's weights and are left out).</li>"
     clear, close = (", ".join(escape(p.name) for p, near in found if near is which) for which in (False, True))
     words = [f"no student is as fast and as good as {clear}."] if clear else []
     words += [f"No student's value is as good at their speed, but within the 95% intervals one is: {close}."] if close else []
@@ -158,7 +158,7 @@ def results(inputs: Inputs) -> str:
                 escape(row.get("settings") or report.get("checkpoints", {}).get(name, "")),
             ])  # fmt: skip
         parts.append(f"<h3>{escape(caption(file, report))}</h3>" + table(head, rows, "numbers"))
-    text = "<p>Density: share of the dense model's attention that was computed in these forwards; for caches, attention calls computed. In brackets 95% intervals. PSNR and SSIM against the dense model's video of the same seed, where a method approximates it.</p>"
+    text = "<p>Density: share of the attention among the tokens that merging left which was computed in these forwards; for caches, attention calls computed. In brackets 95% intervals. PSNR and SSIM against the dense model's video of the same seed, where a method approximates it.</p>"
     return section("results", "Results", (text + "".join(parts)) if parts else missing("No comparison was found.", "comparison"))
 
 

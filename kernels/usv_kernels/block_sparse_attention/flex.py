@@ -59,11 +59,12 @@ def block_mask(selection: BlockSelection, block: int, q_len: int, kv_len: int) -
     for name, starts, sizes in (("q_sizes", selection.q_starts, selection.q_sizes), ("kv_sizes", selection.kv_starts, selection.kv_sizes)):
         tiles = torch.arange(starts.shape[-1], device=starts.device) * block
         require(bool((sizes == block).all() and (starts == tiles).all()), name, "other blocks", f"consecutive blocks of {block} tokens")
-    lists = BlockSelection.from_mask(selection.to_mask(), selection.q_sizes, selection.kv_sizes)
-    none = torch.zeros_like(lists.kv_num_blocks), torch.zeros_like(lists.to_mask(), dtype=torch.int32)
-    full = torch.zeros_like(none[1])
-    full[..., : lists.kv_indices.shape[-1]] = lists.kv_indices
-    return BlockMask.from_kv_blocks(*none, lists.kv_num_blocks, full, BLOCK_SIZE=block, seq_lengths=(q_len, kv_len))
+    counts, lists = selection.kv_num_blocks, selection.kv_indices
+    full = lists.new_zeros(*lists.shape[:3], selection.num_kv_blocks)
+    full[..., : lists.shape[3]] = torch.where(torch.arange(lists.shape[3], device=lists.device) < counts[..., None], lists, 0)
+    none = torch.zeros_like(counts), torch.zeros_like(full)
+    both = torch.is_grad_enabled()  # the lists of its backward take longer than those of its forward
+    return BlockMask.from_kv_blocks(*none, counts.contiguous(), full, BLOCK_SIZE=block, seq_lengths=(q_len, kv_len), compute_q_blocks=both)
 
 
 def attend_compiled(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
