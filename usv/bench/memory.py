@@ -16,7 +16,7 @@ from diffusers import WanPipeline
 from usv.bench.measure import environment, peak_bytes, reset_peak
 from usv.config import ModelConfig
 from usv.cpu import give_back_freed_memory, keep_freed_memory
-from usv.generate import load_pipeline
+from usv.generate import best_place, load_pipeline
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,8 @@ def in_fresh_process(spec: Spec) -> dict[str, int]:
 
 def pipeline(path: str, work: str) -> WanPipeline:
     """The model as it is used: on a GPU in bf16, but for training, whose weights stay fp32 under autocast."""
-    cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda and work != "train" else torch.float32
-    return load_pipeline(path, dtype, "cuda" if cuda else "cpu")
+    dtype, device = best_place()
+    return load_pipeline(path, torch.float32 if work == "train" else dtype, device)
 
 
 def peak(spec: Spec) -> dict[str, int]:
