@@ -68,7 +68,7 @@ ablation: setup data/shards/camera/index.json
 	for pair in $(AXES); do \
 	  $(LAUNCH) train.py experiment=$${pair%:*} logger=none optim.steps=$(VELOCITY) output_dir=outputs/ablation/$${pair%:*} || exit 1; \
 	  $(LAUNCH) train.py experiment=$${pair#*:} logger=none optim.steps=$(TRAJECTORY) output_dir=outputs/ablation/$${pair#*:} \
-	    distill.init=outputs/ablation/$${pair%:*}/student || exit 1; done
+	    distill.init=outputs/ablation/$${pair%:*}/student distill.guide=null distill.reuse=4 || exit 1; done
 	$(BIN)/python -m usv.evaluate $(foreach name,$(ABLATED),--ckpt $(name:dense=folded)=outputs/ablation/$(name)/student) --clips 60 --batch-size $(BATCH) --out data/results/ablation.json
 
 kernels-report: setup
