@@ -57,12 +57,19 @@ results: setup
 report: setup
 	$(BIN)/python -m usv.report --videos outputs/results/peers --readme README.md --pareto docs/pareto.svg
 
-# each axis alone and in pairs, then all three (the student that ships); about three hours on two cores, resumable
-AXES ?= attention merge steps attention_steps merge_steps
+# each axis alone, in pairs and all three, every row trained alike: so many steps of velocity, for few steps as many of trajectories from
+# there; about an hour and a half on two cores, resumable
+VELOCITY   ?= 500
+TRAJECTORY ?= 300
+AXES       ?= dense:steps attention:attention_steps merge:merge_steps usv_mini:usv_few_step
+ABLATED    = $(subst :, ,$(AXES))
 
 ablation: setup data/shards/camera/index.json
-	for name in $(AXES); do $(LAUNCH) train.py experiment=$$name logger=none || exit 1; done
-	$(BIN)/python -m usv.evaluate $(foreach name,$(AXES),--ckpt outputs/$(name)/student) --ckpt all=data/students/usv_few_step --clips 60 --batch-size $(BATCH) --out data/results/ablation.json
+	for pair in $(AXES); do \
+	  $(LAUNCH) train.py experiment=$${pair%:*} logger=none optim.steps=$(VELOCITY) output_dir=outputs/ablation/$${pair%:*} || exit 1; \
+	  $(LAUNCH) train.py experiment=$${pair#*:} logger=none optim.steps=$(TRAJECTORY) output_dir=outputs/ablation/$${pair#*:} \
+	    distill.init=outputs/ablation/$${pair%:*}/student distill.guide=null distill.reuse=4 || exit 1; done
+	$(BIN)/python -m usv.evaluate $(foreach name,$(ABLATED),--ckpt $(name:dense=folded)=outputs/ablation/$(name)/student) --clips 60 --batch-size $(BATCH) --out data/results/ablation.json
 
 kernels-report: setup
 	$(BIN)/python -m usv_kernels.compile_report

@@ -26,7 +26,7 @@ import usv
 from usv.checkpoint import read_config
 from usv.config import InferConfig, SettingError, check_overrides, config_groups, typed
 from usv.cpu import keep_freed_memory
-from usv.generate import Generation, generate, load_pipeline
+from usv.generate import Generation, best_place, generate, load_pipeline
 from usv.patterns.planned import HOW_MUCH
 from usv.patterns_pipeline import calls_report
 from usv.training import commit, prepare_folder
@@ -79,7 +79,7 @@ def run(config: InferConfig) -> dict:
         raise SettingError("compare=true compares with the dense model: also give ckpt=FOLDER or attention=svg2")
     folder = Path(config.output_dir)
     prepare_folder(folder)
-    pipe = load_pipeline(config.model.path)
+    pipe = load_pipeline(config.model.path, *best_place())
     texts = [prompt for prompt in prompts for _ in range(config.seeds)]
     seeds = [config.seed + i for _ in prompts for i in range(config.seeds)]
     methods: dict[str, tuple[Generation, dict]] = {}

@@ -208,7 +208,7 @@ def test_denoise_fills_the_ablation(monkeypatch, tmp_path, tiny_wan, students, c
     assert "policy" in methods["all"]["shares"] and 0 < methods["all"]["overhead"] < 1
     i = report["interaction"]
     assert i["ratio"] == pytest.approx(
-        i["all_three"] / (methods["attention"]["denoise_speedup"] * methods["merge"]["denoise_speedup"])
+        i["all_three"] / (methods["attention"]["forward_speedup"] * methods["merge"]["denoise_speedup"])
     )
     assert "the product of the parts" in capsys.readouterr().out
 

@@ -26,7 +26,7 @@ import usv
 from usv.config import ModelConfig, SettingError
 from usv.cpu import keep_freed_memory
 from usv.evaluate import commit, machine, real_clips, requests
-from usv.generate import Generation, generate, load_pipeline
+from usv.generate import Generation, best_place, generate, load_pipeline
 from usv.grid import TokenGrid
 from usv.matched_density import TOLERANCE, settings_for, svg_densities
 from usv.metrics import build_prototypes, evaluate_videos, features
@@ -64,7 +64,7 @@ class Comparison:
         return any(row["method"] == name and row["wanted"] == density for row in self.report["rows"])
 
     def save(self) -> None:
-        self.report |= {"commit": commit(), "machine": machine(), "command": "python -m usv.compare_patterns " + " ".join(sys.argv[1:])}
+        self.report |= {"commit": commit(), "machine": machine(best_place()[1]), "command": "python -m usv.compare_patterns " + " ".join(sys.argv[1:])}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.out.with_name(f".{self.out.name}.tmp")
         temporary.write_text(json.dumps(self.report, indent=1) + "\n")
@@ -75,7 +75,7 @@ class Setup:
     """The pipeline, its prompts, and how a method is run on them."""
 
     def __init__(self, model: ModelConfig, clips: int, batch_size: int, warm_up: dict, recall_rows: int):
-        self.pipe = load_pipeline(model.path)
+        self.pipe = load_pipeline(model.path, *best_place())
         self.model, self.batch_size, self.warm_up, self.recall_rows = model, batch_size, warm_up, recall_rows
         self.prompts, self.subjects, self.motions = requests(clips)
         self.seeds = list(range(clips))

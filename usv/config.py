@@ -328,7 +328,7 @@ def check_train(config: TrainConfig) -> None:
         ("distill.reuse", config.distill.reuse, config.distill.reuse == 1 or config.distill.name == "trajectory", "1, but for distill=trajectory"),
         ("distill.guide", config.distill.guide, config.distill.guide is None or config.distill.name == "trajectory", "none, but for distill=trajectory"),
         ("distill.student_timesteps", config.distill.student_timesteps, _ladder(config.distill.student_timesteps), "1000 first, then descending above 0, or none"),
-        ("distill.student_timesteps", config.distill.student_timesteps, bool(config.distill.student_timesteps) or not config.distill.distribution, "timesteps, where distill.distribution is above 0"),
+        ("distill.student_timesteps", config.distill.student_timesteps, bool(config.distill.student_timesteps) or not (config.distill.distribution or config.distill.name == "trajectory"), "timesteps, where distill.distribution is above 0 or distill=trajectory"),
         ("policy.axes", config.policy.axes, bool(config.policy.axes) and set(config.policy.axes) <= {"density", "merge"}, "[density], [merge] or both"),
         ("policy.most_density", config.policy.most_density, 0 < config.policy.most_density <= 1, "a density in (0, 1]"),
         ("policy.steps", config.policy.steps, not config.policy.steps or (config.policy.name == "gumbel" and config.distill.name == "consistency"), "true with policy=gumbel and distill=consistency"),

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from usv.checkpoint import CheckpointError, Student, load_student, named
 from usv.config import ModelConfig
 from usv.cost import ModelShape, plan_cost
 from usv.cpu import keep_freed_memory
-from usv.generate import Generation, generate, load_pipeline
+from usv.generate import Generation, best_place, generate, load_pipeline, now
 from usv.grid import tile_layout
 from usv.metrics import build_prototypes, evaluate_videos, features
 from usv.metrics.frechet import MIN_CLIPS
@@ -92,8 +91,9 @@ def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, re
     """Seconds of one forward of one clip, quantiles over interleaved repeats, averaged over the sampler's timesteps."""
     frames = (model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
     shape = (batch_size, pipe.transformer.config.in_channels, frames, *(side // pipe.vae_scale_factor_spatial for side in (model.height, model.width)))  # fmt: skip
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    text = torch.randn(batch_size, model.max_sequence_length, pipe.transformer.config.text_dim)
+    place = {"device": pipe.device, "dtype": pipe.transformer.dtype}
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(**place)
+    text = torch.randn(batch_size, model.max_sequence_length, pipe.transformer.config.text_dim, **place)
     times: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats + 1):
         for name, checkpoint in methods.items():
@@ -105,12 +105,12 @@ def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, re
                 timesteps = student.sampling.get("student_timesteps") or [
                     (low + high) / 2 for low, high in zip((0.0, *student.plan.edges), student.plan.edges)
                 ]
-            begun = time.perf_counter()
+            begun = now(pipe)
             with torch.no_grad():
                 for timestep in timesteps:
-                    pipe.transformer(latents, torch.full((batch_size,), timestep), text, return_dict=False)
+                    pipe.transformer(latents, torch.full((batch_size,), timestep, device=pipe.device), text, return_dict=False)
             if repeat:
-                times[name].append((time.perf_counter() - begun) / len(timesteps) / batch_size)
+                times[name].append((now(pipe) - begun) / len(timesteps) / batch_size)
             usv.disable(pipe)
     return {
         name: {f"p{q}": float(torch.tensor(values).quantile(q / 100)) for q in (10, 50, 90)} for name, values in times.items()
@@ -120,7 +120,7 @@ def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, re
 def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_size: int, videos: Path | None = None) -> dict:
     """The report: machine, commit, and one row of quality, speed and executed sparsity for each method."""
     keep_freed_memory()
-    pipe = load_pipeline(model.path)
+    pipe = load_pipeline(model.path, *best_place())
     methods = {"dense": None, **{name: opened(pipe, path) for name, path in checkpoints.items()}}
     prompts, subjects, motions = requests(clips)
     seeds = list(range(clips))

@@ -8,6 +8,8 @@ these damages gives the oracle's plan at the cost of the student's own. Both pla
 the oracle has not seen: gain = (uniform − learned) / (uniform − oracle). Damages do not add up exactly, so a gain above 1 can be.
 
 On the student's weights the learned plan has an advantage, it was trained under it; on the teacher's (--weights teacher) nobody has.
+There the teacher's own velocity is wanted, without guidance, so that every error is a rung's. --merge-layers and --most-density hold
+the oracle to what the learned plan was held to; the uniform plan knows no such thing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -32,7 +35,7 @@ from usv.evaluate import machine
 from usv.generate import load_pipeline
 from usv.grid import tile_layout
 from usv.models.wan import SparseWan
-from usv.plan import RUNGS, Rung, SparsityPlan
+from usv.plan import DENSITY_LADDER, RUNGS, Rung, SparsityPlan
 from usv.policy.fixed import uniform_plan
 from usv.policy.knapsack import choose
 from usv.training import commit
@@ -86,19 +89,31 @@ def measure(judge: Judge, bins: int, layers: int) -> np.ndarray:
     return damage
 
 
-def oracle_plan(damage: np.ndarray, costs, budget: float, edges) -> SparsityPlan:
-    """The plan of least total measured damage within a mean cost."""
+def oracle_plan(damage: np.ndarray, costs, budget: float, edges, merge_layers: int | None = None, most_density: float = 1.0) -> SparsityPlan:
+    """The plan of least total measured damage within a mean cost.
+
+    merge_layers: so many first layers may merge, None: all. most_density: the densest rung allowed.
+    """
     bins, layers, rungs = damage.shape
-    chosen = choose(-damage.reshape(-1, rungs), np.asarray(costs), budget).reshape(bins, layers)
+    values = -damage.copy()
+    for index, rung in enumerate(RUNGS):
+        if DENSITY_LADDER[rung.density] > most_density:
+            values[:, :, index] = -np.inf
+        if rung.merge and merge_layers is not None:
+            values[:, merge_layers:, index] = -np.inf
+    # A fine grid: costs are rounded up, and the learned plan's own cost is the budget.
+    chosen = choose(values.reshape(-1, rungs), np.asarray(costs), budget, resolution=20_000).reshape(bins, layers)
     return SparsityPlan(tuple(edges), tuple(tuple(RUNGS[i] for i in row) for row in chosen))
 
 
-def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights: str, batch_size: int) -> dict:
-    """The three plans at one cost, on clips that the damages were not measured on."""
+def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights: str, batch_size: int, **held) -> dict:
+    """The three plans at one cost, on clips that the damages were not measured on. held: bounds of `oracle_plan`."""
     if student.sampling.get("student_timesteps"):
         raise CheckpointError("--ckpt: got a few-step student, accepted: one of velocity distillation; the other says where flows end")
     teacher = SparseWan(pipe.transformer, student.model.tile).eval().requires_grad_(False)
     model = student.model if weights == "student" else teacher
+    if weights == "teacher":
+        settings = replace(settings, guidance_scale=1.0)
     plan = student.plan
     data = ShardDataset(shards, batch_size, split="val", drop_text=0.0, shuffle=False, repeat=False, model=settings.path)
     clips = list(islice(data, 2))
@@ -113,7 +128,7 @@ def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights:
     plans = {
         "learned": plan,
         "uniform": uniform_plan(plan.edges, plan.num_layers, costs, budget),
-        "oracle": oracle_plan(damage, costs, budget, plan.edges),
+        "oracle": oracle_plan(damage, costs, budget, plan.edges, **held),
     }
     rows = {
         name: {"error": round(judge.plan_error(p), 6), "cost": round(plan_cost(p, shape, layout), 5), "plan": p.to_dict()["rungs"]}
@@ -122,7 +137,7 @@ def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights:
     errors = {name: row["error"] for name, row in rows.items()}
     most = errors["uniform"] - errors["oracle"]
     gain = round((errors["uniform"] - errors["learned"]) / most, 4) if most > 0 else None  # the oracle itself gains nothing
-    return {"weights": weights, "edges": list(plan.edges), "rows": rows, "gain": gain, "damage": damage.round(7).tolist()}
+    return {"weights": weights, **held, "edges": list(plan.edges), "rows": rows, "gain": gain, "damage": damage.round(7).tolist()}
 
 
 def main() -> None:
@@ -132,6 +147,8 @@ def main() -> None:
     parser.add_argument("--data", default="data/shards/camera", help="shards; their split val is used")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student")
     parser.add_argument("--batch-size", type=int, default=4, help="clips the damages are measured on, and as many they are not")
+    parser.add_argument("--merge-layers", type=int, help="so many first layers may merge, as in policy.merge_layers")
+    parser.add_argument("--most-density", type=float, default=1.0, help="the densest rung, as in policy.most_density")
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     keep_freed_memory()
@@ -142,7 +159,7 @@ def main() -> None:
         settings = ModelConfig(
             args.model, flow_shift=s["flow_shift"], guidance_scale=s["guidance_folded_in"], max_sequence_length=s["max_sequence_length"]
         )
-        report = compare(settings, student, pipe, args.data, args.weights, args.batch_size)
+        report = compare(settings, student, pipe, args.data, args.weights, args.batch_size, merge_layers=args.merge_layers, most_density=args.most_density)
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     for name, row in report["rows"].items():

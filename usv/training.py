@@ -268,7 +268,7 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     costs = rung_costs(shape, layout)
     run.costs, run.shape, run.layout = dict(zip(RUNGS, costs)), shape, layout
     least = min(cost for cost, rung in zip(costs, RUNGS) if allowed(rung, config.policy.axes))
-    if least > config.policy.budget:
+    if config.policy.name != "inherit" and least > config.policy.budget:
         raise SettingError(
             f"policy.budget: got {config.policy.budget}, but the sparsest rung still costs {least:.3f} of a dense forward at "
             f"this size; accepted: {least:.3f} to 1"

@@ -26,22 +26,26 @@ GPU_GRID = [(s, d, r) for r in (8, 4, 16, 2, 32) for s in (32760, 8192, 75600) f
 LAST_START = 45.0  # seconds that one more shape may take, compilation included
 
 
-def gate(impl: str, device: str) -> dict:
-    """Largest error of out and gradients against the fp64 reference; raises if one is beyond bf16's own loss."""
+# Largest error of a norm that the dtype itself accounts for. bf16 keeps 8 bits: 2**-9 a rounding, and no result passes more than
+# about four of them. fp32 sums of a thousand terms and logits of a few units lose ten times sqrt(1000) roundings of 2**-24 at most.
+GATES = {torch.bfloat16: 4 * 2.0**-9, torch.float32: 320 * 2.0**-24}
+
+
+def gate(impl: str, device: str, dtype: torch.dtype = torch.bfloat16, dim: int = 64) -> dict:
+    """Error of out and gradients against the fp64 reference at about a thousand tokens; SystemExit if one is beyond `GATES`."""
     torch.manual_seed(0)
     selection = random_selection(2, 16 * 64 + 24, 64, 0.25, device)
-    inputs = [torch.randn(1, 2, 16 * 64 + 24, 64, device=device, dtype=torch.bfloat16) for _ in range(4)]
+    inputs = [torch.randn(1, 2, 16 * 64 + 24, dim, device=device, dtype=dtype) for _ in range(4)]
     results = []
-    for dtype, name in ((torch.float64, "reference"), (torch.bfloat16, impl)):
-        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in inputs[:3])
+    for each, name in ((torch.float64, "reference"), (dtype, impl)):
+        q, k, v = (x.to(each, copy=True).requires_grad_() for x in inputs[:3])
         out, _ = block_sparse_attention(q, k, v, selection, impl=name)
-        out.backward(inputs[3].to(dtype))
+        out.backward(inputs[3].to(each))
         results.append([out.detach(), q.grad, k.grad, v.grad])
     errors = {}
     for name, exact, value in zip(("out", "dq", "dk", "dv"), *results, strict=True):
         errors[name] = float((value.double() - exact).norm() / exact.norm())
-        # bf16 keeps 8 bits: 2**-9 a rounding, and no result passes more than about four of them.
-        if not errors[name] < 4 * 2.0**-9:
+        if not errors[name] < GATES[dtype]:
             raise SystemExit(f"correctness gate: {impl} {name} is off by {errors[name]:.2e} of its norm: nothing is measured")
     return errors
 
@@ -178,7 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("--gpu: got no CUDA device, expected one; without a GPU no GPU figure is reported")
     started, device = time.monotonic(), "cuda" if args.gpu else "cpu"
     impl = "triton" if args.gpu else "cpu"
-    report = {"environment": environment(device), "gate": gate(impl, device), "rows": [], "companions": [], "memory": [], "left_out": []}
+    kinds = [(torch.bfloat16, 64), (torch.bfloat16, 128) if args.gpu else (torch.float32, 64)]  # all that is timed
+    passed = {f"{str(dtype).removeprefix('torch.')} D {dim}": gate(impl, device, dtype, dim) for dtype, dim in kinds}
+    report = {"environment": environment(device), "gate": passed, "rows": [], "companions": [], "memory": [], "left_out": []}
     if args.gpu:
         gpu_rows(report, GPU_GRID, args.heads or 12, args.budget or 0.5, started + 60 * args.minutes, not args.no_flex)
         name = "attention_gpu"

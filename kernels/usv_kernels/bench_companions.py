@@ -10,7 +10,7 @@ import math
 import torch
 
 from . import block_pool, block_sparse_attention, inverse_permutation, permute, select_top_k
-from .bench_timing import measure
+from .bench_timing import measure, tiles
 
 GOAL = 0.10
 
@@ -37,8 +37,7 @@ def functions(heads, length, dim, density, block, dtype, device, impl, backward:
     """Name -> what is timed. Selection has no gradient; it counts the same in both passes."""
     q, k, v, grad = (torch.randn(1, heads, length, dim, device=device, dtype=dtype) for _ in range(4))
     leaves = [x.requires_grad_(backward) for x in (q, k, v)]
-    sizes = torch.full((-(-length // block),), block, dtype=torch.int32)
-    sizes[-1] = length - block * (len(sizes) - 1)
+    sizes = tiles(length, block).to(torch.int32)
     starts = (sizes.cumsum(0) - sizes).to(torch.int32)
     bounds = {"q_max": block, "kv_max": block}
     starts, sizes = starts.to(device), sizes.to(device)

@@ -10,6 +10,13 @@ import torch
 from .selection import BlockSelection
 
 
+def tiles(length: int, block: int) -> torch.Tensor:
+    """Sizes of consecutive blocks, the last one partial."""
+    sizes = torch.full((-(-length // block),), block)
+    sizes[-1] = length - (len(sizes) - 1) * block
+    return sizes
+
+
 def random_selection(heads: int, length: int, block: int, density: float, device) -> BlockSelection:
     """The same number of random blocks for every query block, the diagonal block among them."""
     count = -(-length // block)
@@ -17,8 +24,7 @@ def random_selection(heads: int, length: int, block: int, density: float, device
     scores = torch.rand(1, heads, count, count, device=device)
     scores.diagonal(dim1=-2, dim2=-1).fill_(2.0)
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(keep, -1).indices, True)
-    sizes = torch.full((count,), block)
-    sizes[-1] = length - (count - 1) * block
+    sizes = tiles(length, block)
     return BlockSelection.from_mask(mask, sizes, sizes, capacity=keep)
 
 

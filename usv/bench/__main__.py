@@ -15,7 +15,6 @@ from usv.bench.sides import pipeline_sides
 from usv.checkpoint import named
 from usv.config import ModelConfig, SettingError
 from usv.cpu import keep_freed_memory
-from usv.generate import load_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,8 +77,7 @@ def run(args) -> tuple[dict, str]:
     if args.command == "memory":
         report = memory.bench(model, checkpoints, args.density, args.merge, args.batch_size, args.repeats)
         return report, memory.table(report)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(model.path, device=device)
+    pipe = memory.pipeline(model.path, args.command)
     if args.command == "denoise":
         report = denoise.bench(pipe, model, checkpoints, args.batch_size, args.repeats)
         return report, denoise.table(report)

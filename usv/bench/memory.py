@@ -6,14 +6,17 @@ On a CPU resident memory, its high-water mark from just before the first forward
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import multiprocessing
 from dataclasses import dataclass
 
 import torch
+from diffusers import WanPipeline
 
 from usv.bench.measure import environment, peak_bytes, reset_peak
 from usv.config import ModelConfig
-from usv.cpu import keep_freed_memory
+from usv.cpu import give_back_freed_memory, keep_freed_memory
+from usv.generate import best_place, load_pipeline
 
 
 @dataclass(frozen=True)
@@ -50,24 +53,34 @@ def in_fresh_process(spec: Spec) -> dict[str, int]:
         return pool.submit(peak, spec).result()
 
 
+def pipeline(path: str, work: str) -> WanPipeline:
+    """The model as it is used: on a GPU in bf16, but for training, whose weights stay fp32 under autocast."""
+    dtype, device = best_place()
+    return load_pipeline(path, torch.float32 if work == "train" else dtype, device)
+
+
 def peak(spec: Spec) -> dict[str, int]:
     """peak_bytes while working, and held_bytes just before: weights, libraries, teacher."""
     from usv.bench import training
     from usv.bench.sides import pipeline_sides
-    from usv.generate import load_pipeline
 
     torch.set_num_threads(spec.threads or torch.get_num_threads())
     keep_freed_memory()  # as train.py and infer.py do
-    pipe = load_pipeline(spec.model.path, device="cuda" if torch.cuda.is_available() else "cpu")
+    pipe = pipeline(spec.model.path, spec.work)
     named = {} if spec.checkpoint is None else {spec.name: spec.checkpoint}
     densities, merges = ((spec.plan[0],), (spec.plan[1],)) if spec.plan else ((), ())
     sides, inputs = pipeline_sides(pipe, spec.model, named, densities, merges, spec.batch_size)
-    side = sides[-1]  # dense is the only one where neither is given
+    side, teacher = sides[-1], sides[0].model  # dense is the only one where neither is given
     pipe.text_encoder, pipe.vae = None, None
     if spec.work == "train":
-        run = training.trainers([side], sides[0].model, inputs, spec.model.guidance_scale)[0].step
+        own = None if spec.checkpoint is None else side.model  # already a network of its own beside the teacher
+        run = training.trainers([side], teacher, inputs, spec.model.guidance_scale, own)[0].step
     else:
         run = lambda index: inputs.run(side, index)  # noqa: E731
+        pipe.transformer = None  # a student does not need the model that it came from
+    del sides, teacher
+    gc.collect()
+    give_back_freed_memory()
     reset_peak()
     held = peak_bytes()
     for _ in range(spec.repeats):

@@ -37,26 +37,31 @@ class Trainer:
         """One step at one of the side's timesteps; seconds of the whole step and of the student's part."""
         x_t, text = self.inputs.latents, self.inputs.text
         timestep = torch.full((len(x_t),), self.side.timesteps[index], device=x_t.device)
+        autocast = torch.autocast(x_t.device.type, torch.bfloat16, enabled=x_t.device.type == "cuda")  # as runtime.precision=auto
         begun = now()
-        wanted = distill.guided_velocity(
-            self.teacher, x_t, timestep, text, torch.zeros_like(text[0]), self.guidance_scale
-        )
+        with autocast:
+            wanted = distill.guided_velocity(
+                self.teacher, x_t, timestep, text, torch.zeros_like(text[0]), self.guidance_scale
+            )
         taught = now()
-        velocity, _ = self.side.model(x_t, timestep, text, self.side.rows[index])
-        distill.velocity_loss(velocity, wanted).mean().backward()
+        with autocast:
+            velocity, _ = self.side.model(x_t, timestep, text, self.side.rows[index])
+        distill.velocity_loss(velocity.float(), wanted.float()).mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         ended = now()
         return ended - begun, ended - taught
 
 
-def trainers(sides: Sequence[Side], teacher: SparseWan, inputs: Inputs, guidance_scale: float) -> list[Trainer]:
-    """Students on copies of the sides' weights; sides of one network share copy and optimiser."""
+def trainers(
+    sides: Sequence[Side], teacher: SparseWan, inputs: Inputs, guidance_scale: float, own: SparseWan | None = None
+) -> list[Trainer]:
+    """Students on copies of the sides' weights; sides of one network share copy and optimiser. own: trained itself, no copy."""
     teacher.requires_grad_(False)
     copies: dict[int, tuple[SparseWan, torch.optim.Optimizer]] = {}
     for side in sides:
         if id(side.model) not in copies:
-            student = copy.deepcopy(side.model).train().requires_grad_(True)
+            student = (side.model if side.model is own else copy.deepcopy(side.model)).train().requires_grad_(True)
             copies[id(side.model)] = student, torch.optim.AdamW(student.parameters(), lr=1e-5)
     made = []
     for side in sides:
@@ -88,7 +93,8 @@ def measure(sides: Sequence[Side], inputs: Inputs, guidance_scale: float, repeat
 
 def bench(sides, inputs: Inputs, model: ModelConfig, specs: Sequence[memory.Spec], repeats: int) -> dict:
     """`specs`: one for each side, in order."""
-    report = {"environment": environment(), "sides": measure(sides, inputs, model.guidance_scale, repeats)}
+    dtype = "bfloat16 autocast" if torch.cuda.is_available() else "float32"
+    report = {"environment": environment(), "dtype": dtype, "sides": measure(sides, inputs, model.guidance_scale, repeats)}
     rows = report["sides"]
     for side, spec in zip(sides, specs):
         rows[side.name] |= memory.in_fresh_process(spec)

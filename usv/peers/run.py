@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from usv.config import ModelConfig
 from usv.evaluate import machine, real_clips, requests
-from usv.generate import generate, load_pipeline
+from usv.generate import best_place, generate, load_pipeline
 from usv.metrics import build_prototypes, evaluate_videos, features
 from usv.metrics.frechet import MIN_CLIPS
 from usv.peers.methods import Method
@@ -44,13 +44,13 @@ class Pipelines:
     """The shared pipeline, and one of its own for each method that leaves traces."""
 
     def __init__(self, path: str):
-        self.path, self.shared, self.own = path, load_pipeline(path), {}
+        self.path, self.shared, self.own = path, load_pipeline(path, *best_place()), {}
 
     def of(self, method: Method) -> WanPipeline:
         if not method.own_pipeline:
             return self.shared
         if method.name not in self.own:
-            self.own[method.name] = load_pipeline(self.path)
+            self.own[method.name] = load_pipeline(self.path, *best_place())
         return self.own[method.name]
 
 
@@ -175,4 +175,4 @@ def compare(model: ModelConfig, methods: list[Method], clips: int, batch_size: i
         write_videos(videos, requests(clips)[0], results)
     rows = rows_of(model, methods, results, clips)
     settings = {"clips": clips, "batch_size": batch_size, "steps": model.num_inference_steps, "guidance": model.guidance_scale}
-    return {"commit": commit(), "machine": machine(), "versions": versions(), **settings, "methods": rows}
+    return {"commit": commit(), "machine": machine(best_place()[1]), "versions": versions(), **settings, "methods": rows}

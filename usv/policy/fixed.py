@@ -24,7 +24,7 @@ def uniform_plan(
     no layer or timestep is preferred. `merge` fixes the merge rung, else the one is taken whose density comes closest to the
     density : merge balance of the target (0.25 merged at most costs, 0.5 below a third). `axes`: what may differ from dense.
     """
-    rungs = [(cost, rung) for cost, rung in zip(costs, RUNGS) if allowed(rung, axes)]
+    rungs, given = [(cost, rung) for cost, rung in zip(costs, RUNGS) if allowed(rung, axes)], merge
     if "merge" not in axes:
         merge = 0
     if merge is None:
@@ -33,19 +33,23 @@ def uniform_plan(
         ladder = sorted(rungs, key=lambda x: -x[0])
     else:
         ladder = sorted(((cost, rung) for cost, rung in rungs if rung.merge == merge), key=lambda x: -x[0])
+        while merge > 0 and given is None and ladder[0][0] < target:  # nothing of this merge rung is that dear
+            merge -= 1
+            ladder = sorted(((cost, rung) for cost, rung in rungs if rung.merge == merge), key=lambda x: -x[0])
     if ladder[-1][0] > target:
         ladder = sorted(rungs, key=lambda x: -x[0])
     above = min((x for x in ladder if x[0] >= target), default=ladder[0], key=lambda x: x[0])
     below = max((x for x in ladder if x[0] <= target), default=ladder[-1], key=lambda x: x[0])
     share = 1.0 if above[0] == below[0] else (target - below[0]) / (above[0] - below[0])
     rows, owed = [], 0.0
-    for _ in edges:
+    for bin in range(len(edges)):
         row = []
         for _ in range(num_layers):
             owed += share
             row.append(above[1] if owed >= 1.0 - 1e-9 else below[1])
             owed -= 1.0 if row[-1] is above[1] and above[1] != below[1] else 0.0
-        rows.append(tuple(row))
+        shift = bin % num_layers  # else a share of 1/2 would give the same layers more in every bin
+        rows.append(tuple(row[-shift:] + row[:-shift]))
     return SparsityPlan(tuple(edges), tuple(rows))
 
 

@@ -117,11 +117,14 @@ class GumbelPolicy(nn.Module):
             uniform = torch.rand(axis[bin].shape, generator=generator).clamp_min(1e-9)
             picks.append((axis[bin] / self.tau - (-uniform.log()).log()).argmax(-1).tolist())
         rungs = tuple(Rung(d, m) for d, m in zip(*picks))
-        order = torch.randperm(self.num_layers, generator=generator)[: self.probes].tolist()
+        order = [layer for layer in torch.randperm(self.num_layers, generator=generator).tolist() if self._open_axes(layer)][: self.probes]
         return Decisions(bin, rungs, tuple(self._probe(layer, rungs[layer], generator) for layer in order))
 
+    def _open_axes(self, layer: int) -> list[str]:
+        return [axis for axis in self.axes if axis != "merge" or layer < self.merge_layers]
+
     def _probe(self, layer: int, rung: Rung, generator: torch.Generator) -> ProbeRequest:
-        axes = self.axes if layer < self.merge_layers else [axis for axis in self.axes if axis != "merge"] or self.axes
+        axes = self._open_axes(layer)
         axis = axes[int(torch.randint(len(axes), (1,), generator=generator))]
         position, length = getattr(rung, axis), AXES[axis]
         step = 1 if int(torch.randint(2, (1,), generator=generator)) else -1

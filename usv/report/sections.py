@@ -295,8 +295,9 @@ def kernels(inputs: Inputs) -> str:
         parts.append(f"<h3>{escape(file.rsplit('/', 1)[-1])}: {escape(environment(report))}</h3>")
         parts.append(f'<div class="plots"><div class="plot"><ul class="legend"><li><span class="key bar"></span>measured</li><li><span class="key ideal"></span>ideal, 1 / density</li></ul>{speed_bars(rows)}</div></div>')
         parts.append(table(["pass", "S", "D", "density", "over dense SDPA", "of ideal", "ours, ms", "dense SDPA, ms", "FlexAttention, ms"], cells, "numbers"))
-        if gate := report.get("gate"):
-            parts.append("<p>Largest error against fp64 before anything was timed: " + ", ".join(f"{escape(k)} {v:.2g}" for k, v in gate.items() if isinstance(v, float)) + ".</p>")
+        if gates := {kind: errors for kind, errors in report["gate"].items() if isinstance(errors, dict)}:
+            words = "; ".join(f"{escape(kind)}: " + ", ".join(f"{escape(k)} {v:.2g}" for k, v in errors.items()) for kind, errors in gates.items())
+            parts.append(f"<p>Error against fp64 before anything was timed, of its norm: {words}.</p>")
     return section("kernels", "Kernels", "".join(parts) or missing("Kernels were not timed.", "kernels"))
 
 
