@@ -135,9 +135,11 @@ def test_named_files_are_committed():
     assert not missing, f"not committed: {missing}"
 
 
-def test_the_results_table_is_what_was_measured():
-    """Every figure of the table comes from the committed JSON, through the function that prints it."""
+def test_the_tables_are_what_was_measured():
+    """Every figure of both tables comes from the committed JSON, through the function that prints it."""
     from usv.evaluate import markdown
+    from usv.peers.__main__ import markdown as peers
 
-    report = json.loads((ROOT / "data" / "results" / "usv_mini.json").read_text())
-    assert markdown(report) in text()
+    report, others = (json.loads((ROOT / "data" / "results" / f"{name}.json").read_text()) for name in ("usv_mini", "peers"))
+    assert markdown(report) in text() and peers(others) in text()
+    assert f"two CPU cores, {report['clips']} clips" in text() and f"use, {others['clips']} clips" in text()
