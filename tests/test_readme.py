@@ -116,7 +116,7 @@ def test_make_targets_call_what_exists():
     groups = config_groups(ROOT / "conf")
     for line in re.findall(r"train\.py ([^\n;|&]*)", makefile):
         check_overrides([word for word in line.split() if "$" not in word], TrainConfig, groups)
-    for name in re.search(r"^AXES \?= (.*)$", makefile, re.M)[1].split():
+    for name in re.search(r"^AXES +\?= (.*)$", makefile, re.M)[1].split():
         assert {*name.split(":")} <= {*groups["experiment"]}
 
 
