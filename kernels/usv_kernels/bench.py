@@ -8,6 +8,7 @@ pair forward, 14 * D forward and backward. The ideal speed-up of a density is 1 
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -184,7 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
     impl = "triton" if args.gpu else "cpu"
     kinds = [(torch.bfloat16, 64), (torch.bfloat16, 128) if args.gpu else (torch.float32, 64)]  # all that is timed
     passed = {f"{str(dtype).removeprefix('torch.')} D {dim}": gate(impl, device, dtype, dim) for dtype, dim in kinds}
-    report = {"environment": environment(device), "gate": passed, "rows": [], "companions": [], "memory": [], "left_out": []}
+    command = "python -m usv_kernels.bench " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    report = {"command": command.strip(), "environment": environment(device), "gate": passed, "rows": [], "companions": [], "memory": [], "left_out": []}
     if args.gpu:
         gpu_rows(report, GPU_GRID, args.heads or 12, args.budget or 0.5, started + 60 * args.minutes, not args.no_flex)
         name = "attention_gpu"
