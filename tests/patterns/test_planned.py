@@ -198,4 +198,4 @@ def test_options_of_a_pattern_are_set_on_the_command_line():
     with initialize_config_dir(version_base="1.3", config_dir=str(tiny.ROOT / "conf")):
         config = typed(compose("infer", words), InferConfig)
     assert config.attention.options["top_p"] == 0.8 and config.attention.options["recall_rows"] == 0
-    assert config.attention.options["k_clusters"] == 64 and config.attention.pattern == "svg2"
+    assert config.attention.options["k_clusters"] == 200 and config.attention.pattern == "svg2"
