@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -44,6 +46,14 @@ def use_all_cores(threads: int | None = None) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+def processor() -> str:
+    """The CPU's model and its number of cores, for reports."""
+    listing = Path("/proc/cpuinfo")  # Linux
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {os.cpu_count()} cores"
 
 
 def fast_dtype() -> torch.dtype:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ import usv
 from usv.checkpoint import CheckpointError, Student, load_student, named
 from usv.config import ModelConfig
 from usv.cost import ModelShape, plan_cost
-from usv.cpu import keep_freed_memory
+from usv.cpu import keep_freed_memory, processor
 from usv.generate import Generation, best_place, generate, load_pipeline, now
 from usv.grid import tile_layout
 from usv.metrics import build_prototypes, evaluate_videos, features
@@ -105,12 +104,12 @@ def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, re
                 timesteps = student.sampling.get("student_timesteps") or [
                     (low + high) / 2 for low, high in zip((0.0, *student.plan.edges), student.plan.edges)
                 ]
-            begun = now(pipe)
+            begun = now()
             with torch.no_grad():
                 for timestep in timesteps:
                     pipe.transformer(latents, torch.full((batch_size,), timestep, device=pipe.device), text, return_dict=False)
             if repeat:
-                times[name].append((now(pipe) - begun) / len(timesteps) / batch_size)
+                times[name].append((now() - begun) / len(timesteps) / batch_size)
             usv.disable(pipe)
     return {
         name: {f"p{q}": float(torch.tensor(values).quantile(q / 100)) for q in (10, 50, 90)} for name, values in times.items()
@@ -149,16 +148,8 @@ def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_
 
 def machine(device: str | torch.device = "cpu") -> dict:
     """What a result ran on; device: where the pipeline is."""
-    return {"device": _name(torch.device(device)), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    listing = Path("/proc/cpuinfo")  # Linux
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _flops_ratio(pipe, model: ModelConfig, checkpoint) -> float:

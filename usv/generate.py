@@ -93,7 +93,7 @@ def generate(
     videos = []
     for start in range(0, len(prompts), batch_size):
         texts, numbers = list(prompts[start : start + batch_size]), seeds[start : start + batch_size]
-        begun = now(pipe)
+        begun = now()
         if embeds is None:
             positive, negative = pipe.encode_prompt(
                 texts, "", scale > 1, max_sequence_length=model.max_sequence_length, device=pipe.device
@@ -101,27 +101,27 @@ def generate(
         else:
             positive = embeds[start : start + batch_size].to(pipe.device, pipe.transformer.dtype)
             negative = empty.to(positive).expand_as(positive) if scale > 1 else None
-        encoded = now(pipe)
+        encoded = now()
         latents = pipe(
             prompt_embeds=positive, negative_prompt_embeds=negative, height=model.height, width=model.width,
             num_frames=frames_argument(pipe, model.num_frames), num_inference_steps=steps, guidance_scale=scale,
             generator=[torch.Generator().manual_seed(int(n)) for n in numbers], output_type="latent",
             max_sequence_length=model.max_sequence_length,
         ).frames  # fmt: skip
-        denoised = now(pipe)
+        denoised = now()
         videos.append(decode(pipe, latents).cpu())
         seconds["text"] += encoded - begun
         seconds["denoise"] += denoised - encoded
-        seconds["decode"] += now(pipe) - denoised
+        seconds["decode"] += now() - denoised
         if progress is not None:
             progress.update(len(texts))
     return Generation(torch.cat(videos), seconds, steps * (2 if scale > 1 else 1))
 
 
-def now(pipe: WanPipeline) -> float:
-    """Seconds, after what was launched has ended: a stage's last kernels belong to it."""
-    if pipe.device.type == "cuda":
-        torch.cuda.synchronize(pipe.device)
+def now() -> float:
+    """Seconds, after everything that was launched has ended: a stage's last kernels belong to it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 

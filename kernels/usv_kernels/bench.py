@@ -87,7 +87,7 @@ def flex_call(q, k, v, selection, block):
     """FlexAttention, compiled, with the mask of the same blocks built once outside the timing."""
     from .block_sparse_attention import flex
 
-    mask, options = flex.block_mask(selection, block, q.shape[2], k.shape[2]), flex.tiles(q, block)
+    mask, options = flex.block_mask(selection, block, q.shape[2], k.shape[2]), flex.kernel_options(q, block)
     return lambda: flex.compiled()(q, k, v, block_mask=mask, kernel_options=options)
 
 

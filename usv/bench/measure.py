@@ -8,7 +8,6 @@ import platform
 import resource
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,16 +17,11 @@ from pathlib import Path
 import torch
 
 import usv.attention
+from usv.cpu import processor
+from usv.generate import now
 from usv.models import wan
 from usv.plan import SparsityPlan
 from usv.training import commit
-
-
-def now() -> float:
-    """Seconds, after everything that was launched has ended."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def timed(function: Callable) -> float:
@@ -137,12 +131,9 @@ def environment() -> dict:
     }  # fmt: skip
     if torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **info}
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     capability = torch.backends.cpu.get_cpu_capability()
     load = round(os.getloadavg()[0], 2)  # beyond `threads` somebody else was computing too
-    return {"device": f"{name}, {os.cpu_count()} cores", "capability": capability, "load_before": load, **info}
+    return {"device": processor(), "capability": capability, "load_before": load, **info}
 
 
 def write(report: dict, out: Path | None) -> None:

@@ -24,20 +24,16 @@ def uniform_plan(
     no layer or timestep is preferred. `merge` fixes the merge rung, else the one is taken whose density comes closest to the
     density : merge balance of the target (0.25 merged at most costs, 0.5 below a third). `axes`: what may differ from dense.
     """
-    rungs, given = [(cost, rung) for cost, rung in zip(costs, RUNGS) if allowed(rung, axes)], merge
+    rungs = sorted(((cost, rung) for cost, rung in zip(costs, RUNGS) if allowed(rung, axes)), key=lambda x: -x[0])
     if "merge" not in axes:
         merge = 0
     if merge is None:
         merge = 0 if target > 0.6 else 1 if target > 0.33 else 2 if target > 0.2 else 3
-    if "density" not in axes:
-        ladder = sorted(rungs, key=lambda x: -x[0])
-    else:
-        ladder = sorted(((cost, rung) for cost, rung in rungs if rung.merge == merge), key=lambda x: -x[0])
-        while merge > 0 and given is None and ladder[0][0] < target:  # nothing of this merge rung is that dear
+        while merge > 0 and max(cost for cost, rung in rungs if rung.merge == merge) < target:  # nothing of it is that dear
             merge -= 1
-            ladder = sorted(((cost, rung) for cost, rung in rungs if rung.merge == merge), key=lambda x: -x[0])
+    ladder = [x for x in rungs if x[1].merge == merge] if "density" in axes else rungs
     if ladder[-1][0] > target:
-        ladder = sorted(rungs, key=lambda x: -x[0])
+        ladder = rungs
     above = min((x for x in ladder if x[0] >= target), default=ladder[0], key=lambda x: x[0])
     below = max((x for x in ladder if x[0] <= target), default=ladder[-1], key=lambda x: x[0])
     share = 1.0 if above[0] == below[0] else (target - below[0]) / (above[0] - below[0])

@@ -57,8 +57,8 @@ def block_mask(selection: BlockSelection, block: int, q_len: int, kv_len: int) -
     ValueError for others.
     """
     for name, starts, sizes in (("q_sizes", selection.q_starts, selection.q_sizes), ("kv_sizes", selection.kv_starts, selection.kv_sizes)):
-        tiles = torch.arange(starts.shape[-1], device=starts.device) * block
-        require(bool((sizes == block).all() and (starts == tiles).all()), name, "other blocks", f"consecutive blocks of {block} tokens")
+        consecutive = torch.arange(starts.shape[-1], device=starts.device) * block
+        require(bool((sizes == block).all() and (starts == consecutive).all()), name, "other blocks", f"consecutive blocks of {block} tokens")
     counts, lists = selection.kv_num_blocks, selection.kv_indices
     full = lists.new_zeros(*lists.shape[:3], selection.num_kv_blocks)
     full[..., : lists.shape[3]] = torch.where(torch.arange(lists.shape[3], device=lists.device) < counts[..., None], lists, 0)
@@ -77,11 +77,11 @@ def attend_compiled(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, 
     mask = block_mask(selection, block, q.shape[2], k.shape[2])
     if q.device.type == "cpu":
         return compiled()(q, k, v, block_mask=mask, scale=scale), q.new_full(q.shape[:3], float("nan"), dtype=torch.float32)
-    out, aux = compiled()(q, k, v, block_mask=mask, scale=scale, kernel_options=tiles(q, block), return_aux=AuxRequest(lse=True))
+    out, aux = compiled()(q, k, v, block_mask=mask, scale=scale, kernel_options=kernel_options(q, block), return_aux=AuxRequest(lse=True))
     return out, aux.lse
 
 
-def tiles(q: Tensor, block: int) -> dict | None:
-    """Kernel options: on a GPU its own tiles (128 rows) would refuse blocks of 64, so tiles of the block's size, in both passes."""
+def kernel_options(q: Tensor, block: int) -> dict | None:
+    """On a GPU its own tiles (128 rows) would refuse blocks of 64, so tiles of the block's size, in both passes."""
     names = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
     return dict.fromkeys(names, block) if q.is_cuda else None
