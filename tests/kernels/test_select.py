@@ -100,8 +100,9 @@ def test_forbidden_empty_and_nan(impl, device):
     selection = select_top_k(scores, 6, q_starts, q_sizes, per_head, per_head, impl=impl)
     assert not selection.to_mask()[..., [1, 5]].any()
     equal = torch.ones(1, 1, 1, 64, device=device)
-    equal[..., 40] = float("nan")  # the others are still a tie, for the lower indices
-    assert_rows(select_top_k(equal, 5, *layout(equal), impl=impl), [[[[0, 1, 2, 3, 40]]]])
+    for nan in (float("nan"), -float("nan")):  # of either sign
+        equal[..., 40] = nan  # the others are still a tie, for the lower indices
+        assert_rows(select_top_k(equal, 5, *layout(equal), impl=impl), [[[[0, 1, 2, 3, 40]]]])
 
 
 def assert_top_p(scores, p, floor, selection):

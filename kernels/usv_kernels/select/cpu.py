@@ -1,27 +1,29 @@
-"""Top-k block choice on the CPU without a full sort: the k-th score is a threshold, ties at it go to lower indices."""
+"""Top-k block choice on the CPU without a full sort, and the lists of a mask.
+
+A score and its block index become one integer of 64 bits whose order is the order of the definition: higher scores first, lower
+indices first among equals, NaN highest. Partial selection of distinct integers then needs no rule for ties.
+"""
 
 import torch
 from torch import Tensor
 
+HIGHEST = 2**31 - 1
 
-def top_k_mask(scores_BHMN: Tensor, num_kept: int) -> Tensor:
-    """True for the num_kept highest scores of each row that are not -inf; one count for all rows."""
-    values, order = scores_BHMN.topk(num_kept, dim=-1, sorted=False)
-    threshold = values.amin(-1, keepdim=True)
-    kept = torch.zeros_like(scores_BHMN, dtype=torch.bool).scatter_(-1, order, True)
-    # topk breaks ties arbitrarily: where more blocks equal the threshold than fit, the row is decided again by index.
-    tied = scores_BHMN == threshold
-    rows = (tied & ~kept).any(-1)
-    if bool(rows.any()):
-        above, at = scores_BHMN[rows] > threshold[rows], tied[rows]
-        room = num_kept - above.sum(-1, keepdim=True)
-        kept[rows] = above | (at & (at.cumsum(-1) <= room))
-    # A NaN ranks highest and hides the threshold.
-    unclear = threshold.isnan().squeeze(-1)
-    if bool(unclear.any()):
-        best = scores_BHMN[unclear].argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
-        kept[unclear] = torch.zeros_like(kept[unclear]).scatter_(-1, best, True)
-    return kept.logical_and_(scores_BHMN != float("-inf"))
+
+def top_k(scores_BHMN: Tensor, num_kept: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Counts (B, H, M) and ascending lists (B, H, M, capacity) of the num_kept highest scores of each row, at most fp32,
+    that are not -inf; int32, unused slots hold 0."""
+    blocks = scores_BHMN.shape[-1]
+    bits = (scores_BHMN.float() + 0.0).view(torch.int32)  # + 0.0: -0 is 0
+    # The bits of a float sort as an integer if those below the sign are inverted where the sign is set.
+    rank = (bits ^ ((bits >> 31) & HIGHEST)).masked_fill_(scores_BHMN.isnan(), HIGHEST)
+    key = (rank.long() << 32).sub_(torch.arange(blocks))
+    order = key.topk(num_kept, dim=-1, sorted=False).indices
+    order = torch.where(scores_BHMN.gather(-1, order) == float("-inf"), blocks, order).sort(-1).values
+    counts = (order < blocks).sum(-1, dtype=torch.int32)
+    lists = torch.zeros(*order.shape[:-1], capacity, dtype=torch.int32)
+    lists[..., :num_kept] = order.masked_fill_(order == blocks, 0)
+    return counts, lists
 
 
 def compact(mask_BHMN: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
