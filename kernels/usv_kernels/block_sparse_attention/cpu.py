@@ -10,6 +10,7 @@ bf16 units that is also faster.
 Letters: G = B * H, n items of a batch, p query rows of an item, L tokens of its list, c slots of its list, D channels.
 """
 
+import itertools
 import math
 
 import torch
@@ -48,6 +49,10 @@ class Scratch:
             buffer = name if units.dtype == self.dtype else "to convert"
             rows = torch.index_select(units, 0, index, out=self(buffer, len(index), units.shape[1], dtype=units.dtype))
         return (rows if rows.dtype == self.dtype else self(name, *rows.shape).copy_(rows)).view(shape)
+
+    def sums(self, name: str, units: Tensor) -> Tensor:
+        """Zeros to add to in the buffers' dtype: `units` themselves if they have it."""
+        return (units if units.dtype == self.dtype else self(name, *units.shape)).zero_()
 
     def place(self, name: str, units: Tensor, index, *shape: int) -> Tensor:
         """Where to compute rows `index` of `units`: in place if they are consecutive, else a buffer for `_put`."""
@@ -99,8 +104,9 @@ def _exponents_fit(q: Tensor, k: Tensor, bias: Tensor | None, gate: Tensor | Non
     NaN counts for nothing: where it is listed it spoils its row either way, and where it is not it must not matter."""
     bound = abs(scale)
     for x in (q, k):
-        norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        bound *= float(norms.nan_to_num(0.0, posinf=math.inf).amax()) if x.numel() else 0.0
+        # In x's own dtype: it sums in fp32 and makes no converted copy. eps is for what rounding took off a norm.
+        norms = torch.linalg.vector_norm(x, dim=-1)
+        bound *= float(norms.nan_to_num(0.0, posinf=math.inf).amax()) * (1 + torch.finfo(x.dtype).eps) if x.numel() else 0.0
     if gate is not None:
         gate = torch.where(torch.arange(gate.shape[1]) < layout.counts.unsqueeze(-1), gate, 0.0)
     for x in (bias, gate):
@@ -120,7 +126,7 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
     tops, totals = torch.zeros(2, q_units.shape[0], layout.q_tile, dtype=dtype)
     shifted = not _exponents_fit(q, k, bias, gate, layout, scale)
     scratch = Scratch(dtype)
-    for first, last in layout.batches:
+    for first, last in (batch for part in layout.parts for batch in part.batches):
         b = make_batch(layout, first, last)
         n, p, length = b.shape
         q_npD = scratch.take("q", q_units, b.q_index, n, p, dim)
@@ -155,7 +161,7 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
     dtype = lse.dtype
     layout = make_plan(selection_tensors, q_len, kv_len)
     q_units, k_units, v_units, bias, gate = _inputs(q, k, v, key_bias, block_gate, layout, dtype)
-    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
+    delta = _row_products(grad_out, out, dtype)
     if grad_lse is not None:
         delta = delta - grad_lse.unsqueeze(-1)
     # A row without keys has lse = -inf; +inf makes its probabilities exp(s - inf) = 0 instead of NaN.
@@ -163,41 +169,58 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
     go_units = _units(grad_out, layout.q_tile, layout.num_q)
     lse_units = _units(lse, layout.q_tile, layout.num_q, fill=float("inf"))
     delta_units = _units(delta, layout.q_tile, layout.num_q)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype) for x in (q_units, k_units, v_units))
+    dq = (torch.empty if layout.uniform else torch.zeros)(q_units.shape, dtype=q.dtype)
+    dk, dv = torch.empty(k_units.shape, dtype=k.dtype), torch.empty(v_units.shape, dtype=v.dtype)
     dbias = None if bias is None else torch.zeros_like(bias)
     dgate = None if gate is None else torch.zeros_like(gate)
     scratch = Scratch(dtype)
-    for first, last in layout.batches:
-        b = make_batch(layout, first, last)
-        n, p, length = b.shape
-        q_npD = scratch.take("q", q_units, b.q_index, n, p, dim)
-        go_npD = scratch.take("go", go_units, b.q_index, n, p, dim)
-        lse_np1 = scratch.take("lse", lse_units, b.q_index, n, p, 1)
-        delta_np1 = scratch.take("delta", delta_units, b.q_index, n, p, 1)
-        if b.q_invalid is not None:
-            lse_np1 = lse_np1.masked_fill(b.q_invalid.unsqueeze(-1), float("inf"))
-        k_nLD = scratch.take("k", k_units, b.kv_index, n, length, dim)
-        s = _scores(q_npD, k_nLD, _column_bias(b, layout, bias, gate, dtype), scale, scratch("s", n, p, length))
-        torch.exp(s.sub_(lse_np1), out=s)
-        part_nLD = scratch("part", n, length, dim)
-        dv.index_add_(0, b.kv_index, torch.bmm(s.transpose(1, 2), go_npD, out=part_nLD).view(-1, dv.shape[1]))
-        v_nLD = scratch.take("v", v_units, b.kv_index, n, length, dim)
-        ds = torch.bmm(go_npD, v_nLD.transpose(1, 2), out=scratch("ds", n, p, length)).sub_(delta_np1).mul_(s)
-        if bias is not None or gate is not None:
-            _add_column_gradient(ds.sum(1), b, layout, dbias, dgate)
-        dq_npD = torch.bmm(ds, k_nLD, out=scratch.place("o", dq, b.q_index, n, p, dim))
-        _put(dq, b.q_index, _first_valid(dq_npD, b))
-        dk.index_add_(0, b.kv_index, torch.bmm(ds.transpose(1, 2), q_npD, out=part_nLD).view(-1, dk.shape[1]))
+    for part in layout.parts:
+        keys = slice(part.first, part.first + part.count)
+        dk_part, dv_part = (scratch.sums(name, x[keys]) for name, x in (("dk", dk), ("dv", dv)))
+        for first, last in part.batches:
+            b = make_batch(layout, first, last)
+            n, p, length = b.shape
+            here = b.kv_index - part.first
+            q_npD = scratch.take("q", q_units, b.q_index, n, p, dim)
+            go_npD = scratch.take("go", go_units, b.q_index, n, p, dim)
+            lse_np1 = scratch.take("lse", lse_units, b.q_index, n, p, 1)
+            delta_np1 = scratch.take("delta", delta_units, b.q_index, n, p, 1)
+            if b.q_invalid is not None:
+                lse_np1 = lse_np1.masked_fill(b.q_invalid.unsqueeze(-1), float("inf"))
+            k_nLD = scratch.take("k", k_units, b.kv_index, n, length, dim)
+            s = _scores(q_npD, k_nLD, _column_bias(b, layout, bias, gate, dtype), scale, scratch("s", n, p, length))
+            torch.exp(s.sub_(lse_np1), out=s)
+            # V and both gradients of the listed tokens take turns in one buffer.
+            dv_part.index_add_(0, here, torch.bmm(s.transpose(1, 2), go_npD, out=scratch("v", n, length, dim)).view(-1, dv.shape[1]))
+            v_nLD = scratch.take("v", v_units, b.kv_index, n, length, dim)
+            ds = torch.bmm(go_npD, v_nLD.transpose(1, 2), out=scratch("ds", n, p, length)).sub_(delta_np1).mul_(s)
+            if bias is not None or gate is not None:
+                _add_column_gradient(ds.sum(1), b, layout, dbias, dgate)
+            dq_npD = _first_valid(torch.bmm(ds, k_nLD, out=scratch("o", n, p, dim)), b)
+            dq_npD = torch.mul(dq_npD, scale, out=scratch.place("dq", dq, b.q_index, n, p, dim))
+            _put(dq, b.q_index, dq_npD)
+            dk_part.index_add_(0, here, torch.bmm(ds.transpose(1, 2), q_npD, out=scratch("v", n, length, dim)).view(-1, dk.shape[1]))
+        torch.mul(dk_part, scale, out=dk[keys])
+        if dv.dtype != dtype:
+            dv[keys] = dv_part
 
-    def shaped(x: Tensor, length: int, factor: float, like: Tensor) -> Tensor:
-        return x.view(batch, heads, -1, dim)[:, :, :length].mul(factor).to(like.dtype).contiguous()
+    def shaped(x: Tensor, length: int) -> Tensor:
+        return x.view(batch, heads, -1, dim)[:, :, :length].contiguous()
 
     if dbias is not None:
         dbias = dbias.view(batch, heads, -1)[:, :, :kv_len]
         dbias = (dbias.sum(1, keepdim=True) if key_bias.shape[1] != heads else dbias).to(key_bias.dtype).contiguous()
     if dgate is not None:
         dgate = dgate.view(block_gate.shape).to(block_gate.dtype)
-    return shaped(dq, q_len, scale, q), shaped(dk, kv_len, scale, k), shaped(dv, kv_len, 1.0, v), dbias, dgate
+    return shaped(dq, q_len), shaped(dk, kv_len), shaped(dv, kv_len), dbias, dgate
+
+
+def _row_products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, H, S, 1) in dtype: <x, y> of every row; head by head, since both are converted for it."""
+    products = torch.empty(*x.shape[:3], 1, dtype=dtype)
+    for b, h in itertools.product(range(x.shape[0]), range(x.shape[1])):
+        torch.sum(x[b, h].to(dtype) * y[b, h].to(dtype), -1, keepdim=True, out=products[b, h])
+    return products
 
 
 def _first_valid(dq_npD: Tensor, b: Batch) -> Tensor:

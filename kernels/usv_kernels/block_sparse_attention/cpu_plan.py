@@ -9,12 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Score elements per batch and thread: 1 MB in fp32, so that scores and gathered tiles stay in the caches of a core.
-BATCH_ELEMENTS = 1 << 18
+# Score elements per batch and thread: 512 KB in fp32, so that scores and gathered tiles stay in the caches of a core.
+BATCH_ELEMENTS = 1 << 17
 # Longest run of query rows in one work item; longer blocks are split, which bounds the score matrix.
 MAX_ROWS = 256
 # Padding a batch may cost this factor in token pairs, or this many pairs a batch: about what its calls cost anyway.
 PADDING_FACTOR, PADDING_PAIRS = 1.15, 100_000
+
+
+@dataclass
+class Part:
+    """Batches that share no key with those of other parts, so that their dK and dV can be summed in a buffer of their size."""
+
+    first: int  # first unit of the key side, and how many
+    count: int
+    batches: list  # [(first item, last item + 1)], items being sorted
 
 
 @dataclass
@@ -24,7 +33,7 @@ class Layout:
     lists: Tensor  # (G * M, K) long, global unit or block index of each slot
     counts: Tensor  # (G * M,) long
     row_list: Tensor  # (items,) long: which list an item uses
-    batches: list  # [(first item, last item + 1)], items being sorted
+    parts: list[Part]
     q_tile: int
     kv_tile: int
     num_q: int
@@ -81,11 +90,16 @@ def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) ->
         layout = Layout(lists, counts, torch.arange(groups * num_q), [], q_tile, kv_tile, num_q, num_kv, kv_rest=kv_len % kv_tile)
         if lowest == highest > 0:
             step = max(1, BATCH_ELEMENTS * torch.get_num_threads() // (q_tile * highest * kv_tile))
-            layout.batches = [(i, min(i + step, len(counts))) for i in range(0, len(counts), step)]
+            together = max(1, step // num_q)  # heads of a part
+            for group in range(0, groups, together):
+                last = min(group + together, groups)
+                batches = [(i, min(i + step, last * num_q)) for i in range(group * num_q, last * num_q, step)]
+                layout.parts.append(Part(group * num_kv, (last - group) * num_kv, batches))
             layout.uniform, layout.lists = highest, lists[:, :highest].contiguous()
         else:
             tokens = (counts * kv_tile).numpy()
-            order, layout.batches = _group(np.full(len(counts), q_tile), tokens)
+            order, batches = _group(np.full(len(counts), q_tile), tokens)
+            layout.parts = [Part(0, groups * num_kv, batches)]
             layout.row_list = torch.from_numpy(order)
         return layout
     return _plan_tokens(lists, counts, selection_tensors, q_len, kv_len)
@@ -111,7 +125,8 @@ def _plan_tokens(lists, counts, selection_tensors, q_len: int, kv_len: int) -> L
     tokens = torch.where(used, kv_size[torch.where(used, lists, 0)], 0).sum(-1) if num_kv else counts * 0
     order, batches = _group(size.numpy(), tokens[row_list].numpy())
     order = torch.from_numpy(order)
-    return Layout(lists, counts, row_list[order], batches, 1, 1, num_q, num_kv, start[order], size[order], kv_start, kv_size)
+    parts = [Part(0, batch * heads * kv_len, batches)]
+    return Layout(lists, counts, row_list[order], parts, 1, 1, num_q, num_kv, start[order], size[order], kv_start, kv_size)
 
 
 @dataclass
