@@ -65,8 +65,32 @@ def test_what_cannot_be_compared_is_refused(student, tiny_wan, tiny_shards):
     with pytest.raises(ValueError, match="at most half of the held-out clips"):
         oracle.compare(settings, loaded, pipe, str(tiny_shards), "teacher", 2)
     loaded.sampling["student_timesteps"] = [1000.0]
-    with pytest.raises(ValueError, match="a few-step student"):
+    with pytest.raises(ValueError, match="a student of fixed few steps"):
         oracle.compare(settings, loaded, pipe, str(tiny_shards), "teacher", 1)
+
+
+def test_every_choice_of_steps_is_searched(student, tiny_wan, tiny_shards):
+    """Of three candidates two run: the oracle samples both choices, and finds the one the teacher would move least."""
+    settings = ModelConfig(str(tiny_wan), tiny.SIZE, tiny.SIZE, tiny.FRAMES, tiny.TEXT, list(tiny.TILE))
+    pipe = load_pipeline(str(tiny_wan))
+    loaded = load_student(student, pipe.transformer)
+    edges = timestep_bins(3, 3.0)
+    loaded.plan = SparsityPlan(edges, ((Rung(1, 2), Rung(2, 0)),) * 3, (True, False, True))
+    loaded.sampling["student_timesteps"] = loaded.plan.student_timesteps()
+    report = oracle.compare(settings, loaded, pipe, str(tiny_shards), "student", 1)
+    found = {tuple(s["steps"]): s["error"] for s in report["subsets"]}
+    assert set(found) == {(1000.0, edges[0]), (1000.0, edges[1])} and len(set(found.values())) == 2
+    assert tuple(report["rows"]["oracle"]["steps"]) == min(found, key=found.get)
+    assert report["rows"]["learned"]["steps"] == [1000.0, edges[0]]
+    loaded.plan = SparsityPlan(edges, loaded.plan.rungs, (False, False, True))
+    with pytest.raises(ValueError, match="runs 1 of 3 candidate steps"):
+        oracle.compare(settings, loaded, pipe, str(tiny_shards), "student", 1)
+
+
+def test_steps_spaced_evenly():
+    edges = tuple(float(i) for i in range(1, 9))
+    assert oracle.oracle_steps.even(edges, 2) == (8.0, 4.0) and oracle.oracle_steps.even(edges, 3) == (8.0, 5.0, 2.0)
+    assert len(oracle.oracle_steps.subsets(edges, 3)) == 21 and all(s[0] == 8.0 for s in oracle.oracle_steps.subsets(edges, 3))
 
 
 def test_damage_is_the_rise_of_the_error(student, tiny_wan, tiny_shards):

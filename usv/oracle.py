@@ -10,6 +10,8 @@ the oracle has not seen: gain = (uniform − learned) / (uniform − oracle). Da
 On the student's weights the learned plan has an advantage, it was trained under it; on the teacher's (--weights teacher) nobody has.
 There the teacher's own velocity is wanted, without guidance, so that every error is a rung's. --merge-layers and --most-density hold
 the oracle to what the learned plan was held to; the uniform plan knows no such thing.
+
+A student whose policy decided its steps (policy.steps) is asked for these instead: `usv.oracle_steps`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from usv import distill, flow
+from usv import distill, flow, oracle_steps
 from usv.checkpoint import CheckpointError, Student, load_student
 from usv.config import ModelConfig
 from usv.cost import ModelShape, plan_cost, rung_costs
@@ -108,11 +110,14 @@ def oracle_plan(damage: np.ndarray, costs, budget: float, edges, merge_layers: i
 
 def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights: str, batch_size: int, **held) -> dict:
     """The three plans at one cost, on clips that the damages were not measured on. held: bounds of `oracle_plan`."""
-    if student.sampling.get("student_timesteps"):
-        raise CheckpointError("--ckpt: got a few-step student, accepted: one of velocity distillation; the other says where flows end")
+    if student.sampling.get("student_timesteps") and not student.plan.steps:
+        raise CheckpointError(
+            "--ckpt: got a student of fixed few steps, accepted: one of velocity distillation, or one that learned its steps; this one says "
+            "where flows end"
+        )
     teacher = SparseWan(pipe.transformer, student.model.tile).eval().requires_grad_(False)
     model = student.model if weights == "student" else teacher
-    if weights == "teacher":
+    if weights == "teacher" and not student.plan.steps:
         settings = replace(settings, guidance_scale=1.0)
     plan = student.plan
     data = ShardDataset(shards, batch_size, split="val", drop_text=0.0, shuffle=False, repeat=False, model=settings.path)
@@ -123,6 +128,8 @@ def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights:
     layout = tile_layout(model.grid_of(seen["latents"].shape), model.tile)
     shape = ModelShape.of(model.config, settings.max_sequence_length)
     costs, budget = rung_costs(shape, layout), plan_cost(plan, shape, layout)
+    if plan.steps:
+        return oracle_steps.compare(settings, student, teacher, seen, unseen, data.empty, lambda p: plan_cost(p, shape, layout))
     damage = measure(Judge(model, teacher, seen, data.empty, settings, plan.edges, 0), len(plan.edges), plan.num_layers)
     judge = Judge(model, teacher, unseen, data.empty, settings, plan.edges, 1000)
     plans = {
@@ -167,7 +174,7 @@ def main() -> None:
     if report["gain"] is None:
         print("the oracle's plan gains nothing over the uniform one")
     else:
-        print(f"the learned plan has {report['gain']:.0%} of the oracle's gain over the uniform plan, on the {args.weights}'s weights")
+        print(f"the learned plan has {report['gain']:.0%} of the oracle's gain over the uniform plan, on the {report.get('weights', 'student')}'s weights")
     if args.out is not None:
         command = "python -m usv.oracle " + " ".join(sys.argv[1:])
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from attention_cases import GPU, assert_close, assert_same_bits, dense, make_cas
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from usv_kernels import BlockSelection, block_sparse_attention
+from usv_kernels.block_sparse_attention import cpu_plan
 
 IMPLS = ("reference", "cpu", "triton")
 LAYOUTS = {
@@ -47,6 +48,16 @@ def test_uniform_counts_take_the_unmasked_path(impl):
     for gate in (False, True):
         case = make_case([16] * 6, [16] * 6, mask=mask, gate=gate, bias_heads=0)
         assert_close(run(case, impl), case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+def test_heads_summed_apart(monkeypatch, dtype):
+    """The CPU path sums dK and dV part by part, a part being few heads of a long sequence: here one, in several batches."""
+    monkeypatch.setattr(cpu_plan, "BATCH_ELEMENTS", 1)
+    mask = torch.ones(2, 2, 6, 5, dtype=torch.bool)
+    mask[..., 2] = False
+    case = make_case([16] * 6, [16] * 4 + [7], mask=mask, bias_heads=2, dtype=dtype)
+    assert_close(run(case, "cpu", dtype), case, dtype)
 
 
 @pytest.mark.parametrize("impl", ("cpu", "triton"))

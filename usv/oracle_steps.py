@@ -1,0 +1,68 @@
+"""Which of its candidate steps should a few-step student run? Exhaustive search, against what its policy learned.
+
+Every subset with as many steps as the learned one that costs no more (pure noise always runs) samples the same prompts from the same
+noise; judged as the policy's own probes are, by how far the guided teacher would move the samples. The best subset is chosen on one
+half of the clips and compared on the other with the learned one and with the evenly spaced one: gain = (uniform − learned) / (uniform − oracle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+
+import torch
+from tqdm import tqdm
+
+from usv import matching
+from usv.checkpoint import CheckpointError, Student
+from usv.config import ModelConfig
+from usv.models.wan import SparseWan
+
+
+def subsets(edges, count: int) -> list[tuple[float, ...]]:
+    """All descending choices of `count` of the ascending candidate timesteps, the last of which is in each."""
+    return [tuple(sorted((*chosen, edges[-1]), reverse=True)) for chosen in combinations(edges[:-1], count - 1)]
+
+
+def even(edges, count: int) -> tuple[float, ...]:
+    """The descending choice of `count` that a sampler of as many uniform steps would make: every so-many-th candidate."""
+    return tuple(edges[(i * len(edges)) // count - 1] for i in range(count, 0, -1))
+
+
+class SampleJudge:
+    """Samples of a student for some prompts and noise, judged by its guided teacher."""
+
+    def __init__(self, student: Student, teacher: SparseWan, batch: dict, empty: torch.Tensor, settings: ModelConfig, seed: int):
+        self.student, self.teacher, self.empty, self.settings, self.seed = student, teacher, empty, settings, seed
+        self.text = batch["text"]
+        self.noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def residual(self, timesteps) -> float:
+        """Mean squared distance (`matching.teacher_residual`) of the samples made in these steps."""
+        call = lambda x, t: self.student.model(x, t, self.text, self.student.plan.at(float(t[0])))[0]  # noqa: E731
+        samples = matching.rollout(call, self.noise, timesteps)
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return matching.teacher_residual(samples, self.text, self.empty, self.teacher, self.settings.guidance_scale, generator)
+
+
+def compare(settings: ModelConfig, student: Student, teacher: SparseWan, seen: dict, unseen: dict, empty: torch.Tensor, cost: Callable) -> dict:
+    """The learned, the even and the best subset; what the best was chosen by, for every subset, is in `subsets`.
+
+    seen, unseen: batches of clips, of which only the texts and the shape are used. cost: of a plan, mean over its forwards.
+    """
+    edges, learned = student.plan.edges, tuple(student.plan.student_timesteps())
+    if not 1 < len(learned) < len(edges):
+        raise CheckpointError(f"--ckpt: got a student that runs {len(learned)} of {len(edges)} candidate steps, accepted: one with a choice")
+    judge = SampleJudge(student, teacher, seen, empty, settings, 0)
+    costs = {steps: cost(student.plan.sampled(steps)) for steps in subsets(edges, len(learned))}
+    affordable = [steps for steps in costs if costs[steps] <= costs[learned] + 1e-9]
+    found = {steps: judge.residual(steps) for steps in tqdm(affordable, unit="subset")}
+    plans = {"learned": learned, "uniform": even(edges, len(learned)), "oracle": min(found, key=found.get)}
+    judge = SampleJudge(student, teacher, unseen, empty, settings, 1000)
+    rows = {name: {"error": round(judge.residual(steps), 6), "cost": round(costs[steps], 5), "steps": list(steps)} for name, steps in plans.items()}
+    most = rows["uniform"]["error"] - rows["oracle"]["error"]
+    return {
+        "axis": "steps", "edges": list(edges), "rows": rows, "subsets": [{"steps": list(k), "error": round(v, 6)} for k, v in found.items()],
+        "gain": round((rows["uniform"]["error"] - rows["learned"]["error"]) / most, 4) if most > 0 else None,
+    }  # fmt: skip
