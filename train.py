@@ -115,7 +115,7 @@ def step(run: Run, batch: dict):
         record.skip(run.skipped)
         return record
     run.observe(decisions, probes, stats, total)
-    if run.decides_steps():  # one candidate step: a rollout with it and one without, judged by the teacher
+    if run.decides_steps() and run.step % config.policy.jump_every == 0:  # one candidate step: a rollout with it and one without, judged by the teacher
         with run.engine.autocast():
             probe_step(run, noise, text, generator)
     if samples is not None:

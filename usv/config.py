@@ -76,12 +76,14 @@ class PolicyConfig:
 
     name: gumbel (learned) | entropy | static | inherit (the plan of distill.init, from the first step on). axes: what is
     decided; an axis left out stays dense. steps: also decide which of the bins' upper edges a few-step student runs at; budget is
-    then the whole sampling's cost as a fraction of that many (`bins`) dense forwards.
+    then the whole sampling's cost as a fraction of that many (`bins`) dense forwards. jump_every: training steps from one probe of a
+    candidate step to the next; a probe samples twice and asks the teacher about both.
     """
 
     name: str = "gumbel"
     axes: list[str] = field(default_factory=lambda: ["density", "merge"])
     steps: bool = False
+    jump_every: int = 1
     most_density: float = 1.0  # bound on the plan's mean density, beside the budget (gumbel)
     merge_layers: int | None = None  # only the first so many layers may merge (gumbel)
     budget: float = 0.32
@@ -333,6 +335,7 @@ def check_train(config: TrainConfig) -> None:
         ("policy.most_density", config.policy.most_density, 0 < config.policy.most_density <= 1, "a density in (0, 1]"),
         ("policy.steps", config.policy.steps, not config.policy.steps or (config.policy.name == "gumbel" and config.distill.name == "consistency"), "true with policy=gumbel and distill=consistency"),
         ("policy.budget", config.policy.budget, 0 < config.policy.budget <= 1, "a fraction of the dense cost in (0, 1]"),
+        ("policy.jump_every", config.policy.jump_every, config.policy.jump_every >= 1, "at least 1"),
         ("policy.bins", config.policy.bins, config.policy.bins >= 1, "at least 1"),
         ("policy.freeze_at", config.policy.freeze_at, 0 < config.policy.freeze_at <= 1, "a share of the run in (0, 1]"),
         ("policy.tau_end", config.policy.tau_end, 0 < config.policy.tau_end <= config.policy.tau_start, "above 0, at most tau_start"),
