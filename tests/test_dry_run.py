@@ -105,6 +105,15 @@ def test_a_folder_is_believed_before_the_settings(tiny_wan):
     assert transformer_config(config)["num_layers"] == 2
 
 
+def test_validation_is_counted(capsys):
+    """A second network beside base and teacher: with adapters, whose training is light, that is what decides."""
+    lora, full = (report(settings("experiment=usv_wan_14b", *more)) for more in ([], ["lora.rank=0"]))
+    words = capsys.readouterr().out
+    assert "while validating" in words
+    roles = {name: role.total for name, role in lora["roles"].items()}
+    assert lora["bytes"] > sum(roles.values()) and full["bytes"] == sum(role.total for role in full["roles"].values())
+
+
 def test_refusals_say_what_to_do():
     with pytest.raises(SettingError, match="embedded default model.path=data/wan-mini"):
         transformer_config(settings("model.path=/no/such/model"))

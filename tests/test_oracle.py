@@ -82,6 +82,8 @@ def test_every_choice_of_steps_is_searched(student, tiny_wan, tiny_shards):
     assert set(found) == {(1000.0, edges[0]), (1000.0, edges[1])} and len(set(found.values())) == 2
     assert tuple(report["rows"]["oracle"]["steps"]) == min(found, key=found.get)
     assert report["rows"]["learned"]["steps"] == [1000.0, edges[0]]
+    with pytest.raises(ValueError, match="for a student of learned steps"):
+        oracle.compare(settings, loaded, pipe, str(tiny_shards), "teacher", 1)
     loaded.plan = SparsityPlan(edges, loaded.plan.rungs, (False, False, True))
     with pytest.raises(ValueError, match="runs 1 of 3 candidate steps"):
         oracle.compare(settings, loaded, pipe, str(tiny_shards), "student", 1)

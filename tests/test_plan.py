@@ -75,6 +75,9 @@ def test_bin_of_ends_and_edges():
     timesteps = (0.0, 250.0, 250.1, 500.0, 500.1, 999.0, 1000.0, 1000.1)
     assert [bin_of(t, edges) for t in timesteps] == [0, 0, 1, 1, 2, 2, 2, 2]
     assert bin_of(float(torch.tensor(250.0)), edges) == 0
+    for count in (3, 6, 8, 12):  # candidate steps are edges, and reach the network in fp32
+        edges = timestep_bins(count, 3.0)
+        assert [bin_of(float(torch.tensor(edge)), edges) for edge in edges] == list(range(count))
 
 
 def test_plan_reads_its_row():

@@ -1,5 +1,7 @@
 """usv/sampler.py and usv/matching.py: the student's own timesteps, the same rollout in training and in the pipeline."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -8,7 +10,8 @@ from test_pipeline import PLAN, SAMPLING
 import usv
 from usv import flow
 from usv.checkpoint import Student
-from usv.generate import load_pipeline
+from usv.config import ModelConfig
+from usv.generate import generate, load_pipeline
 from usv.grid import Tile
 from usv.matching import Critic, jump_damage, random_rollout, rollout, teacher_residual
 from usv.models.wan import SparseWan
@@ -38,6 +41,22 @@ def test_pipeline_and_training_rollout_agree(tiny_wan):
         pipe(prompt_embeds=text, num_inference_steps=4, output_type="latent")
     usv.disable(pipe)
     assert pipe.scheduler is scheduler
+
+
+def test_a_student_is_sampled_at_the_shift_it_was_trained_with(tiny_wan):
+    """Also where the pipeline's own scheduler has another; its twin, the dense model, at that of the settings."""
+    pipe = load_pipeline(str(tiny_wan))
+    own, model = pipe.scheduler, SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
+    usv.enable(pipe, Student(model, PLAN, {**SAMPLING, "flow_shift": 8.0}))
+    assert pipe.scheduler.config.flow_shift == 8.0
+    pipe.scheduler.set_timesteps(4)
+    u = flow.unshift_sigma(pipe.scheduler.timesteps.double() / 1000, 8.0)
+    torch.testing.assert_close(u, torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64), rtol=0, atol=0.01)  # timesteps are whole
+    usv.disable(pipe)
+    assert pipe.scheduler is own and own.config.flow_shift == 3.0
+    settings = ModelConfig(str(tiny_wan), tiny.SIZE, tiny.SIZE, tiny.FRAMES, tiny.TEXT, list(tiny.TILE), num_inference_steps=2)
+    same, other = (generate(pipe, replace(settings, flow_shift=shift), ["a cat"], [0]).videos for shift in (3.0, 8.0))
+    assert not torch.equal(same, other) and pipe.scheduler is own
 
 
 def test_a_perfect_student_needs_one_step():

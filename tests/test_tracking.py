@@ -7,13 +7,14 @@ import torch
 
 from usv import runtime
 from usv.config import LoggerConfig, SettingError, TrainConfig
-from usv.tracking import Tracker
+from usv.tracking import Tracker, has_account
 from usv.video import write_mp4
 
 
 def test_wandb_offline_without_an_account(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine example.org login me password secret\n")  # of another service
     write_mp4(tmp_path / "clip.mp4", torch.rand(3, 3, 16, 16))
     for step in (1, 2):
         tracker = Tracker(LoggerConfig(), tmp_path, {"seed": 0}, "test")
@@ -28,6 +29,18 @@ def test_wandb_offline_without_an_account(tmp_path, monkeypatch):
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "loss/velocity": 0.5} for step in (1, 2)]
+
+
+def test_an_account_is_a_key_of_wandb(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not has_account()
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password " + 40 * "a" + "\n")
+    assert has_account()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not has_account()
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    assert has_account()
 
 
 def test_trackio_keeps_one_run_on_this_machine(tmp_path):

@@ -312,7 +312,6 @@ def message_of(script, words, monkeypatch) -> str:
         ("output_dir={file}/run", ["SettingError: output_dir=", "cannot be written", "folder you may write to"]),
         ("runtime.resume=/no/such/state", ["CheckpointError", "no trainer.pt there"]),
         ("policy.warm_down=[0.5]", ["SettingError: policy.warm_down: got [0.5], accepted: "]),
-        ("data.validation_clips=500", ["DataError", "500"]),
     ],
 )
 def test_train_refuses_in_one_line(make, tmp_path, monkeypatch, change, words):

@@ -204,6 +204,16 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
     return found, shape, tokens
 
 
+def validation_bytes(config: TrainConfig, shape: ModelShape, tokens: int, bf16: bool) -> float:
+    """What validation adds to weights and states: first the teacher's guided forward, then the averaged student as a network of its own
+    and its forward, as many clips at once as a training step has on a device."""
+    clips = max(1, config.optim.batch_size // (config.dry_run_devices // config.runtime.sequence_parallel))
+    branches = 1 if config.model.guidance_scale == 1 else 2
+    copy = (2 if bf16 else 4) * count_parameters(config)["transformer"]
+    forward = clips * forward_bytes(shape, tokens, bf16)
+    return max(branches * forward, copy + forward)
+
+
 def has_guide(config: TrainConfig) -> bool:
     """Whether another student than the trained one gives the trajectories."""
     return config.distill.name == "trajectory" and config.distill.guide != "teacher" and bool(config.distill.guide or config.distill.init)
@@ -252,7 +262,9 @@ def report(config: TrainConfig) -> dict:
     bf16 = config.runtime.precision != "fp32"
     found, shape, tokens = roles(config, bf16)
     flops = step_flops(config, shape, tokens)
-    total, devices = sum(role.total for role in found), config.dry_run_devices
+    training, devices = sum(role.total for role in found), config.dry_run_devices
+    validating = sum(role.total - role.activations for role in found) + validation_bytes(config, shape, tokens, bf16)
+    total = max(training, validating)
     seconds = sum(flops.values()) / devices / (peak * 1e12 * config.dry_run_utilisation)
     m = config.model
     print(f"{config.experiment}: {m.num_frames} frames of {m.height}×{m.width}, {tokens:,} tokens, batch {config.optim.batch_size}, "
@@ -268,6 +280,7 @@ def report(config: TrainConfig) -> dict:
             + "".join(f"{x / GIB:>11.2f}" for x in sizes)
             + place
         )
+    print(f"while training {training / GIB:.1f} GiB, on the first device while validating {validating / GIB:.1f}")
     print(f"memory of one device: {total / GIB:.1f} GiB of {capacity * 1e9 / GIB:.1f}"
           + ("" if total < 0.92 * capacity * 1e9 else ": does NOT fit; try lora.rank=64, runtime=zero3, more devices, or a smaller batch"))  # fmt: skip
     for name, value in flops.items():

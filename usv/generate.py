@@ -13,6 +13,7 @@ from diffusers import WanPipeline
 from usv.config import ModelConfig, SettingError
 from usv.patterns_pipeline import transformers_of
 from usv.pipeline import Enabled, frames_argument
+from usv.sampler import with_shift
 
 # A codec that keeps every frame makes diffusers say, for each call, that it rounds a number of frames it does not change.
 logging.getLogger("diffusers.pipelines.wan.pipeline_wan").addFilter(lambda record: "divisible by 1." not in record.getMessage())
@@ -90,6 +91,18 @@ def generate(
     scale = guidance_scale if guidance_scale is not None else 1.0 if enabled else model.guidance_scale
     steps = num_inference_steps or model.num_inference_steps
     seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
+    own = pipe.scheduler
+    if not enabled:  # a student has brought the levels it was trained for; the model it is compared with has the configured ones
+        pipe.scheduler = with_shift(own, model.flow_shift)
+    try:
+        videos = _videos(pipe, model, prompts, seeds, batch_size, steps, scale, seconds, progress, embeds, empty)
+    finally:
+        pipe.scheduler = own
+    return Generation(torch.cat(videos), seconds, steps * (2 if scale > 1 else 1))
+
+
+def _videos(pipe, model: ModelConfig, prompts, seeds, batch_size, steps, scale, seconds, progress, embeds, empty) -> list[torch.Tensor]:
+    """The batches of `generate`, which times their stages in `seconds`."""
     videos = []
     for start in range(0, len(prompts), batch_size):
         texts, numbers = list(prompts[start : start + batch_size]), seeds[start : start + batch_size]
@@ -115,7 +128,7 @@ def generate(
         seconds["decode"] += now() - denoised
         if progress is not None:
             progress.update(len(texts))
-    return Generation(torch.cat(videos), seconds, steps * (2 if scale > 1 else 1))
+    return videos
 
 
 def now() -> float:

@@ -117,7 +117,7 @@ def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights:
         )
     teacher = SparseWan(pipe.transformer, student.model.tile).eval().requires_grad_(False)
     model = student.model if weights == "student" else teacher
-    if weights == "teacher" and not student.plan.steps:
+    if weights == "teacher":
         settings = replace(settings, guidance_scale=1.0)
     plan = student.plan
     data = ShardDataset(shards, batch_size, split="val", drop_text=0.0, shuffle=False, repeat=False, model=settings.path)
@@ -125,11 +125,13 @@ def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights:
     if len(clips) < 2:
         raise ValueError(f"--batch-size: got {batch_size}, accepted: at most half of the held-out clips of {shards}")
     seen, unseen = clips
+    if plan.steps:
+        if weights == "teacher" or held.get("merge_layers") is not None or held.get("most_density", 1.0) < 1:
+            raise ValueError("--weights, --merge-layers, --most-density: got one of them for a student of learned steps, accepted: none; they are of rungs")
+        return oracle_steps.compare(settings, student, teacher, seen, unseen, data.empty)
     layout = tile_layout(model.grid_of(seen["latents"].shape), model.tile)
     shape = ModelShape.of(model.config, settings.max_sequence_length)
     costs, budget = rung_costs(shape, layout), plan_cost(plan, shape, layout)
-    if plan.steps:
-        return oracle_steps.compare(settings, student, teacher, seen, unseen, data.empty, lambda p: plan_cost(p, shape, layout))
     damage = measure(Judge(model, teacher, seen, data.empty, settings, plan.edges, 0), len(plan.edges), plan.num_layers)
     judge = Judge(model, teacher, unseen, data.empty, settings, plan.edges, 1000)
     plans = {
@@ -170,7 +172,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     for name, row in report["rows"].items():
-        print(f"{name:10} error {row['error']:.4f} at cost {row['cost']:.4f}")
+        print(f"{name:10} error {row['error']:.4f} " + (f"at cost {row['cost']:.4f}" if "cost" in row else f"in steps {row['steps']}"))
     if report["gain"] is None:
         print("the oracle's plan gains nothing over the uniform one")
     else:

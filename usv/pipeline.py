@@ -35,7 +35,7 @@ from usv.patterns_pipeline import (
     transformers_of,
 )
 from usv.plan import MERGE_LADDER, SparsityPlan
-from usv.sampler import StudentScheduler
+from usv.sampler import StudentScheduler, with_shift
 
 
 @dataclass
@@ -123,6 +123,8 @@ def enable(
     state = Enabled(originals, type(pipe), students, record, pipe.scheduler, pattern)
     if students[0].sampling.get("student_timesteps"):
         pipe.scheduler = StudentScheduler(students[0].sampling["student_timesteps"])
+    elif "flow_shift" in students[0].sampling:  # the noise levels that it was trained for
+        pipe.scheduler = with_shift(pipe.scheduler, students[0].sampling["flow_shift"])
     for place, student, chosen in zip(originals, students, fine):
         setattr(pipe, place, planned(student.model, student.plan, record, impl, chosen))
     pipe.__class__ = _student_pipeline(type(pipe), students[0].sampling)

@@ -129,7 +129,8 @@ def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
             + (f" / {sharing} that share a sample" if sharing > 1 else "")
         )
     if name == "single":
-        accelerator = Accelerator(mixed_precision=precision(config))
+        # without a GPU the CPU: of other devices, a laptop's among them, the kernels know none
+        accelerator = Accelerator(mixed_precision=precision(config), cpu=not torch.cuda.is_available())
         return accelerator, Ranks(0, 1, accelerator.device)
     # a rank that waits for rank 0's validation videos must not give up; a dead rank is noticed by its closed connection
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))

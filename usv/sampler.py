@@ -26,6 +26,14 @@ def renoise(x0: torch.Tensor, start: torch.Tensor, sigma: torch.Tensor, step: in
     return flow.interpolate(x0, fresh, sigma)
 
 
+def with_shift(scheduler, shift: float):
+    """The scheduler with this flow shift; itself where it has it, or has no shift of its own."""
+    for key in ("flow_shift", "shift"):  # UniPC and DPM++; Euler and Heun
+        if key in scheduler.config and scheduler.config[key] != shift:
+            return type(scheduler).from_config(scheduler.config, **{key: shift})
+    return scheduler
+
+
 class StudentScheduler(SchedulerMixin, ConfigMixin):
     """Scheduler of a few-step student for any diffusers video pipeline.
 

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import json
+import netrc
 import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
+
+
+def has_account() -> bool:
+    """Whether wandb finds a key: in the environment, or what `wandb login` left in ~/.netrc, among the keys of other services."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(Path("~/.netrc").expanduser()).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class Tracker:
@@ -34,7 +47,7 @@ class Tracker:
 
             mode = logger.mode
             if mode == "auto":
-                mode = "online" if os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists() else "offline"
+                mode = "online" if has_account() else "offline"
             self.run = board.init(
                 project=logger.project, name=name, dir=str(output_dir), mode=mode, config=config, resume="allow",
                 id=identity.read_text(), settings=board.Settings(silent=True),

@@ -18,7 +18,7 @@ from usv.buckets import of_shape, open_shards
 from usv.checkpoint import Student, load_student
 from usv.config import SettingError, TrainConfig
 from usv.cost import ModelShape, rung_costs
-from usv.data import ShardDataset
+from usv.data import ShardDataset, find_shards
 from usv.grid import Tile, tile_layout
 from usv.matching import Critic, Replay
 from usv.models.wan import SparseWan
@@ -268,10 +268,11 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     costs = rung_costs(shape, layout)
     run.costs, run.shape, run.layout = dict(zip(RUNGS, costs)), shape, layout
     least = min(cost for cost, rung in zip(costs, RUNGS) if allowed(rung, config.policy.axes))
-    if config.policy.name != "inherit" and least > config.policy.budget:
+    share = config.policy.bins if config.policy.steps else 1  # a jumped step costs nothing, and one of them always runs
+    if config.policy.name != "inherit" and least / share > config.policy.budget:
         raise SettingError(
-            f"policy.budget: got {config.policy.budget}, but the sparsest rung still costs {least:.3f} of a dense forward at "
-            f"this size; accepted: {least:.3f} to 1"
+            f"policy.budget: got {config.policy.budget}, but the sparsest rung still costs {least / share:.3f} of "
+            f"{'so many dense forwards as there are bins' if share > 1 else 'a dense forward'} at this size; accepted: {least / share:.3f} to 1"
         )
     split = float(flow.unshift_sigma(torch.tensor(m.boundary, dtype=torch.float64), m.flow_shift))
     run.span = {None: (0.0, 1.0), "high": (split, 1.0), "low": (0.0, split)}[m.expert]
@@ -302,8 +303,12 @@ def open_data(run: Run, config: TrainConfig, student: SparseWan, latent_shape: t
             ranks.sequence.check(student.config.num_attention_heads, tile_layout(grid, student.tile).num_blocks)
     if len(run.data.shapes) > 1 and ranks.first:
         print(run.data.describe())
+    held_out = of_shape(source)[latent_shape]
+    clips = sum(shard.count for shard in find_shards(held_out, "val")[0])
+    if clips < d.validation_clips and ranks.first:
+        print(f"validation: {clips} clips, data.validation_clips={d.validation_clips} were asked for; the split val has no more")
     run.validation = ShardDataset(
-        of_shape(source)[latent_shape], d.validation_clips, split="val", drop_text=0.0, shuffle=False, repeat=False,
+        held_out, min(clips, d.validation_clips), split="val", drop_text=0.0, shuffle=False, repeat=False,
         latent_shape=latent_shape, model=config.model.path,
     )  # fmt: skip
 

@@ -26,12 +26,10 @@ def _reference(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Ten
 
 
 @torch.no_grad()
-def velocity_error(run: Run, student: Student) -> dict[str, float]:
-    """Held-out ‖student − wanted‖² / ‖wanted‖² under the plan, by timestep bin and on average; wanted: see `_reference`.
+def references(run: Run) -> list[tuple]:
+    """Held-out inputs and what is wanted there: (name, x_t, timestep, text, wanted), one a noise level, made once.
 
-    A few-step student is asked at its own timesteps instead. weighted_error: both sums weighted by how far the sampler goes
-    there, as in the loss.
-    Clips, noise and timesteps are the same for every call, method and run.
+    A few-step student is asked at its own timesteps. Clips, noise and timesteps are the same for every call, method and run.
     """
     if not hasattr(run, "references"):
         run.references = []
@@ -45,11 +43,31 @@ def velocity_error(run: Run, student: Student) -> dict[str, float]:
             sigma = sigma.to(run.device)
             x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator).to(run.device), sigma)
             with alone(getattr(run.teacher, "student", run.teacher)):  # only rank 0 is here
-                wanted = _reference(run, x_t, sigma, text)
+                wanted = torch.cat([_reference(run, *part) for part in parts(run, x_t, sigma, text)])
             run.references.append((f"t_{ladder[index]:.0f}" if ladder else f"bin_{index}", x_t, 1000 * sigma, text, wanted))
+    return run.references
+
+
+def clips_at_once(run: Run) -> int:
+    """As many as a training step has on a device: validation then needs no more memory for its forwards."""
+    return max(1, run.config.optim.batch_size // run.share.world)
+
+
+def parts(run: Run, *tensors: torch.Tensor):
+    """Tensors of one length in turn in pieces of `clips_at_once`."""
+    return zip(*(tensor.split(clips_at_once(run)) for tensor in tensors))
+
+
+@torch.no_grad()
+def velocity_error(run: Run, student: Student) -> dict[str, float]:
+    """Held-out ‖student − wanted‖² / ‖wanted‖² under the plan, by timestep bin and on average, at `references`.
+
+    weighted_error: both sums weighted by how far the sampler goes there, as in the loss.
+    """
     errors, weighted = {}, torch.zeros(2)
-    for name, x_t, timestep, text, wanted in run.references:
-        velocity, _ = student.model(x_t, timestep, text, student.plan.at(float(timestep[0])))
+    for name, x_t, timestep, text, wanted in references(run):
+        row = student.plan.at(float(timestep[0]))
+        velocity = torch.cat([student.model(*part, row)[0] for part in parts(run, x_t, timestep, text)])
         both = torch.stack([distill.velocity_loss(velocity, wanted), distill.velocity_loss(wanted, torch.zeros_like(wanted))])
         errors[f"validation_by_noise/{name}"] = float(both[0].mean() / both[1].mean())
         weighted += (both * flow.slope(timestep / 1000, run.config.model.flow_shift)).mean(1).cpu()
@@ -59,6 +77,9 @@ def velocity_error(run: Run, student: Student) -> dict[str, float]:
 
 def validate(run: Run, tracker) -> dict[str, float]:
     """Held-out error of the averaged student under the plan it would be saved with; pictures and, at the end, videos."""
+    if run.ranks.first:
+        with run.engine.autocast():
+            references(run)  # before there is another network on the device
     student = run.student_with_average()
     if student is None:
         run.ranks.wait()
@@ -94,13 +115,14 @@ def measured(metric, *videos: torch.Tensor) -> torch.Tensor:
 def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
     """Validation videos teacher | student for the same prompts, seeds and timesteps as inference uses."""
     batch = next(iter(run.validation))
-    prompts, seeds = batch["captions"][:count], list(range(count))
+    prompts = batch["captions"][:count]
+    seeds = list(range(len(prompts)))
     embedded = {} if run.pipe.text_encoder is not None else {"embeds": batch["text"][:count], "empty": run.empty}
     with lora.base_only(run.pipe.transformer):
-        dense = generate(run.pipe, run.config.model, prompts, seeds, **embedded)
+        dense = generate(run.pipe, run.config.model, prompts, seeds, clips_at_once(run), **embedded)
     enable(run.pipe, student)
     try:
-        sparse = generate(run.pipe, run.config.model, prompts, seeds, num_inference_steps=student.sampling["num_inference_steps"], **embedded)
+        sparse = generate(run.pipe, run.config.model, prompts, seeds, clips_at_once(run), num_inference_steps=student.sampling["num_inference_steps"], **embedded)
     finally:
         disable(run.pipe)
     folder, rows, sides = run.folder / "validation", [], (("teacher", dense.videos), ("student", sparse.videos))

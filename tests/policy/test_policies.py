@@ -322,6 +322,17 @@ def test_an_axis_left_out_stays_dense(name, axis, kept):
         assert float(policy.cell.grad.abs().sum()) > 0
 
 
+def test_a_step_that_was_never_probed_is_not_free_to_jump():
+    policy = GumbelPolicy(timestep_bins(4, 3.0), LAYERS, COSTS, axes=["density"], steps=True)
+    assert policy.known_jump_damage().tolist() == [1.0] * 4
+    policy.observe_jump(0, 0.01)
+    policy.observe_jump(1, 0.4)
+    assert policy.known_jump_damage().tolist() == pytest.approx([0.01, 0.4, 0.4, 0.4])
+    policy.seen += 8
+    policy.damage[..., 1:6] = 0.05
+    assert policy.decode(3 * 0.6 / 4).steps == (False, True, True, True)
+
+
 def test_steps_are_learned_under_the_same_budget():
     """Of five candidate steps two hurt when jumped; at a budget of two dense forwards those two and pure noise stay."""
     edges = timestep_bins(6, 3.0)

@@ -110,6 +110,12 @@ class GumbelPolicy(nn.Module):
         rate = max(self.memory, 1 / float(self.jump_seen[bin]))
         self.jump_damage[bin] += rate * (damage - self.jump_damage[bin])
 
+    def known_jump_damage(self) -> torch.Tensor:
+        """(bins,) `jump_damage`; a step that was never jumped counts as the dearest of those that were (none: 1), not as free."""
+        seen = self.jump_seen > 0
+        dearest = self.jump_damage[seen].max() if bool(seen.any()) else self.jump_damage.new_tensor(1.0)
+        return torch.where(seen, self.jump_damage, dearest)
+
     @torch.no_grad()
     def decide(self, bin: int, generator: torch.Generator) -> Decisions:
         picks = []
@@ -188,7 +194,7 @@ class GumbelPolicy(nn.Module):
         excess = self.expected_cost() - target
         run = self.run_probability()
         damage = sum((run[:, None] * (p * d).sum(-1)).mean() for p, d in zip(self.probabilities(), self.rung_damage()))
-        damage = damage + ((1 - run) * self.jump_damage).mean() / self.num_layers
+        damage = damage + ((1 - run) * self.known_jump_damage()).mean() / self.num_layers
         budget = self._held(self.multiplier, excess)
         if self.most_density < 1.0:  # reached when the budget has been warmed down to a half
             bound = self.most_density + (1 - self.most_density) * max(0.0, 2 * target - 1)
@@ -233,7 +239,7 @@ class GumbelPolicy(nn.Module):
             chosen = knapsack.choose(values.reshape(-1, len(RUNGS)), costs, target).reshape(values.shape[:2])
             return SparsityPlan(self.edges, tuple(tuple(RUNGS[i] for i in row) for row in chosen))
         run = self.run_probability().double().clamp(1e-9, 1 - 1e-9).cpu().numpy()
-        jump = tie * (np.log1p(-run) - np.log(run)) - self.jump_damage.double().cpu().numpy()
+        jump = tie * (np.log1p(-run) - np.log(run)) - self.known_jump_damage().double().cpu().numpy()
         jump[-1] = -np.inf
         chosen = knapsack.choose_rows(values, costs, jump, target)
         runs = tuple(bool(row[0] >= 0) for row in chosen)
