@@ -326,8 +326,8 @@ def test_a_step_that_was_never_probed_is_not_free_to_jump():
     policy = GumbelPolicy(timestep_bins(4, 3.0), LAYERS, COSTS, axes=["density"], steps=True)
     assert policy.known_jump_damage().tolist() == [1.0] * 4
     policy.observe_jump(0, 0.01)
-    policy.observe_jump(1, 0.4)
-    assert policy.known_jump_damage().tolist() == pytest.approx([0.01, 0.4, 0.4, 0.4])
+    policy.observe_jump(1, 2.0)
+    assert policy.known_jump_damage().tolist() == pytest.approx([0.01, 2.0, 2.0, 2.0])
     policy.seen += 8
     policy.damage[..., 1:6] = 0.05
     assert policy.decode(3 * 0.6 / 4).steps == (False, True, True, True)

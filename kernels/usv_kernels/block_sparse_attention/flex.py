@@ -52,13 +52,16 @@ def compiled():
 
 
 def block_mask(selection: BlockSelection, block: int, q_len: int, kv_len: int) -> BlockMask:
-    """The same lists as FlexAttention wants them, for blocks that all have `block` tokens and follow each other.
+    """The same lists as FlexAttention wants them, for blocks of `block` tokens that follow each other; the last may have fewer.
 
     ValueError for others.
     """
-    for name, starts, sizes in (("q_sizes", selection.q_starts, selection.q_sizes), ("kv_sizes", selection.kv_starts, selection.kv_sizes)):
-        consecutive = torch.arange(starts.shape[-1], device=starts.device) * block
-        require(bool((sizes == block).all() and (starts == consecutive).all()), name, "other blocks", f"consecutive blocks of {block} tokens")
+    s = selection
+    for name, starts, sizes, length in (("q_sizes", s.q_starts, s.q_sizes, q_len), ("kv_sizes", s.kv_starts, s.kv_sizes, kv_len)):
+        wanted = torch.arange(starts.shape[-1], device=starts.device) * block
+        same = (starts == wanted).all() & (sizes == (length - wanted).clamp(max=block)).all() & (sizes > 0).all()
+        covers = starts.shape[-1] * block >= length
+        require(bool(same) and covers, name, "other blocks", f"consecutive blocks of {block} tokens, the last of what is left of {length}")
     counts, lists = selection.kv_num_blocks, selection.kv_indices
     full = lists.new_zeros(*lists.shape[:3], selection.num_kv_blocks)
     full[..., : lists.shape[3]] = torch.where(torch.arange(lists.shape[3], device=lists.device) < counts[..., None], lists, 0)
