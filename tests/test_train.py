@@ -321,6 +321,16 @@ def test_train_refuses_in_one_line(make, tmp_path, monkeypatch, change, words):
     assert all(word in message for word in words), message
 
 
+def test_fewer_held_out_clips_than_asked_for(make, watched, tmp_path, capsys):
+    """A folder of few own videos: validation takes what there is and says so."""
+    config = make(tmp_path / "run", "static", steps=1)
+    config.data.validation_clips = 500
+    watched(config)
+    assert "data.validation_clips=500 were asked for" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation/velocity_error" in row for row in rows)
+
+
 def test_diverging_training_stops_with_a_report(make, tmp_path, monkeypatch):
     handler = signal.getsignal(signal.SIGINT)
     config = make(tmp_path / "run", "static")
