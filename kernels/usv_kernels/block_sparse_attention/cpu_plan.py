@@ -89,7 +89,9 @@ def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) ->
         lowest, highest = (int(counts.min()), int(counts.max())) if counts.numel() else (0, 0)
         layout = Layout(lists, counts, torch.arange(groups * num_q), [], q_tile, kv_tile, num_q, num_kv, kv_rest=kv_len % kv_tile)
         if lowest == highest > 0:
-            step = max(1, BATCH_ELEMENTS * torch.get_num_threads() // (q_tile * highest * kv_tile))
+            threads = torch.get_num_threads()
+            # However long the lists, an item for each thread: one product shared by threads is slower than one product each.
+            step = max(threads, BATCH_ELEMENTS * threads // (q_tile * highest * kv_tile))
             together = max(1, step // num_q)  # heads of a part
             for group in range(0, groups, together):
                 last = min(group + together, groups)
