@@ -51,7 +51,7 @@ def test_uniform_counts_take_the_unmasked_path(impl):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
-def test_heads_summed_apart(monkeypatch, dtype):
+def test_heads_summed_apart_on_the_cpu(monkeypatch, dtype):
     """The CPU path sums dK and dV part by part, a part being few heads of a long sequence: here one, in several batches."""
     monkeypatch.setattr(cpu_plan, "BATCH_ELEMENTS", 1)
     mask = torch.ones(2, 2, 6, 5, dtype=torch.bool)
