@@ -11,14 +11,15 @@ from usv.checkpoint import read_config
 from usv.plan import SparsityPlan
 
 
-def test_steps_are_decided_with_the_rungs(make, watched, tmp_path):
+@pytest.mark.parametrize(("every", "jumps"), [(1, 4), (2, 2)])
+def test_steps_are_decided_with_the_rungs(make, watched, tmp_path, every, jumps):
     """policy.steps: jumps are measured, the plan says which steps run, the student samples with those, the budget is all steps'."""
     config = make(tmp_path / "run")
     config.policy.steps, config.policy.bins, config.policy.budget, config.distill.name = True, 3, 0.4, "consistency"
-    config.policy.jump_every = 2
+    config.policy.jump_every = every
     seen = []
     watched(config, at={4: lambda run: seen.append(run.policy.jump_seen.clone())})
-    assert float(seen[0].sum()) == 2 and float(seen[0][-1]) == 0  # a jump in two steps; pure noise is never jumped
+    assert float(seen[0].sum()) == jumps and float(seen[0][-1]) == 0  # a jump every so many steps; pure noise is never jumped
     record = read_config(tmp_path / "run" / "student")
     plan = SparsityPlan.from_dict(record["plan"])
     assert len(plan.steps) == 3 and plan.steps[-1]

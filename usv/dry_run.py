@@ -135,6 +135,11 @@ def forward_bytes(shape: ModelShape, tokens: float, bf16: bool) -> float:
     return tokens * (shape.dim * (8 + 5 * half) + 2 * half * shape.ffn_dim)
 
 
+def clips_at_once(config: TrainConfig) -> int:
+    """Clips of a step on one device, or on those that share them."""
+    return max(1, config.optim.batch_size // (config.dry_run_devices // config.runtime.sequence_parallel))
+
+
 def partition(config: TrainConfig) -> tuple[float, float, float]:
     """Share of weights, gradients and optimiser states that one device holds."""
     n = config.dry_run_devices
@@ -166,7 +171,7 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
         raise SettingError(
             f"runtime.sequence_parallel: got {sharing} on dry_run_devices={config.dry_run_devices}, accepted: its divisors"
         )
-    clips = max(1, config.optim.batch_size // (config.dry_run_devices // sharing)) / sharing  # on one device
+    clips = clips_at_once(config) / sharing  # on one device
     lora, half = config.lora.rank > 0, 2 if bf16 else 4
     frozen, trained = (
         (counts["transformer"], counts["adapters"] + counts["gates"])
@@ -204,14 +209,12 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
     return found, shape, tokens
 
 
-def validation_bytes(config: TrainConfig, shape: ModelShape, tokens: int, bf16: bool) -> float:
+def validation_bytes(config: TrainConfig, shape: ModelShape, tokens: int, bf16: bool, parameters: int) -> float:
     """What validation adds to weights and states: first the teacher's guided forward, then the averaged student as a network of its own
-    and its forward, as many clips at once as a training step has on a device."""
-    clips = max(1, config.optim.batch_size // (config.dry_run_devices // config.runtime.sequence_parallel))
+    and its forward, as many clips at once as a training step has on a device. parameters: of the transformer."""
+    forward = clips_at_once(config) * forward_bytes(shape, tokens, bf16)
     branches = 1 if config.model.guidance_scale == 1 else 2
-    copy = (2 if bf16 else 4) * count_parameters(config)["transformer"]
-    forward = clips * forward_bytes(shape, tokens, bf16)
-    return max(branches * forward, copy + forward)
+    return max(branches * forward, (2 if bf16 else 4) * parameters + forward)
 
 
 def has_guide(config: TrainConfig) -> bool:
@@ -261,9 +264,10 @@ def report(config: TrainConfig) -> dict:
     peak, capacity = GPUS[config.dry_run_gpu]
     bf16 = config.runtime.precision != "fp32"
     found, shape, tokens = roles(config, bf16)
+    teacher = found[1]
     flops = step_flops(config, shape, tokens)
     training, devices = sum(role.total for role in found), config.dry_run_devices
-    validating = sum(role.total - role.activations for role in found) + validation_bytes(config, shape, tokens, bf16)
+    validating = sum(role.total - role.activations for role in found) + validation_bytes(config, shape, tokens, bf16, teacher.parameters)
     total = max(training, validating)
     seconds = sum(flops.values()) / devices / (peak * 1e12 * config.dry_run_utilisation)
     m = config.model

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -91,44 +92,44 @@ def generate(
     scale = guidance_scale if guidance_scale is not None else 1.0 if enabled else model.guidance_scale
     steps = num_inference_steps or model.num_inference_steps
     seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
-    own = pipe.scheduler
-    if not enabled:  # a student has brought the levels it was trained for; the model it is compared with has the configured ones
-        pipe.scheduler = with_shift(own, model.flow_shift)
-    try:
-        videos = _videos(pipe, model, prompts, seeds, batch_size, steps, scale, seconds, progress, embeds, empty)
-    finally:
-        pipe.scheduler = own
+    videos = []
+    with nullcontext() if enabled else levels_of(pipe, model):  # a student has brought its own
+        for start in range(0, len(prompts), batch_size):
+            texts, numbers = list(prompts[start : start + batch_size]), seeds[start : start + batch_size]
+            begun = now()
+            if embeds is None:
+                positive, negative = pipe.encode_prompt(
+                    texts, "", scale > 1, max_sequence_length=model.max_sequence_length, device=pipe.device
+                )
+            else:
+                positive = embeds[start : start + batch_size].to(pipe.device, pipe.transformer.dtype)
+                negative = empty.to(positive).expand_as(positive) if scale > 1 else None
+            encoded = now()
+            latents = pipe(
+                prompt_embeds=positive, negative_prompt_embeds=negative, height=model.height, width=model.width,
+                num_frames=frames_argument(pipe, model.num_frames), num_inference_steps=steps, guidance_scale=scale,
+                generator=[torch.Generator().manual_seed(int(n)) for n in numbers], output_type="latent",
+                max_sequence_length=model.max_sequence_length,
+            ).frames  # fmt: skip
+            denoised = now()
+            videos.append(decode(pipe, latents).cpu())
+            seconds["text"] += encoded - begun
+            seconds["denoise"] += denoised - encoded
+            seconds["decode"] += now() - denoised
+            if progress is not None:
+                progress.update(len(texts))
     return Generation(torch.cat(videos), seconds, steps * (2 if scale > 1 else 1))
 
 
-def _videos(pipe, model: ModelConfig, prompts, seeds, batch_size, steps, scale, seconds, progress, embeds, empty) -> list[torch.Tensor]:
-    """The batches of `generate`, which times their stages in `seconds`."""
-    videos = []
-    for start in range(0, len(prompts), batch_size):
-        texts, numbers = list(prompts[start : start + batch_size]), seeds[start : start + batch_size]
-        begun = now()
-        if embeds is None:
-            positive, negative = pipe.encode_prompt(
-                texts, "", scale > 1, max_sequence_length=model.max_sequence_length, device=pipe.device
-            )
-        else:
-            positive = embeds[start : start + batch_size].to(pipe.device, pipe.transformer.dtype)
-            negative = empty.to(positive).expand_as(positive) if scale > 1 else None
-        encoded = now()
-        latents = pipe(
-            prompt_embeds=positive, negative_prompt_embeds=negative, height=model.height, width=model.width,
-            num_frames=frames_argument(pipe, model.num_frames), num_inference_steps=steps, guidance_scale=scale,
-            generator=[torch.Generator().manual_seed(int(n)) for n in numbers], output_type="latent",
-            max_sequence_length=model.max_sequence_length,
-        ).frames  # fmt: skip
-        denoised = now()
-        videos.append(decode(pipe, latents).cpu())
-        seconds["text"] += encoded - begun
-        seconds["denoise"] += denoised - encoded
-        seconds["decode"] += now() - denoised
-        if progress is not None:
-            progress.update(len(texts))
-    return videos
+@contextmanager
+def levels_of(pipe: WanPipeline, model: ModelConfig) -> Iterator[None]:
+    """The pipeline with the flow shift of the settings, which its scheduler need not have."""
+    own = pipe.scheduler
+    pipe.scheduler = with_shift(own, model.flow_shift)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 def now() -> float:

@@ -143,9 +143,7 @@ def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights:
         name: {"error": round(judge.plan_error(p), 6), "cost": round(plan_cost(p, shape, layout), 5), "plan": p.to_dict()["rungs"]}
         for name, p in plans.items()
     }
-    errors = {name: row["error"] for name, row in rows.items()}
-    most = errors["uniform"] - errors["oracle"]
-    gain = round((errors["uniform"] - errors["learned"]) / most, 4) if most > 0 else None  # the oracle itself gains nothing
+    gain = oracle_steps.gain(rows)
     return {"weights": weights, **held, "edges": list(plan.edges), "rows": rows, "gain": gain, "damage": damage.round(7).tolist()}
 
 
@@ -176,7 +174,7 @@ def main() -> None:
     if report["gain"] is None:
         print("the oracle's plan gains nothing over the uniform one")
     else:
-        print(f"the learned plan has {report['gain']:.0%} of the oracle's gain over the uniform plan, on the {report.get('weights', 'student')}'s weights")
+        print(f"the learned plan has {report['gain']:.0%} of the oracle's gain over the uniform plan, on the {args.weights}'s weights")
     if args.out is not None:
         command = "python -m usv.oracle " + " ".join(sys.argv[1:])
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,13 @@ class SampleJudge:
         return matching.teacher_residual(samples, self.text, self.empty, self.teacher, self.settings.guidance_scale, generator)
 
 
+def gain(rows: dict[str, dict]) -> float | None:
+    """The share of the oracle's gain over the uniform plan that the learned one has; None where the oracle gains nothing."""
+    errors = {name: row["error"] for name, row in rows.items()}
+    most = errors["uniform"] - errors["oracle"]
+    return round((errors["uniform"] - errors["learned"]) / most, 4) if most > 0 else None
+
+
 def compare(settings: ModelConfig, student: Student, teacher: SparseWan, seen: dict, unseen: dict, empty: torch.Tensor) -> dict:
     """The learned, the even and the best subset; what the best was chosen by, for every subset, is in `subsets`.
 
@@ -59,8 +66,5 @@ def compare(settings: ModelConfig, student: Student, teacher: SparseWan, seen: d
     plans = {"learned": learned, "uniform": even(edges, len(learned)), "oracle": min(found, key=found.get)}
     judge = SampleJudge(student, teacher, unseen, empty, settings, 1000)
     rows = {name: {"error": round(judge.residual(steps), 6), "steps": list(steps)} for name, steps in plans.items()}
-    most = rows["uniform"]["error"] - rows["oracle"]["error"]
-    return {
-        "axis": "steps", "edges": list(edges), "rows": rows, "subsets": [{"steps": list(k), "error": round(v, 6)} for k, v in found.items()],
-        "gain": round((rows["uniform"]["error"] - rows["learned"]["error"]) / most, 4) if most > 0 else None,
-    }  # fmt: skip
+    searched = [{"steps": list(steps), "error": round(error, 6)} for steps, error in found.items()]
+    return {"axis": "steps", "edges": list(edges), "rows": rows, "subsets": searched, "gain": gain(rows)}

@@ -107,6 +107,11 @@ class Run:
         self.skipped, self.skipped_in_a_row = 0, 0
         self.replay = Replay(config.distill.reuse)
 
+    @property
+    def clips_at_once(self) -> int:
+        """Clips of a step on this device."""
+        return self.config.optim.batch_size // self.share.world
+
     def record(self) -> Record:
         run = self
 
@@ -294,7 +299,7 @@ def open_data(run: Run, config: TrainConfig, student: SparseWan, latent_shape: t
     d, ranks = config.data, run.ranks
     source, weights = (list(d.mix), list(d.mix.values())) if d.mix else (d.path, None)
     run.data = open_shards(
-        source, config.optim.batch_size // run.share.world, weights=weights, latent_shape=latent_shape, model=config.model.path,
+        source, run.clips_at_once, weights=weights, latent_shape=latent_shape, model=config.model.path,
         seed=config.seed, rank=run.share.rank, world_size=run.share.world, drop_text=d.drop_text,
     )  # fmt: skip
     for shape in run.data.shapes:

@@ -48,14 +48,9 @@ def references(run: Run) -> list[tuple]:
     return run.references
 
 
-def clips_at_once(run: Run) -> int:
-    """As many as a training step has on a device: validation then needs no more memory for its forwards."""
-    return max(1, run.config.optim.batch_size // run.share.world)
-
-
 def parts(run: Run, *tensors: torch.Tensor):
-    """Tensors of one length in turn in pieces of `clips_at_once`."""
-    return zip(*(tensor.split(clips_at_once(run)) for tensor in tensors))
+    """Tensors of one length in turn in pieces of as many clips as a training step has: validation needs no more memory for its forwards."""
+    return zip(*(tensor.split(run.clips_at_once) for tensor in tensors))
 
 
 @torch.no_grad()
@@ -119,10 +114,10 @@ def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
     seeds = list(range(len(prompts)))
     embedded = {} if run.pipe.text_encoder is not None else {"embeds": batch["text"][:count], "empty": run.empty}
     with lora.base_only(run.pipe.transformer):
-        dense = generate(run.pipe, run.config.model, prompts, seeds, clips_at_once(run), **embedded)
+        dense = generate(run.pipe, run.config.model, prompts, seeds, run.clips_at_once, **embedded)
     enable(run.pipe, student)
     try:
-        sparse = generate(run.pipe, run.config.model, prompts, seeds, clips_at_once(run), num_inference_steps=student.sampling["num_inference_steps"], **embedded)
+        sparse = generate(run.pipe, run.config.model, prompts, seeds, run.clips_at_once, num_inference_steps=student.sampling["num_inference_steps"], **embedded)
     finally:
         disable(run.pipe)
     folder, rows, sides = run.folder / "validation", [], (("teacher", dense.videos), ("student", sparse.videos))

@@ -142,6 +142,17 @@ def known_bound(sizes: Tensor) -> int:
     return largest if regular or largest <= 64 else 0
 
 
+def regular_tile(starts: Tensor, sizes: Tensor, length: int) -> int:
+    """The tile size if the blocks (M,), or those of every head (B, H, M), are equal tiles that cover 0..length (the last may be
+    smaller), else 0. Looks at the values."""
+    if starts.numel() == 0:
+        return 0
+    tile = int(sizes.flatten()[0])
+    wanted = torch.arange(starts.shape[-1], device=starts.device) * tile
+    same = (starts == wanted).all() & (sizes == (length - wanted).clamp(max=tile)).all() & (sizes[..., -1] > 0).all()
+    return tile if bool(same) and starts.shape[-1] * tile >= length else 0
+
+
 def _consecutive(sizes: Tensor, device) -> tuple[Tensor, Tensor]:
     sizes = torch.as_tensor(sizes, device=device).to(torch.int32)
     starts = sizes.cumsum(-1, dtype=torch.int32) - sizes

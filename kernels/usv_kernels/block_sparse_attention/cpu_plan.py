@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..selection import regular_tile
+
 # Score elements per batch and thread: 512 KB in fp32, so that scores and gathered tiles stay in the caches of a core.
 BATCH_ELEMENTS = 1 << 17
 # Longest run of query rows in one work item; longer blocks are split, which bounds the score matrix.
@@ -46,17 +48,6 @@ class Layout:
     uniform: int = 0  # tile mode: the count all items share, in which case they are the query tiles in order
 
 
-def _regular_tile(starts: Tensor, sizes: Tensor, length: int) -> int:
-    """The tile size if blocks are shared equal tiles that cover the sequence (the last may be smaller), else 0."""
-    if starts.dim() != 1 or starts.numel() == 0:
-        return 0
-    tile, count = int(sizes[0]), starts.numel()
-    expected = torch.arange(count, dtype=starts.dtype) * tile
-    full = bool((starts == expected).all()) and bool((sizes[:-1] == tile).all())
-    covers = 0 < int(sizes[-1]) <= tile and int(expected[-1]) + int(sizes[-1]) == length
-    return tile if full and covers else 0
-
-
 def _group(p: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, list]:
     """Sorts items by size and cuts them into batches whose padding stays small. Items without tokens are dropped."""
     order = np.lexsort((tokens, np.ceil(np.log2(np.maximum(p, 1)) * 4)))
@@ -84,7 +75,7 @@ def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) ->
     counts = kv_num_blocks.reshape(-1).long()
     offset = torch.arange(groups).repeat_interleave(num_q).unsqueeze(-1) * num_kv
     lists = kv_indices.reshape(-1, capacity).long() + offset
-    q_tile, kv_tile = _regular_tile(q_starts, q_sizes, q_len), _regular_tile(kv_starts, kv_sizes, kv_len)
+    q_tile, kv_tile = regular_tile(q_starts, q_sizes, q_len), regular_tile(kv_starts, kv_sizes, kv_len)
     if q_tile and kv_tile and q_tile <= MAX_ROWS:
         lowest, highest = (int(counts.min()), int(counts.max())) if counts.numel() else (0, 0)
         layout = Layout(lists, counts, torch.arange(groups * num_q), [], q_tile, kv_tile, num_q, num_kv, kv_rest=kv_len % kv_tile)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from .._checks import require
-from ..selection import BlockSelection
+from ..selection import BlockSelection, regular_tile
 from .reference import pair_logits, token_blocks
 
 
@@ -58,10 +58,8 @@ def block_mask(selection: BlockSelection, block: int, q_len: int, kv_len: int) -
     """
     s = selection
     for name, starts, sizes, length in (("q_sizes", s.q_starts, s.q_sizes, q_len), ("kv_sizes", s.kv_starts, s.kv_sizes, kv_len)):
-        wanted = torch.arange(starts.shape[-1], device=starts.device) * block
-        same = (starts == wanted).all() & (sizes == (length - wanted).clamp(max=block)).all() & (sizes > 0).all()
-        covers = starts.shape[-1] * block >= length
-        require(bool(same) and covers, name, "other blocks", f"consecutive blocks of {block} tokens, the last of what is left of {length}")
+        regular = regular_tile(starts, sizes, length) == block
+        require(regular, name, "other blocks", f"consecutive blocks of {block} tokens, the last of what is left of {length}")
     counts, lists = selection.kv_num_blocks, selection.kv_indices
     full = lists.new_zeros(*lists.shape[:3], selection.num_kv_blocks)
     full[..., : lists.shape[3]] = torch.where(torch.arange(lists.shape[3], device=lists.device) < counts[..., None], lists, 0)

@@ -142,10 +142,10 @@ def _select(
         from . import triton as backend
 
         return backend.select(scores, rows, p, capacity)
-    if p > 1.0 and impl == "cpu" and fixed and scores.dtype != torch.float64:
-        return cpu.top_k(scores, fixed, capacity)
     if p <= 1.0:
         mask = reference.top_p_mask(scores, p, floor)
+    elif impl == "cpu" and fixed and scores.dtype != torch.float64:
+        return cpu.top_k(scores, fixed, capacity)
     else:
         mask = reference.top_k_mask(scores, rows)
     if impl == "cpu":
