@@ -60,6 +60,30 @@ def test_heads_summed_apart_on_the_cpu(monkeypatch, dtype):
     assert_close(run(case, "cpu", dtype), case, dtype)
 
 
+@pytest.mark.parametrize("elements", (1, 1 << 17), ids=("batch of one tile", "batch of all heads"))
+@pytest.mark.parametrize("uniform", (True, False))
+@pytest.mark.parametrize(("q_sizes", "kv_sizes"), [([16] * 4 + [9], [16] * 6), ([16] * 5, [16] * 5 + [7]), ([16] * 4 + [9], [16] * 5 + [7])])
+def test_partial_last_tiles_on_the_cpu(monkeypatch, elements, uniform, q_sizes, kv_sizes):
+    """Tiles are gathered whole where they are whole and token by token where they are not, and nothing is padded in memory."""
+    monkeypatch.setattr(cpu_plan, "BATCH_ELEMENTS", elements)
+    order = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(2)).argsort(-1)
+    mask = torch.zeros(2, 3, 5, 6, dtype=torch.bool).scatter(-1, order[..., :2], True)
+    if not uniform:
+        mask[:, 1, 2:] = True
+    for dtype in (torch.float32, torch.bfloat16):
+        case = make_case(q_sizes, kv_sizes, heads=3, mask=mask, bias_heads=3, dtype=dtype)
+        assert_close(run(case, "cpu", dtype), case, dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0)])
+def test_no_batch_and_no_head(impl, batch, heads):
+    case = make_case([16, 7], [16, 16, 5], batch=batch, heads=heads, bias_heads=0)
+    out, lse, dq, dk, dv, _, dgate = run(case, impl)
+    assert out.shape == dq.shape == (batch, heads, 23, 32) and dk.shape == dv.shape == (batch, heads, 37, 32)
+    assert lse.shape == (batch, heads, 23) and dgate.shape == (batch, heads, 2, 3)
+
+
 @pytest.mark.parametrize("impl", ("cpu", "triton"))
 def test_without_known_bounds(impl):
     """q_max = kv_max = 0, as when the sizes lie on a GPU: tile tables and nested loops, several tiles in a block."""

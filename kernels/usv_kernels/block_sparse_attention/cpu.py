@@ -19,12 +19,16 @@ from torch import Tensor
 from .cpu_plan import Batch, Layout, make_batch, make_plan
 
 
-def _units(x: Tensor, tile: int, count: int, fill: float = 0.0) -> Tensor:
-    """(B, H, S, d) -> (G * count, tile * d) whole tiles, zero-padded; (G * S, d) for tile 1."""
-    batch, heads, length, dim = x.shape
-    if tile > 1 and count * tile != length:
-        x = torch.nn.functional.pad(x, (0, 0, 0, count * tile - length), value=fill)
-    return x.reshape(-1, tile * dim)
+def _units(x: Tensor, tile: int) -> Tensor:
+    """(B, H, S, d) -> (G * S / tile, tile * d)."""
+    return x.reshape(-1, tile * x.shape[-1])
+
+
+def _windows(x: Tensor, tile: int) -> dict[int, Tensor]:
+    """(B, H, S, d) -> the (tile, d) tokens from each on as one row, and each token alone, without a copy: tiles of any start can be
+    gathered whole."""
+    tokens = x.contiguous().view(-1, x.shape[-1])
+    return {1: tokens, tile: tokens.as_strided((max(len(tokens) - tile + 1, 0), tile * x.shape[-1]), (x.shape[-1], 1))}
 
 
 class Scratch:
@@ -50,9 +54,9 @@ class Scratch:
             rows = torch.index_select(units, 0, index, out=self(buffer, len(index), units.shape[1], dtype=units.dtype))
         return (rows if rows.dtype == self.dtype else self(name, *rows.shape).copy_(rows)).view(shape)
 
-    def sums(self, name: str, units: Tensor) -> Tensor:
-        """Zeros to add to in the buffers' dtype: `units` themselves if they have it."""
-        return (units if units.dtype == self.dtype else self(name, *units.shape)).zero_()
+    def sums(self, name: str, x: Tensor, length: int) -> Tensor:
+        """(heads, length, d) zeros to add to in the buffers' dtype: `x`, (heads, S, d), itself if it is like that."""
+        return (x if x.dtype == self.dtype and x.shape[1] == length else self(name, len(x), length, x.shape[2])).zero_()
 
     def place(self, name: str, units: Tensor, index, *shape: int) -> Tensor:
         """Where to compute rows `index` of `units`: in place if they are consecutive, else a buffer for `_put`."""
@@ -65,12 +69,12 @@ def _put(units: Tensor, index, values: Tensor) -> None:
         units.index_copy_(0, index, values.reshape(-1, units.shape[1]).to(units.dtype))
 
 
-def _column_bias(b: Batch, layout: Layout, bias_units: Tensor | None, gate: Tensor | None, dtype) -> Tensor | None:
+def _column_bias(b: Batch, layout: Layout, bias_units: dict[int, Tensor] | None, gate: Tensor | None, dtype) -> Tensor | None:
     """(n, L): everything that is added to a whole column of scores: key bias, gate of the block, -inf for padding."""
     n, _, length = b.shape
     column = None
     if bias_units is not None:
-        column = bias_units.index_select(0, b.kv_index).view(n, length)
+        column = bias_units[b.kv_unit].index_select(0, b.kv_index).view(n, length)
     if gate is not None:
         values = gate[b.lists, : b.slots]
         values = values.repeat_interleave(layout.kv_tile, 1) if b.slot is None else values.gather(1, b.slot)
@@ -88,12 +92,11 @@ def _scores(q_npD: Tensor, k_nLD: Tensor, column: Tensor | None, scale: float, s
 
 
 def _inputs(q, k, v, key_bias, block_gate, layout: Layout, dtype):
-    kv = layout.kv_tile
-    q_units = _units(q, layout.q_tile, layout.num_q)
-    k_units, v_units = _units(k, kv, layout.num_kv), _units(v, kv, layout.num_kv)
+    q_units = _units(q, layout.q_unit)
+    k_units, v_units = _windows(k, layout.kv_tile), _windows(v, layout.kv_tile)
     bias = None
     if key_bias is not None:
-        bias = _units(key_bias.expand(*k.shape[:3]).unsqueeze(-1).to(dtype), kv, layout.num_kv)
+        bias = _windows(key_bias.expand(*k.shape[:3]).unsqueeze(-1).to(dtype), layout.kv_tile)
     gate = None if block_gate is None else block_gate.reshape(-1, block_gate.shape[-1]).to(dtype)
     return q_units, k_units, v_units, bias, gate
 
@@ -116,21 +119,21 @@ def _exponents_fit(q: Tensor, k: Tensor, bias: Tensor | None, gate: Tensor | Non
 
 def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0, kv_max: int = 0) -> tuple[Tensor, Tensor]:
     """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) in fp32 (fp64 for fp64 input). Reads the sizes: needs no bounds."""
-    batch, heads, q_len, dim = q.shape
+    dim = q.shape[3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    layout = make_plan(selection_tensors, q_len, k.shape[2])
+    layout = make_plan(selection_tensors, q.shape[2], k.shape[2])
     q_units, k_units, v_units, bias, gate = _inputs(q, k, v, key_bias, block_gate, layout, dtype)
     # Written in q's dtype batch by batch while in cache; with uniform counts every row is written, so no zeros are needed.
     out = (torch.empty if layout.uniform else torch.zeros)(q_units.shape, dtype=q.dtype)
     # lse = tops + log(totals): rows that no batch writes keep log(0) = -inf.
-    tops, totals = torch.zeros(2, q_units.shape[0], layout.q_tile, dtype=dtype)
-    shifted = not _exponents_fit(q, k, bias, gate, layout, scale)
+    tops, totals = torch.zeros(2, q_units.shape[0], layout.q_unit, dtype=dtype)
+    shifted = not _exponents_fit(q, k, key_bias, gate, layout, scale)
     scratch = Scratch(dtype)
     for first, last in (batch for part in layout.parts for batch in part.batches):
         b = make_batch(layout, first, last)
         n, p, length = b.shape
         q_npD = scratch.take("q", q_units, b.q_index, n, p, dim)
-        k_nLD = scratch.take("k", k_units, b.kv_index, n, length, dim)
+        k_nLD = scratch.take("k", k_units[b.kv_unit], b.kv_index, n, length, dim)
         column = _column_bias(b, layout, bias, gate, dtype)
         s = _scores(q_npD, k_nLD, column, scale, scratch("s", n, p, length))
         if shifted:
@@ -142,77 +145,72 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
         torch.exp(s, out=s)
         total = torch.sum(s, -1, keepdim=True, out=scratch.place("total", totals, b.q_index, n, p, 1))
         # K is no longer needed: V takes its buffer, which is still in cache.
-        v_nLD = scratch.take("k", v_units, b.kv_index, n, length, dim)
+        v_nLD = scratch.take("k", v_units[b.kv_unit], b.kv_index, n, length, dim)
         o_npD = torch.bmm(s, v_nLD, out=scratch("o", n, p, dim))
         divisor = total if column is None else torch.where(total == 0, 1.0, total)
         o_npD = torch.div(o_npD, divisor, out=scratch.place("o", out, b.q_index, n, p, dim))
         _put(out, b.q_index, o_npD)
         _put(totals, b.q_index, total)
-    lse = tops + totals.log_()
-    out = out.view(batch, heads, -1, dim)[:, :, :q_len]
-    return out.contiguous(), lse.view(batch, heads, -1)[:, :, :q_len].contiguous()
+    return out.view(q.shape), tops.add_(totals.log_()).view(q.shape[:3])
 
 
 def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0,
              kv_max: int = 0):  # fmt: skip
     """Gradients of q, k, v, key_bias and block_gate (None for an absent argument). grad_lse may be None."""
-    batch, heads, q_len, dim = q.shape
-    kv_len = k.shape[2]
+    batch, heads, kv_len, dim = k.shape
     dtype = lse.dtype
-    layout = make_plan(selection_tensors, q_len, kv_len)
+    layout = make_plan(selection_tensors, q.shape[2], kv_len)
     q_units, k_units, v_units, bias, gate = _inputs(q, k, v, key_bias, block_gate, layout, dtype)
     delta = _row_products(grad_out, out, dtype)
     if grad_lse is not None:
         delta = delta - grad_lse.unsqueeze(-1)
     # A row without keys has lse = -inf; +inf makes its probabilities exp(s - inf) = 0 instead of NaN.
     lse = torch.where(lse == float("-inf"), float("inf"), lse).unsqueeze(-1)
-    go_units = _units(grad_out, layout.q_tile, layout.num_q)
-    lse_units = _units(lse, layout.q_tile, layout.num_q, fill=float("inf"))
-    delta_units = _units(delta, layout.q_tile, layout.num_q)
+    go_units, lse_units, delta_units = (_units(x, layout.q_unit) for x in (grad_out, lse, delta))
     dq = (torch.empty if layout.uniform else torch.zeros)(q_units.shape, dtype=q.dtype)
-    dk, dv = torch.empty(k_units.shape, dtype=k.dtype), torch.empty(v_units.shape, dtype=v.dtype)
-    dbias = None if bias is None else torch.zeros_like(bias)
+    dk, dv = (torch.empty(batch * heads, kv_len, dim, dtype=x.dtype) for x in (k, v))
+    whole = layout.num_kv * layout.kv_tile if layout.kv_tile > 1 else kv_len  # a head's tokens if its last tile were whole
+    dbias = None if bias is None else torch.zeros(batch * heads * whole, dtype=dtype)
     dgate = None if gate is None else torch.zeros_like(gate)
     scratch = Scratch(dtype)
     for part in layout.parts:
-        keys = slice(part.first, part.first + part.count)
-        dk_part, dv_part = (scratch.sums(name, x[keys]) for name, x in (("dk", dk), ("dv", dv)))
+        dk_here, dv_here = dk[part.heads], dv[part.heads]
+        dk_part, dv_part = scratch.sums("dk", dk_here, whole), scratch.sums("dv", dv_here, whole)
+        dk_units, dv_units = ({unit: x.view(-1, unit * dim) for unit in (1, layout.kv_tile)} for x in (dk_part, dv_part))
         for first, last in part.batches:
             b = make_batch(layout, first, last)
             n, p, length = b.shape
-            here = b.kv_index - part.first
+            here = b.sum_index - part.heads.start * (whole // b.kv_unit)
             q_npD = scratch.take("q", q_units, b.q_index, n, p, dim)
             go_npD = scratch.take("go", go_units, b.q_index, n, p, dim)
             lse_np1 = scratch.take("lse", lse_units, b.q_index, n, p, 1)
             delta_np1 = scratch.take("delta", delta_units, b.q_index, n, p, 1)
             if b.q_invalid is not None:
                 lse_np1 = lse_np1.masked_fill(b.q_invalid.unsqueeze(-1), float("inf"))
-            k_nLD = scratch.take("k", k_units, b.kv_index, n, length, dim)
+            k_nLD = scratch.take("k", k_units[b.kv_unit], b.kv_index, n, length, dim)
             s = _scores(q_npD, k_nLD, _column_bias(b, layout, bias, gate, dtype), scale, scratch("s", n, p, length))
             torch.exp(s.sub_(lse_np1), out=s)
             # V and both gradients of the listed tokens take turns in one buffer.
-            dv_part.index_add_(0, here, torch.bmm(s.transpose(1, 2), go_npD, out=scratch("v", n, length, dim)).view(-1, dv.shape[1]))
-            v_nLD = scratch.take("v", v_units, b.kv_index, n, length, dim)
+            dv_nLD = torch.bmm(s.transpose(1, 2), go_npD, out=scratch("v", n, length, dim))
+            dv_units[b.kv_unit].index_add_(0, here, dv_nLD.view(-1, b.kv_unit * dim))
+            v_nLD = scratch.take("v", v_units[b.kv_unit], b.kv_index, n, length, dim)
             ds = torch.bmm(go_npD, v_nLD.transpose(1, 2), out=scratch("ds", n, p, length)).sub_(delta_np1).mul_(s)
             if bias is not None or gate is not None:
                 _add_column_gradient(ds.sum(1), b, layout, dbias, dgate)
             dq_npD = _first_valid(torch.bmm(ds, k_nLD, out=scratch("o", n, p, dim)), b)
             dq_npD = torch.mul(dq_npD, scale, out=scratch.place("dq", dq, b.q_index, n, p, dim))
             _put(dq, b.q_index, dq_npD)
-            dk_part.index_add_(0, here, torch.bmm(ds.transpose(1, 2), q_npD, out=scratch("v", n, length, dim)).view(-1, dk.shape[1]))
-        torch.mul(dk_part, scale, out=dk[keys])
-        if dv.dtype != dtype:
-            dv[keys] = dv_part
-
-    def shaped(x: Tensor, length: int) -> Tensor:
-        return x.view(batch, heads, -1, dim)[:, :, :length].contiguous()
-
+            dk_nLD = torch.bmm(ds.transpose(1, 2), q_npD, out=scratch("v", n, length, dim))
+            dk_units[b.kv_unit].index_add_(0, here, dk_nLD.view(-1, b.kv_unit * dim))
+        torch.mul(dk_part[:, :kv_len], scale, out=dk_here)
+        if dv_part is not dv_here:
+            dv_here.copy_(dv_part[:, :kv_len])
     if dbias is not None:
-        dbias = dbias.view(batch, heads, -1)[:, :, :kv_len]
+        dbias = dbias.view(batch, heads, whole)[:, :, :kv_len]
         dbias = (dbias.sum(1, keepdim=True) if key_bias.shape[1] != heads else dbias).to(key_bias.dtype).contiguous()
     if dgate is not None:
         dgate = dgate.view(block_gate.shape).to(block_gate.dtype)
-    return shaped(dq, q_len), shaped(dk, kv_len), shaped(dv, kv_len), dbias, dgate
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dbias, dgate
 
 
 def _row_products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -236,7 +234,7 @@ def _add_column_gradient(column: Tensor, b: Batch, layout: Layout, dbias: Tensor
     """Adds (n, L) column sums of dS to the gradients of key_bias and of block_gate."""
     n = b.shape[0]
     if dbias is not None:
-        dbias.index_add_(0, b.kv_index, column.view(-1, dbias.shape[1]))
+        dbias.view(-1, b.kv_unit).index_add_(0, b.sum_index, column.view(-1, b.kv_unit))
     if dgate is not None:
         if b.slot is None:
             slots = column.view(n, b.slots, layout.kv_tile).sum(-1)

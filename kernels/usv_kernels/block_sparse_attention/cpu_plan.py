@@ -21,31 +21,36 @@ PADDING_FACTOR, PADDING_PAIRS = 1.15, 100_000
 
 @dataclass
 class Part:
-    """Batches that share no key with those of other parts, so that their dK and dV can be summed in a buffer of their size."""
+    """Batches of some of the G heads, which share no key with other parts: dK and dV can be summed in a buffer of their size."""
 
-    first: int  # first unit of the key side, and how many
-    count: int
+    heads: slice
     batches: list  # [(first item, last item + 1)], items being sorted
 
 
 @dataclass
 class Layout:
-    """Work items of one call. In tile mode a gathered unit is a whole tile, otherwise one token (tile 1 x 1)."""
+    """Work items of one call. In tile mode whole tiles are gathered wherever they are whole, otherwise tokens (tile 1 x 1)."""
 
-    lists: Tensor  # (G * M, K) long, global unit or block index of each slot
+    lists: Tensor  # (G * M, K) long, global block index of each slot
     counts: Tensor  # (G * M,) long
     row_list: Tensor  # (items,) long: which list an item uses
     parts: list[Part]
     q_tile: int
     kv_tile: int
+    q_len: int
+    kv_len: int
     num_q: int
     num_kv: int
     q_start: Tensor | None = None  # token mode: (items,) global first query row and number of rows
     q_size: Tensor | None = None
     kv_start: Tensor | None = None  # token mode: (G * N,) global first token and number of tokens of each key block
     kv_size: Tensor | None = None
-    kv_rest: int = 0  # tile mode: valid tokens of a partial last key tile, 0 if it is full
     uniform: int = 0  # tile mode: the count all items share, in which case they are the query tiles in order
+
+    @property
+    def q_unit(self) -> int:
+        """Query rows that are read and written together: a tile, or single ones beside a partial last tile."""
+        return 1 if self.q_len % self.q_tile else self.q_tile
 
 
 def _group(p: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, list]:
@@ -78,7 +83,7 @@ def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) ->
     q_tile, kv_tile = regular_tile(q_starts, q_sizes, q_len), regular_tile(kv_starts, kv_sizes, kv_len)
     if q_tile and kv_tile and q_tile <= MAX_ROWS:
         lowest, highest = (int(counts.min()), int(counts.max())) if counts.numel() else (0, 0)
-        layout = Layout(lists, counts, torch.arange(groups * num_q), [], q_tile, kv_tile, num_q, num_kv, kv_rest=kv_len % kv_tile)
+        layout = Layout(lists, counts, torch.arange(groups * num_q), [], q_tile, kv_tile, q_len, kv_len, num_q, num_kv)
         if lowest == highest > 0:
             threads = torch.get_num_threads()
             # However long the lists, an item for each thread: one product shared by threads is slower than one product each.
@@ -87,12 +92,12 @@ def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) ->
             for group in range(0, groups, together):
                 last = min(group + together, groups)
                 batches = [(i, min(i + step, last * num_q)) for i in range(group * num_q, last * num_q, step)]
-                layout.parts.append(Part(group * num_kv, (last - group) * num_kv, batches))
+                layout.parts.append(Part(slice(group, last), batches))
             layout.uniform, layout.lists = highest, lists[:, :highest].contiguous()
         else:
             tokens = (counts * kv_tile).numpy()
             order, batches = _group(np.full(len(counts), q_tile), tokens)
-            layout.parts = [Part(0, groups * num_kv, batches)]
+            layout.parts = [Part(slice(0, groups), batches)]
             layout.row_list = torch.from_numpy(order)
         return layout
     return _plan_tokens(lists, counts, selection_tensors, q_len, kv_len)
@@ -118,8 +123,9 @@ def _plan_tokens(lists, counts, selection_tensors, q_len: int, kv_len: int) -> L
     tokens = torch.where(used, kv_size[torch.where(used, lists, 0)], 0).sum(-1) if num_kv else counts * 0
     order, batches = _group(size.numpy(), tokens[row_list].numpy())
     order = torch.from_numpy(order)
-    parts = [Part(0, batch * heads * kv_len, batches)]
-    return Layout(lists, counts, row_list[order], parts, 1, 1, num_q, num_kv, start[order], size[order], kv_start, kv_size)
+    parts = [Part(slice(0, batch * heads), batches)]
+    sides = (1, 1, q_len, kv_len, num_q, num_kv)
+    return Layout(lists, counts, row_list[order], parts, *sides, start[order], size[order], kv_start, kv_size)
 
 
 @dataclass
@@ -128,7 +134,9 @@ class Batch:
 
     lists: Tensor  # (n,) which lists
     q_index: Tensor | slice  # units of the query side: (n,) tiles or (n * p,) tokens
-    kv_index: Tensor  # (n * units,) units of the key side
+    kv_index: Tensor  # (n * units,) first tokens of the runs of `kv_unit` to gather
+    kv_unit: int  # kv_tile, or 1 where a partial tile is listed
+    sum_index: Tensor  # (n * units,) the same in units of `kv_unit` among whole tiles, where dK and dV are summed
     slot: Tensor | None  # (n, L) slot of each token, None in tile mode
     invalid: Tensor | None  # (n, L) padding tokens
     q_invalid: Tensor | None  # (n, p) padding rows
@@ -148,12 +156,20 @@ def _runs(start: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return start.gather(1, run) + position - (end - size).gather(1, run), run, invalid
 
 
+def _tokens(index: Tensor, tile: int, length: int, count: int) -> tuple[Tensor, Tensor]:
+    """(n, c) tiles, `count` of them a head -> (n, c, tile) their tokens of G * length, and which are padding. Padding repeats the
+    tile's last token."""
+    head, first = index // count, index % count * tile
+    token = first.unsqueeze(-1) + torch.arange(tile)
+    return token.clamp(max=length - 1) + (head * length).unsqueeze(-1), token >= length
+
+
 def make_batch(layout: Layout, first: int, last: int) -> Batch:
     lists, n = layout.row_list[first:last], last - first
     if slots := layout.uniform:
-        index, unused, q_index = layout.lists[first:last], None, slice(first, last)
+        index, unused = layout.lists[first:last], None
     else:
-        counts, q_index, unused = layout.counts[lists], lists, None
+        counts, unused = layout.counts[lists], None
         slots = int(counts.max())
         index = layout.lists[lists, :slots]
         if int(counts.min()) != slots:
@@ -165,12 +181,30 @@ def make_batch(layout: Layout, first: int, last: int) -> Batch:
         query, _, q_invalid = _runs(layout.q_start[first:last, None], layout.q_size[first:last, None])
         shape = (n, query.shape[1], token.shape[1])
         invalid, q_invalid = (x if bool(x.any()) else None for x in (invalid, q_invalid))
-        return Batch(lists, query.reshape(-1), token.reshape(-1), slot, invalid, q_invalid, shape, slots)
-    tile = layout.kv_tile
+        token = token.reshape(-1)
+        return Batch(lists, query.reshape(-1), token, 1, token, slot, invalid, q_invalid, shape, slots)
+    q_index, q_invalid = _query_rows(layout, first, last)
+    tile, num_kv, kv_len = layout.kv_tile, layout.num_kv, layout.kv_len
+    shape = (n, layout.q_tile, slots * tile)
     invalid = None if unused is None else unused.repeat_interleave(tile, 1)
-    if layout.kv_rest:
-        partial = index % layout.num_kv == layout.num_kv - 1
-        if bool(partial.any()):
-            tail = (partial.unsqueeze(-1) & (torch.arange(tile) >= layout.kv_rest)).reshape(n, -1)
-            invalid = tail if invalid is None else invalid | tail
-    return Batch(lists, q_index, index.reshape(-1), None, invalid, None, (n, layout.q_tile, slots * tile), slots)
+    if kv_len % tile and bool((index % num_kv == num_kv - 1).any()):
+        token, tail = (x.reshape(n, -1) for x in _tokens(index, tile, kv_len, num_kv))
+        invalid = tail if invalid is None else invalid | tail
+        token = token.reshape(-1)
+        among = token + token // kv_len * (num_kv * tile - kv_len)
+        return Batch(lists, q_index, token, 1, among, None, invalid, q_invalid, shape, slots)
+    index = index.reshape(-1)
+    start = index * tile - index // num_kv * (num_kv * tile - kv_len)
+    return Batch(lists, q_index, start, tile, index, None, invalid, q_invalid, shape, slots)
+
+
+def _query_rows(layout: Layout, first: int, last: int) -> tuple[Tensor | slice, Tensor | None]:
+    """Units of the query tiles of items first to last, and their padding rows; tile mode."""
+    tile, length, count = layout.q_tile, layout.q_len, layout.num_q
+    if layout.q_unit > 1 or tile == 1:
+        return slice(first, last) if layout.uniform else layout.row_list[first:last], None
+    if layout.uniform and last % count:  # a batch that does not end with its head is within it, without the partial tile
+        start = first // count * length + first % count * tile
+        return slice(start, start + (last - first) * tile), None
+    token, invalid = _tokens(layout.row_list[first:last], tile, length, count)
+    return token.reshape(-1), invalid if bool(invalid.any()) else None
