@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 BIN     = $(VENV)/bin
 LAUNCH  = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test lint wan-mini results report ablation-students ablation budgets kernels-report bench-gpu
+.PHONY: setup demo test lint wan-mini results report ablation-students ablation kernels-report bench-gpu
 
 setup: $(VENV)/.ready
 
@@ -58,35 +58,33 @@ results: setup
 report: setup
 	$(BIN)/python -m usv.report --videos outputs/results/peers --readme README.md --pareto docs/pareto.svg
 
-# each axis alone, in pairs and all three, every row trained alike: so many steps of velocity, for few steps as many of trajectories from
-# there; about an hour and a half on two cores, resumable. Quality of all in one run, then their times and what the axes make together
-VELOCITY   ?= 500
+# The ablation: each axis alone, in pairs and all three, and five budgets beside them, every row trained alike from the student that ships:
+# so many steps of velocity, for few steps as many of trajectories from there. Quality of all in one run, then their times and what the axes
+# make together; about three hours on two cores, resumable.
+START      ?= data/students/usv_mini
+VELOCITY   ?= 200
 TRAJECTORY ?= 300
 AXES       ?= dense:steps attention:attention_steps merge:merge_steps usv_mini:usv_few_step
-ABLATED    = $(subst :, ,$(AXES))
-ablated    = $(foreach name,$(1),--ckpt $(name:dense=folded)=outputs/ablation/$(name)/student)
+BUDGETS    ?= 0.15 0.2 0.28 0.4 0.6
+ABLATED     = $(foreach name,$(subst :, ,$(AXES)),--ckpt $(name:dense=folded)=outputs/ablation/$(name)/student)
+BUDGETED    = $(foreach budget,$(BUDGETS),--ckpt budget_$(budget)=outputs/ablation/budget_$(budget)/student)
+TRAIN       = $(LAUNCH) train.py logger=none
 
 ablation-students: setup data/shards/camera/index.json
 	for pair in $(AXES); do \
-	  $(LAUNCH) train.py experiment=$${pair%:*} logger=none optim.steps=$(VELOCITY) output_dir=outputs/ablation/$${pair%:*} || exit 1; \
-	  $(LAUNCH) train.py experiment=$${pair#*:} logger=none optim.steps=$(TRAJECTORY) output_dir=outputs/ablation/$${pair#*:} \
+	  $(TRAIN) experiment=$${pair%:*} optim.steps=$(VELOCITY) output_dir=outputs/ablation/$${pair%:*} distill.init=$(START) || exit 1; \
+	  $(TRAIN) experiment=$${pair#*:} optim.steps=$(TRAJECTORY) output_dir=outputs/ablation/$${pair#*:} \
 	    distill.init=outputs/ablation/$${pair%:*}/student distill.guide=null distill.reuse=4 || exit 1; done
+	for budget in $(BUDGETS); do \
+	  $(TRAIN) policy.budget=$$budget policy.most_density=1 policy.merge_layers=null optim.steps=$(VELOCITY) \
+	    output_dir=outputs/ablation/budget_$$budget distill.init=$(START) || exit 1; done
 
 ablation: ablation-students
-	$(BIN)/python -m usv.evaluate $(call ablated,$(ABLATED)) --clips 60 --batch-size $(BATCH) --out data/results/ablation.json
-	$(BIN)/python -m usv.bench denoise $(call ablated,$(ABLATED)) --batch-size 4 --out data/results/ablation_times.json
+	$(BIN)/python -m usv.evaluate $(ABLATED) $(BUDGETED) --clips 60 --batch-size $(BATCH) --out data/results/ablation.json
+	$(BIN)/python -m usv.bench denoise $(ABLATED) --batch-size 4 --out data/results/ablation_times.json
 
 kernels-report: setup
 	$(BIN)/python -m usv_kernels.compile_report
 
 bench-gpu: setup
 	$(BIN)/python -m usv_kernels.bench --gpu
-
-# quality against seconds over budgets, each axis alone beside them: one short policy run a budget, from the student that ships; about an
-# hour on two cores after the ablation's students, resumable
-BUDGETS ?= 0.15 0.2 0.28 0.4 0.6
-SINGLE  ?= dense attention merge steps
-
-budgets: ablation-students
-	for budget in $(BUDGETS); do $(LAUNCH) train.py distill.init=data/students/usv_mini policy.most_density=1 policy.merge_layers=null optim.steps=200 logger=none policy.budget=$$budget output_dir=outputs/budget_$$budget || exit 1; done
-	$(BIN)/python -m usv.evaluate $(foreach budget,$(BUDGETS),--ckpt budget_$(budget)=outputs/budget_$(budget)/student) $(call ablated,$(SINGLE)) --clips 60 --batch-size $(BATCH) --out data/results/budgets.json

@@ -210,7 +210,17 @@ def test_denoise_fills_the_ablation(monkeypatch, tmp_path, tiny_wan, students, c
     assert i["ratio"] == pytest.approx(
         i["all_three"] / (methods["attention"]["forward_speedup"] * methods["merge"]["denoise_speedup"])
     )
-    assert "the product of the parts" in capsys.readouterr().out
+    assert "product_of_axes" not in i and denoise.said(i) in capsys.readouterr().out  # merging alone is not among them
+
+
+def test_product_of_the_three_axes():
+    """Of an axis that keeps the teacher's steps one forward counts; else guidance folded in would count three times."""
+    rows = {
+        "attention only": (8.0, 4.0), "merge only": (3.0, 1.5), "steps only": (50.0, 1.0), "merge + steps": (70.0, 1.4), "all three": (210.0, 4.2),
+    }  # fmt: skip
+    i = denoise.interaction({axes: {"axes": axes, "denoise_speedup": d, "forward_speedup": f} for axes, (d, f) in rows.items()})
+    assert i["product_of_parts"] == pytest.approx(280) and i["ratio"] == pytest.approx(0.75)
+    assert i["product_of_axes"] == pytest.approx(300) and i["ratio_to_axes"] == pytest.approx(0.7) and "0.70 of" in denoise.said(i)
 
 
 def test_no_interaction_without_its_rows():

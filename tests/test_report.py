@@ -52,6 +52,10 @@ def files(tmp_path_factory):
         },
     }  # fmt: skip
     (folder / "peers.json").write_text(json.dumps(peers))
+    axes = {"command": "python -m usv.bench denoise", "environment": {"commit": "abc1234"}, "batch_size": 4, "interaction": {"all_three": 80.0, "product_of_parts": 100.0, "ratio": 0.8},
+            "methods": {name: {"axes": name_of, "denoise_seconds": {"p50": 8.4}, "denoise_speedup": 3.0, "forwards": 2, "seconds_per_forward": {"p50": 0.6},
+                               "density": 0.25, "merged": 0.4, "flops_ratio": 5.0, "overhead": 0.1} for name, name_of in (("dense", "dense"), ("mine", "all three"))}}  # fmt: skip
+    (folder / "axes.json").write_text(json.dumps(axes))
     policies = {"command": "python -m usv.compare_policies", "commit": "abc", "seeds": 3, "runs": {},
                 "rows": {"gumbel": {"velocity_error_mean": 0.1, "velocity_error_std": 0.01, "plan_cost_mean": 0.3, "learned_is_better_in": 0}}}  # fmt: skip
     (folder / "policies.json").write_text(json.dumps(policies))
@@ -76,7 +80,7 @@ def files(tmp_path_factory):
 def made(files):
     """The page, from the command."""
     out = files / "report.html"
-    words = ["--results", *map(str, [files / "peers.json", files / "policies.json", ROOT / "data" / "results" / "attention_cpu.json"]),
+    words = ["--results", *map(str, [files / "peers.json", files / "axes.json", files / "policies.json", ROOT / "data" / "results" / "attention_cpu.json"]),
              "--student", f"few={files / 'run' / 'student'}", "--curves", str(files / "run" / "metrics.jsonl"), "--videos", str(files / "videos"), "--out", str(out)]  # fmt: skip
     assert command.main(words) == out
     return out
@@ -144,6 +148,9 @@ def test_figures_are_those_of_the_files(made):
     assert "Runs at timesteps 1000, 750 (marked)" in text and all(f"{row['speedup_over_sdpa']:.2f}×" in text for row in kernels)
     assert "timesteps up to 750: density 1/32" in text and "timesteps up to 750: merge 75%" in text
     assert "a line that is no JSON, left out" in text
+    row_of = re.search(r'<tr><th scope="row">mine</th><td>all three</td>.*?</tr>', text).group()
+    assert "<td>2.100</td>" in row_of and "<td>0.1500</td>" in row_of, "seconds of a batch of four"
+    assert "0.861 <small>" in row_of and "which it is 0.80 of" in text, "times and quality of the same rows side by side"
 
 
 def test_an_empty_page_says_how_to_fill_it():

@@ -9,7 +9,7 @@ from pathlib import Path
 from usv.checkpoint import CheckpointError, read_config
 from usv.plan import SparsityPlan
 
-KINDS = ("comparison", "patterns", "policies", "kernels", "other")
+KINDS = ("comparison", "axes", "patterns", "policies", "kernels", "other")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Inputs:
 
 def kind_of(report: dict) -> str:
     """Which program wrote a JSON, by what it holds."""
+    if {"methods", "interaction"} <= set(report):
+        return "axes"  # usv.bench denoise
     if "methods" in report:
         return "comparison"  # usv.evaluate, usv.peers
     if {"rows", "calibration"} <= set(report):

@@ -6,6 +6,7 @@ import base64
 import math
 from html import escape
 
+from usv.bench.denoise import said
 from usv.report.front import QUALITIES, family_of, points_of, uncovered
 from usv.report.inputs import Inputs, Video
 from usv.report.plots import MARKS, SERIES, css, curves, heatmap, legend_mark, pareto, speed_bars
@@ -14,6 +15,7 @@ MOST_VIDEOS, MOST_PROMPTS = 36, 4  # browsers stop at some tens of players
 MAKES = {
     "comparison": "python -m usv.evaluate --ckpt outputs/usv_mini/student --out data/results/usv_mini.json",
     "peers": "python -m usv.peers --ckpt usv_mini=outputs/usv_mini/student --out data/results/peers.json",
+    "axes": "make ablation",
     "policies": "python -m usv.compare_policies --out data/results/policies_wan_mini.json",
     "patterns": "python -m usv.compare_patterns --out data/results/patterns_wan_mini.json",
     "students": "python -m usv.report --student outputs/usv_mini/student",
@@ -175,9 +177,30 @@ def plain(row: dict, key: str, digits: int) -> str:
     return "–" if row.get(key) is None else f"{row[key]:.{digits}f}"
 
 
-def ablations(inputs: Inputs) -> str:
-    """Learned against fixed policies, and patterns at equal density."""
+def axes(inputs: Inputs) -> list[str]:
+    """What each axis is worth alone and together: times of `usv.bench denoise`, qualities of a comparison with the same rows."""
+    head = ["method", "axes", "s a clip", "speed-up", "forwards", "s a forward", "density", "merged", "FLOPs", "overhead", "subject", "motion", "Fréchet"]
     parts = []
+    for file, report in inputs.results["axes"].items():
+        measured = next((r["methods"] for _, r in by_size(inputs) if set(report["methods"]) <= set(r["methods"])), {})
+        rows = []
+        for name, row in report["methods"].items():
+            quality = measured.get(name, {})
+            rows.append([
+                escape(name), escape(row["axes"]), f"{row['denoise_seconds']['p50'] / report['batch_size']:.3f}", f"{row['denoise_speedup']:.1f}×",
+                str(row["forwards"]), f"{row['seconds_per_forward']['p50'] / report['batch_size']:.4f}", f"{row['density']:.3f}", f"{row['merged']:.0%}",
+                f"{row['flops_ratio']:.1f}×", f"{row['overhead']:.0%}",
+                between(quality, "subject_accuracy", 3), between(quality, "motion_accuracy", 3), between(quality, "frechet_distance", 0),
+            ])  # fmt: skip
+        parts.append(f"<h3>Each axis alone and together ({escape(file.rsplit('/', 1)[-1])})</h3>" + table(head, rows, "numbers"))
+        if together := report["interaction"]:
+            parts.append(f"<p>Times: {escape(said(together))}. Of attention alone and of merging alone one forward counts.</p>")
+    return parts or [missing("The axes alone and together: not measured yet.", "axes")]
+
+
+def ablations(inputs: Inputs) -> str:
+    """The axes alone and together, learned against fixed policies, and patterns at equal density."""
+    parts = axes(inputs)
     for file, report in inputs.results["policies"].items():
         rows = [
             [escape(policy), f"{r['velocity_error_mean']:.4f}", "–" if r["velocity_error_std"] is None else f"{r['velocity_error_std']:.4f}", f"{r['plan_cost_mean']:.3f}", "" if policy == "gumbel" else str(r["learned_is_better_in"])]
