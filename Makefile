@@ -2,13 +2,14 @@
 # make test    passes the tests
 # Both need Python 3.11+ and nothing else: no GPU, no account, no downloads besides Python packages.
 
+SHELL  := bash
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN     = $(VENV)/bin
 LAUNCH  = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test lint wan-mini results report ablation-students ablation kernels-report bench-gpu
+.PHONY: setup demo test lint wan-mini results report ablation-students ablation budgets kernels-report bench-gpu
 
 setup: $(VENV)/.ready
 
@@ -58,30 +59,37 @@ results: setup
 report: setup
 	$(BIN)/python -m usv.report --videos outputs/results/peers --readme README.md --pareto docs/pareto.svg
 
-# The ablation: each axis alone, in pairs and all three, and five budgets beside them, every row trained alike from the student that ships:
-# so many steps of velocity, for few steps as many of trajectories from there. Quality of all in one run, then their times and what the axes
-# make together; about three hours on two cores, resumable.
+# The ablation: each axis alone, in pairs and all three, of one plan, that of the student that ships. Every row starts from its weights and has
+# so many steps of velocity under its part of the plan, for few steps as many of trajectories from there, all with the dense one as guide.
+# Quality of all in one run, then their times and what the axes make together. Two hours and a half on two cores, resumable.
 START      ?= data/students/usv_mini
 VELOCITY   ?= 200
-TRAJECTORY ?= 300
-AXES       ?= dense:steps attention:attention_steps merge:merge_steps usv_mini:usv_few_step
-BUDGETS    ?= 0.15 0.2 0.28 0.4 0.6
-ABLATED     = $(foreach name,$(subst :, ,$(AXES)),--ckpt $(name:dense=folded)=outputs/ablation/$(name)/student)
-BUDGETED    = $(foreach budget,$(BUDGETS),--ckpt budget_$(budget)=outputs/ablation/budget_$(budget)/student)
+TRAJECTORY ?= 150
+PARTS      ?= folded:[]:steps attention:[density]:attention_steps merge:[merge]:merge_steps attention_merge:[density,merge]:all_three
+ABLATED     = $(foreach part,$(PARTS),$(foreach name,$(wordlist 1,1,$(subst :, ,$(part))) $(lastword $(subst :, ,$(part))),--ckpt $(name)=outputs/ablation/$(name)/student))
 TRAIN       = $(LAUNCH) train.py logger=none
 
 ablation-students: setup data/shards/camera/index.json
-	for pair in $(AXES); do \
-	  $(TRAIN) experiment=$${pair%:*} optim.steps=$(VELOCITY) output_dir=outputs/ablation/$${pair%:*} distill.init=$(START) || exit 1; \
-	  $(TRAIN) experiment=$${pair#*:} optim.steps=$(TRAJECTORY) output_dir=outputs/ablation/$${pair#*:} \
-	    distill.init=outputs/ablation/$${pair%:*}/student distill.guide=null distill.reuse=4 || exit 1; done
-	for budget in $(BUDGETS); do \
-	  $(TRAIN) policy.budget=$$budget policy.most_density=1 policy.merge_layers=null optim.steps=$(VELOCITY) \
-	    output_dir=outputs/ablation/budget_$$budget distill.init=$(START) || exit 1; done
+	for part in $(PARTS); do IFS=: read -r name axes few <<< "$$part"; \
+	  $(TRAIN) policy=inherit policy.axes=$$axes optim.steps=$(VELOCITY) distill.init=$(START) output_dir=outputs/ablation/$$name || exit 1; \
+	  $(TRAIN) experiment=usv_few_step optim.steps=$(TRAJECTORY) distill.init=outputs/ablation/$$name/student \
+	    distill.guide=outputs/ablation/folded/student distill.reuse=4 output_dir=outputs/ablation/$$few || exit 1; done
 
 ablation: ablation-students
-	$(BIN)/python -m usv.evaluate $(ABLATED) $(BUDGETED) --clips 60 --batch-size $(BATCH) --out data/results/ablation.json
+	$(BIN)/python -m usv.evaluate $(ABLATED) --clips 60 --batch-size $(BATCH) --out data/results/ablation.json
 	$(BIN)/python -m usv.bench denoise $(ABLATED) --batch-size 4 --out data/results/ablation_times.json
+
+# Quality against seconds over five budgets, a policy run each from the student that ships, and each axis alone beside them; an hour and a
+# half after the ablation's students, resumable
+BUDGETS ?= 0.15 0.2 0.28 0.4 0.6
+SINGLE  ?= folded attention merge steps
+BESIDE   = $(foreach budget,$(BUDGETS),--ckpt budget_$(budget)=outputs/budget_$(budget)/student) $(foreach name,$(SINGLE),--ckpt $(name)=outputs/ablation/$(name)/student)
+
+budgets: ablation-students
+	for budget in $(BUDGETS); do \
+	  $(TRAIN) policy.budget=$$budget policy.most_density=1 policy.merge_layers=null optim.steps=$(VELOCITY) distill.init=$(START) \
+	    output_dir=outputs/budget_$$budget || exit 1; done
+	$(BIN)/python -m usv.evaluate $(BESIDE) --clips 60 --batch-size $(BATCH) --out data/results/budgets.json
 
 kernels-report: setup
 	$(BIN)/python -m usv_kernels.compile_report

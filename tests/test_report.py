@@ -52,7 +52,7 @@ def files(tmp_path_factory):
         },
     }  # fmt: skip
     (folder / "peers.json").write_text(json.dumps(peers))
-    axes = {"command": "python -m usv.bench denoise", "environment": {"commit": "abc1234"}, "batch_size": 4, "interaction": {"all_three": 80.0, "product_of_parts": 100.0, "ratio": 0.8},
+    axes = {"command": "python -m usv.bench denoise", "environment": {"commit": "abc1234"}, "batch_size": 4, "interaction": {"all_three": 80.0, "steps": 25.0, "attention": 2.5, "merge": 1.6, "product": 100.0, "ratio": 0.8},
             "methods": {name: {"axes": name_of, "denoise_seconds": {"p50": 8.4}, "denoise_speedup": 3.0, "forwards": 2, "seconds_per_forward": {"p50": 0.6},
                                "density": 0.25, "merged": 0.4, "flops_ratio": 5.0, "overhead": 0.1} for name, name_of in (("dense", "dense"), ("mine", "all three"))}}  # fmt: skip
     (folder / "axes.json").write_text(json.dumps(axes))
@@ -150,7 +150,7 @@ def test_figures_are_those_of_the_files(made):
     assert "a line that is no JSON, left out" in text
     row_of = re.search(r'<tr><th scope="row">mine</th><td>all three</td>.*?</tr>', text).group()
     assert "<td>2.100</td>" in row_of and "<td>0.1500</td>" in row_of, "seconds of a batch of four"
-    assert "0.861 <small>" in row_of and "which it is 0.80 of" in text, "times and quality of the same rows side by side"
+    assert "0.861 <small>" in row_of and "of which it is 0.80" in text, "times and quality of the same rows side by side"
 
 
 def test_an_empty_page_says_how_to_fill_it():

@@ -75,7 +75,7 @@ class PolicyConfig:
     """How sparsity is decided. `budget`: mean cost of a forward as a fraction of the dense one's FLOPs.
 
     name: gumbel (learned) | entropy | static | inherit (the plan of distill.init, from the first step on). axes: what is
-    decided; an axis left out stays dense. steps: also decide which of the bins' upper edges a few-step student runs at; budget is
+    decided, or inherited; an axis left out stays dense. steps: also decide which of the bins' upper edges a few-step student runs at; budget is
     then the whole sampling's cost as a fraction of that many (`bins`) dense forwards. jump_every: training steps from one probe of a
     candidate step to the next; a probe samples twice and asks the teacher about both.
     """
@@ -331,7 +331,7 @@ def check_train(config: TrainConfig) -> None:
         ("distill.guide", config.distill.guide, config.distill.guide is None or config.distill.name == "trajectory", "none, but for distill=trajectory"),
         ("distill.student_timesteps", config.distill.student_timesteps, _ladder(config.distill.student_timesteps), "1000 first, then descending above 0, or none"),
         ("distill.student_timesteps", config.distill.student_timesteps, bool(config.distill.student_timesteps) or not (config.distill.distribution or config.distill.name == "trajectory"), "timesteps, where distill.distribution is above 0 or distill=trajectory"),
-        ("policy.axes", config.policy.axes, bool(config.policy.axes) and set(config.policy.axes) <= {"density", "merge"}, "[density], [merge] or both"),
+        ("policy.axes", config.policy.axes, (bool(config.policy.axes) or config.policy.name == "inherit") and set(config.policy.axes) <= {"density", "merge"}, "[density], [merge] or both; with policy=inherit also none"),
         ("policy.most_density", config.policy.most_density, 0 < config.policy.most_density <= 1, "a density in (0, 1]"),
         ("policy.steps", config.policy.steps, not config.policy.steps or (config.policy.name == "gumbel" and config.distill.name == "consistency"), "true with policy=gumbel and distill=consistency"),
         ("policy.budget", config.policy.budget, 0 < config.policy.budget <= 1, "a fraction of the dense cost in (0, 1]"),

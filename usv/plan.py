@@ -120,6 +120,11 @@ class SparsityPlan:
         ascending = sorted(timesteps)
         return SparsityPlan(tuple(ascending), tuple(map(self.at, ascending))) if ascending else self
 
+    def only(self, axes: Sequence[str]) -> SparsityPlan:
+        """This plan where `axes` ("density", "merge") are concerned, dense in the other."""
+        rungs = tuple(tuple(Rung(**{axis: getattr(rung, axis) for axis in axes}) for rung in row) for row in self.rungs)
+        return SparsityPlan(self.edges, rungs, self.steps)
+
     def student_timesteps(self) -> list[float]:
         """The timesteps that run, descending; [] where steps are not decided."""
         return [edge for edge, run in zip(self.edges, self.steps) if run][::-1]

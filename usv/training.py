@@ -326,7 +326,7 @@ def warm_start(run: Run, config: TrainConfig) -> None:
         refuse_other_kind(config, start)
         run.engine.load_weights(start.model.state_dict() | (start.adapters or {}))
         if config.policy.name == "inherit":
-            run.plan = start.plan
+            run.plan = start.plan.only(config.policy.axes)
             run.edges = start.plan.edges
         if d.name == "trajectory" and d.guide is None:
             run.guide = start

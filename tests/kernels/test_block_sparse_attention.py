@@ -50,35 +50,89 @@ def test_uniform_counts_take_the_unmasked_path(impl):
         assert_close(run(case, impl), case, torch.float32)
 
 
+@pytest.fixture
+def batches(monkeypatch):
+    """Lets the CPU path batch as many tiles as asked, on any machine."""
+
+    def limit(pairs: int) -> None:
+        monkeypatch.setattr(cpu_plan, "BATCH_ELEMENTS", pairs)
+        monkeypatch.setattr(cpu_plan.torch, "get_num_threads", lambda: 1)
+
+    return limit
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
-def test_heads_summed_apart_on_the_cpu(monkeypatch, dtype):
+@pytest.mark.parametrize("uniform", (True, False))
+def test_heads_summed_apart_on_the_cpu(monkeypatch, batches, uniform, dtype):
     """The CPU path sums dK and dV part by part, a part being few heads of a long sequence: here one, in several batches."""
-    monkeypatch.setattr(cpu_plan, "BATCH_ELEMENTS", 1)
+    batches(1)
+    monkeypatch.setattr(cpu_plan, "PART_BATCHES", 1)
     mask = torch.ones(2, 2, 6, 5, dtype=torch.bool)
     mask[..., 2] = False
-    case = make_case([16] * 6, [16] * 4 + [7], mask=mask, bias_heads=2, dtype=dtype)
-    assert_close(run(case, "cpu", dtype), case, dtype)
+    if not uniform:
+        mask[:, 0, 1, 3] = mask[:, 1, 4, 0] = False
+    for sizes in ([16] * 5, [16] * 4 + [7], [16, 7, 16, 9, 16]):
+        case = make_case([16] * 6, sizes, mask=mask, bias_heads=2, dtype=dtype)
+        assert_close(run(case, "cpu", dtype), case, dtype)
 
 
-@pytest.mark.parametrize("elements", (1, 1 << 17), ids=("batch of one tile", "batch of all heads"))
-@pytest.mark.parametrize("uniform", (True, False))
-@pytest.mark.parametrize(("q_sizes", "kv_sizes"), [([16] * 4 + [9], [16] * 6), ([16] * 5, [16] * 5 + [7]), ([16] * 4 + [9], [16] * 5 + [7])])
-def test_partial_last_tiles_on_the_cpu(monkeypatch, elements, uniform, q_sizes, kv_sizes):
-    """Tiles are gathered whole where they are whole and token by token where they are not, and nothing is padded in memory."""
-    monkeypatch.setattr(cpu_plan, "BATCH_ELEMENTS", elements)
-    order = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(2)).argsort(-1)
-    mask = torch.zeros(2, 3, 5, 6, dtype=torch.bool).scatter(-1, order[..., :2], True)
+def rows_of_two(num_q: int, num_kv: int, uniform: bool) -> torch.Tensor:
+    """A mask (2, 3, M, N) with two random blocks a row, and more in some rows unless uniform."""
+    order = torch.rand(2, 3, num_q, num_kv, generator=torch.Generator().manual_seed(2)).argsort(-1)
+    mask = torch.zeros(2, 3, num_q, num_kv, dtype=torch.bool).scatter(-1, order[..., :2], True)
     if not uniform:
         mask[:, 1, 2:] = True
+    return mask
+
+
+@pytest.mark.parametrize("tiles", (1, 8, 1000))  # of a batch: of five a head and thirty in all
+@pytest.mark.parametrize("uniform", (True, False))
+@pytest.mark.parametrize(("q_sizes", "kv_sizes"), [([16] * 4 + [9], [16] * 6), ([16] * 5, [16] * 5 + [7]), ([16] * 4 + [9], [16] * 5 + [7])])
+def test_partial_last_tiles_on_the_cpu(batches, tiles, uniform, q_sizes, kv_sizes):
+    """Tiles are gathered whole where they are whole and token by token where they are not; no input is padded in memory."""
+    batches(tiles * 16 * 32)
     for dtype in (torch.float32, torch.bfloat16):
-        case = make_case(q_sizes, kv_sizes, heads=3, mask=mask, bias_heads=3, dtype=dtype)
+        case = make_case(q_sizes, kv_sizes, heads=3, mask=rows_of_two(5, 6, uniform), bias_heads=3, dtype=dtype)
         assert_close(run(case, "cpu", dtype), case, dtype)
+
+
+@pytest.mark.parametrize("uniform", (True, False))
+def test_tiles_that_a_row_does_not_list_are_never_read_on_the_cpu(uniform):
+    """NaN in a whole tile and in the partial one: rows that list neither are as without, in the gradients too."""
+    mask = rows_of_two(5, 6, uniform)
+    mask[:, 1, 2:, 0] = mask[:, 1, 2:, 5] = False
+    mask[..., :2, 5] = True
+    clean = make_case([16] * 5, [16] * 5 + [7], heads=3, mask=mask)
+    for spoiled in (slice(0, 16), slice(80, 87)):
+        dirty = make_case([16] * 5, [16] * 5 + [7], heads=3, mask=mask)
+        for i in (1, 2):
+            dirty.tensors[i][:, :, spoiled] = float("nan")
+        lists = mask[..., spoiled.start // 16].repeat_interleave(16, -1)
+        for i, (a, b) in enumerate(zip(run(dirty, "cpu"), run(clean, "cpu"), strict=True)):
+            if i in (0, 1, 2):  # out, lse, dq
+                assert torch.equal(a[~lists], b[~lists]) and a[lists].isnan().any(), NAMES[i]
+
+
+def test_inputs_that_are_views_of_one_tensor():
+    """As q, k, v of one projection are: contiguous each, at another place of the same memory."""
+    case = make_case([16] * 3, [16] * 3)
+    expected = run(case, "cpu")
+
+    def stacked(x):
+        return torch.stack([torch.full_like(x, float("nan")), x])[1]
+
+    assert_same_bits(run(case, "cpu", transform=stacked), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0)])
-def test_no_batch_and_no_head(impl, batch, heads):
-    case = make_case([16, 7], [16, 16, 5], batch=batch, heads=heads, bias_heads=0)
+@pytest.mark.parametrize(("q_sizes", "kv_sizes"), [([16, 7], [16, 16, 5]), ([9, 14], [16, 5, 16])], ids=("tiles", "any"))
+@pytest.mark.parametrize("per_head", (False, True))
+def test_no_batch_and_no_head(impl, batch, heads, q_sizes, kv_sizes, per_head):
+    case = make_case(q_sizes, kv_sizes, batch=batch, heads=heads, bias_heads=0)
+    if per_head:
+        sizes = (torch.tensor(x).expand(batch, heads, -1) for x in (q_sizes, kv_sizes))
+        case.selection = BlockSelection.from_mask(case.selection.to_mask(), *sizes)
     out, lse, dq, dk, dv, _, dgate = run(case, impl)
     assert out.shape == dq.shape == (batch, heads, 23, 32) and dk.shape == dv.shape == (batch, heads, 37, 32)
     assert lse.shape == (batch, heads, 23) and dgate.shape == (batch, heads, 2, 3)
@@ -151,7 +205,8 @@ def test_unused_slots_are_never_read(impl):
 
 
 @pytest.mark.parametrize("impl", ("cpu", "triton"))
-def test_uninitialised_memory_is_never_read(impl):
+@pytest.mark.parametrize("layout", ("any", "tiles", "uniform tiles"))
+def test_uninitialised_memory_is_never_read(impl, layout):
     """torch fills torch.empty with NaN in deterministic mode; inputs are views into NaN; strides are those of (B, S, H, D)."""
 
     def surrounded(x):
@@ -161,7 +216,10 @@ def test_uninitialised_memory_is_never_read(impl):
         wide[:, 2:-2, 1:-1] = x.transpose(1, 2)
         return wide[:, 2:-2, 1:-1].transpose(1, 2)
 
-    case = make_case([16, 16, 70, 5], [16, 16, 70, 7], gate=True)
+    if layout == "any":
+        case = make_case([16, 16, 70, 5], [16, 16, 70, 7])
+    else:
+        case = make_case([16] * 4 + [5], [16] * 5 + [7], heads=3, mask=rows_of_two(5, 6, layout == "uniform tiles"))
     clean = run(case, impl)
     torch.use_deterministic_algorithms(True)
     try:

@@ -128,29 +128,26 @@ def compare(rows: dict[str, dict]) -> None:
 
 
 def interaction(rows: dict[str, dict]) -> dict | None:
-    """All three axes against the product of two parts and of three, where the rows are there.
+    """All three axes against the product of what each is worth alone, where the rows are there.
 
-    Of attention alone, and of merging alone, the speed-up of one forward counts: their fifty forwards instead of a hundred are
-    guidance folded in, which the rows with fewer steps have already.
+    What attention and merging are worth alone is the speed-up of one forward over the row with fewer steps and nothing else: so
+    guidance folded in counts once, and all four rows run the same timesteps.
     """
     found = {r["axes"]: r for r in rows.values()}
-    if any(axes not in found for axes in ("all three", "attention only", "merge + steps")):
+    if any(axes not in found for axes in ("all three", "steps only", "attention + steps", "merge + steps")):
         return None
-    whole, attention = found["all three"]["denoise_speedup"], found["attention only"]["forward_speedup"]
-    product = attention * found["merge + steps"]["denoise_speedup"]
-    result = {"all_three": whole, "product_of_parts": product, "ratio": whole / product}
-    if "merge only" in found and "steps only" in found:
-        single = attention * found["merge only"]["forward_speedup"] * found["steps only"]["denoise_speedup"]
-        result |= {"product_of_axes": single, "ratio_to_axes": whole / single}
-    return result
+    steps, whole = found["steps only"], found["all three"]["denoise_speedup"]
+    attention, merge = (found[f"{axis} + steps"]["forward_speedup"] / steps["forward_speedup"] for axis in ("attention", "merge"))
+    product = steps["denoise_speedup"] * attention * merge
+    return {"all_three": whole, "steps": steps["denoise_speedup"], "attention": attention, "merge": merge, "product": product, "ratio": whole / product}
 
 
 def said(together: dict) -> str:
     """The interaction in a line."""
-    line = "all three {all_three:.1f}×; the product of attention and of merge + steps {product_of_parts:.1f}×, which it is {ratio:.2f} of"
-    if "product_of_axes" in together:
-        line += "; the product of the three axes alone {product_of_axes:.1f}×, which it is {ratio_to_axes:.2f} of"
-    return line.format(**together)
+    return (
+        "all three {all_three:.1f}×; fewer steps {steps:.1f}× times attention {attention:.2f}× times merging {merge:.2f}× is {product:.1f}×, "
+        "of which it is {ratio:.2f}"
+    ).format(**together)
 
 
 def table(report: dict) -> str:

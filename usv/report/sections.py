@@ -194,7 +194,7 @@ def axes(inputs: Inputs) -> list[str]:
             ])  # fmt: skip
         parts.append(f"<h3>Each axis alone and together ({escape(file.rsplit('/', 1)[-1])})</h3>" + table(head, rows, "numbers"))
         if together := report["interaction"]:
-            parts.append(f"<p>Times: {escape(said(together))}. Of attention alone and of merging alone one forward counts.</p>")
+            parts.append(f"<p>Times: {escape(said(together))}. What attention and merging are worth is one forward's speed-up, at the same timesteps.</p>")
     return parts or [missing("The axes alone and together: not measured yet.", "axes")]
 
 

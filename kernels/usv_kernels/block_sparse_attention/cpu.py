@@ -2,8 +2,8 @@
 
 A work item is (a run of query rows, the tokens its list names). Items of equal or similar size are batched into one
 gather and a few `bmm` calls, so nothing that is not listed is computed and the score matrix of a batch stays in cache.
-Regular tiles are gathered whole; blocks of any other layout token by token, sorted by size so that padding a batch to
-its largest item wastes little. The backward recomputes the scores (no score matrix is kept) and adds dK and dV in list
+Regular tiles are gathered whole, unless a batch lists a partial one; it, and blocks of any other layout, token by token, sorted
+by size so that padding a batch to its largest item wastes little. The backward recomputes the scores (no score matrix is kept) and adds dK and dV in list
 order, so it is deterministic. Half precision is computed in fp32, converted tile by tile after the gather: without native
 bf16 units that is also faster.
 
@@ -63,10 +63,15 @@ class Scratch:
         return units[index].view(shape) if isinstance(index, slice) else self(name, *shape)
 
 
-def _put(units: Tensor, index, values: Tensor) -> None:
-    """Writes rows computed in a buffer of `Scratch.place`; padding rows repeat the last valid one and write it again."""
-    if not isinstance(index, slice):
-        units.index_copy_(0, index, values.reshape(-1, units.shape[1]).to(units.dtype))
+def _put(units: Tensor, b: Batch, values: Tensor) -> None:
+    """Writes the query rows of a batch, computed in a buffer of `Scratch.place`, without its padding."""
+    if isinstance(b.q_index, slice):
+        return
+    index, values = b.q_index, values.reshape(-1, units.shape[1])
+    if b.q_invalid is not None:
+        valid = ~b.q_invalid.reshape(-1)
+        index, values = index[valid], values[valid]
+    units.index_copy_(0, index, values.to(units.dtype))
 
 
 def _column_bias(b: Batch, layout: Layout, bias_units: dict[int, Tensor] | None, gate: Tensor | None, dtype) -> Tensor | None:
@@ -126,7 +131,7 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
     # Written in q's dtype batch by batch while in cache; with uniform counts every row is written, so no zeros are needed.
     out = (torch.empty if layout.uniform else torch.zeros)(q_units.shape, dtype=q.dtype)
     # lse = tops + log(totals): rows that no batch writes keep log(0) = -inf.
-    tops, totals = torch.zeros(2, q_units.shape[0], layout.q_unit, dtype=dtype)
+    tops, totals = (torch.zeros(q_units.shape[0], layout.q_unit, dtype=dtype) for _ in range(2))
     shifted = not _exponents_fit(q, k, key_bias, gate, layout, scale)
     scratch = Scratch(dtype)
     for first, last in (batch for part in layout.parts for batch in part.batches):
@@ -141,7 +146,7 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
             if column is not None:
                 top.masked_fill_(top == float("-inf"), 0.0)
             s.sub_(top)
-            _put(tops, b.q_index, top)
+            _put(tops, b, top)
         torch.exp(s, out=s)
         total = torch.sum(s, -1, keepdim=True, out=scratch.place("total", totals, b.q_index, n, p, 1))
         # K is no longer needed: V takes its buffer, which is still in cache.
@@ -149,8 +154,8 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
         o_npD = torch.bmm(s, v_nLD, out=scratch("o", n, p, dim))
         divisor = total if column is None else torch.where(total == 0, 1.0, total)
         o_npD = torch.div(o_npD, divisor, out=scratch.place("o", out, b.q_index, n, p, dim))
-        _put(out, b.q_index, o_npD)
-        _put(totals, b.q_index, total)
+        _put(out, b, o_npD)
+        _put(totals, b, total)
     return out.view(q.shape), tops.add_(totals.log_()).view(q.shape[:3])
 
 
@@ -176,11 +181,12 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
     for part in layout.parts:
         dk_here, dv_here = dk[part.heads], dv[part.heads]
         dk_part, dv_part = scratch.sums("dk", dk_here, whole), scratch.sums("dv", dv_here, whole)
-        dk_units, dv_units = ({unit: x.view(-1, unit * dim) for unit in (1, layout.kv_tile)} for x in (dk_part, dv_part))
+        # Of a tile's padding both are exactly 0, so that whole tiles can be added wherever they were gathered from.
+        dk_tiles, dv_tiles = (x.view(-1, layout.kv_tile * dim) for x in (dk_part, dv_part))
         for first, last in part.batches:
             b = make_batch(layout, first, last)
             n, p, length = b.shape
-            here = b.sum_index - part.heads.start * (whole // b.kv_unit)
+            here = b.sum_index - part.heads.start * (whole // layout.kv_tile)
             q_npD = scratch.take("q", q_units, b.q_index, n, p, dim)
             go_npD = scratch.take("go", go_units, b.q_index, n, p, dim)
             lse_np1 = scratch.take("lse", lse_units, b.q_index, n, p, 1)
@@ -192,16 +198,16 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
             torch.exp(s.sub_(lse_np1), out=s)
             # V and both gradients of the listed tokens take turns in one buffer.
             dv_nLD = torch.bmm(s.transpose(1, 2), go_npD, out=scratch("v", n, length, dim))
-            dv_units[b.kv_unit].index_add_(0, here, dv_nLD.view(-1, b.kv_unit * dim))
+            dv_tiles.index_add_(0, here, dv_nLD.view(-1, layout.kv_tile * dim))
             v_nLD = scratch.take("v", v_units[b.kv_unit], b.kv_index, n, length, dim)
             ds = torch.bmm(go_npD, v_nLD.transpose(1, 2), out=scratch("ds", n, p, length)).sub_(delta_np1).mul_(s)
             if bias is not None or gate is not None:
                 _add_column_gradient(ds.sum(1), b, layout, dbias, dgate)
-            dq_npD = _first_valid(torch.bmm(ds, k_nLD, out=scratch("o", n, p, dim)), b)
+            dq_npD = torch.bmm(ds, k_nLD, out=scratch("o", n, p, dim))
             dq_npD = torch.mul(dq_npD, scale, out=scratch.place("dq", dq, b.q_index, n, p, dim))
-            _put(dq, b.q_index, dq_npD)
+            _put(dq, b, dq_npD)
             dk_nLD = torch.bmm(ds.transpose(1, 2), q_npD, out=scratch("v", n, length, dim))
-            dk_units[b.kv_unit].index_add_(0, here, dk_nLD.view(-1, b.kv_unit * dim))
+            dk_tiles.index_add_(0, here, dk_nLD.view(-1, layout.kv_tile * dim))
         torch.mul(dk_part[:, :kv_len], scale, out=dk_here)
         if dv_part is not dv_here:
             dv_here.copy_(dv_part[:, :kv_len])
@@ -221,20 +227,11 @@ def _row_products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return products
 
 
-def _first_valid(dq_npD: Tensor, b: Batch) -> Tensor:
-    """Padding rows share their index with the item's last valid row, so they must carry that row's gradient."""
-    if b.q_invalid is None:
-        return dq_npD
-    last = (~b.q_invalid).sum(1, keepdim=True) - 1
-    row = torch.minimum(torch.arange(b.shape[1]), last)
-    return dq_npD.gather(1, row.unsqueeze(-1).expand_as(dq_npD))
-
-
 def _add_column_gradient(column: Tensor, b: Batch, layout: Layout, dbias: Tensor | None, dgate: Tensor | None) -> None:
     """Adds (n, L) column sums of dS to the gradients of key_bias and of block_gate."""
     n = b.shape[0]
     if dbias is not None:
-        dbias.view(-1, b.kv_unit).index_add_(0, b.sum_index, column.view(-1, b.kv_unit))
+        dbias.view(-1, layout.kv_tile).index_add_(0, b.sum_index, column.view(-1, layout.kv_tile))
     if dgate is not None:
         if b.slot is None:
             slots = column.view(n, b.slots, layout.kv_tile).sum(-1)

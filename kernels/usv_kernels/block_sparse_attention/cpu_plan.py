@@ -17,6 +17,8 @@ BATCH_ELEMENTS = 1 << 17
 MAX_ROWS = 256
 # Padding a batch may cost this factor in token pairs, or this many pairs a batch: about what its calls cost anyway.
 PADDING_FACTOR, PADDING_PAIRS = 1.15, 100_000
+# Heads are summed apart where one has work for so many batches: the last of each, which is not full, then costs little.
+PART_BATCHES = 16
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Part:
 
 @dataclass
 class Layout:
-    """Work items of one call. In tile mode whole tiles are gathered wherever they are whole, otherwise tokens (tile 1 x 1)."""
+    """Work items of one call. In tile mode a batch that lists only whole tiles gathers tiles; all others tokens (tile 1 x 1)."""
 
     lists: Tensor  # (G * M, K) long, global block index of each slot
     counts: Tensor  # (G * M,) long
@@ -49,7 +51,7 @@ class Layout:
 
     @property
     def q_unit(self) -> int:
-        """Query rows that are read and written together: a tile, or single ones beside a partial last tile."""
+        """Query rows that are read and written together: a tile, or single ones where the last tile of a head is partial."""
         return 1 if self.q_len % self.q_tile else self.q_tile
 
 
@@ -71,6 +73,21 @@ def _group(p: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, list]:
     if len(order) > first:
         batches.append((first, len(order)))
     return order, batches
+
+
+def _parts(p: np.ndarray, tokens: np.ndarray, head: np.ndarray, groups: int) -> tuple[np.ndarray, list[Part]]:
+    """Sorts items of `groups` heads into parts of as few heads as are worth it."""
+    pairs = int((p * tokens).sum()) // max(groups, 1)
+    together = max(1, PART_BATCHES * BATCH_ELEMENTS * torch.get_num_threads() // max(pairs, 1))
+    orders, parts, done = [np.zeros(0, np.int64)], [], 0
+    for first in range(0, groups, together):
+        last = min(first + together, groups)
+        here = np.flatnonzero((head >= first) & (head < last))
+        order, batches = _group(p[here], tokens[here])
+        parts.append(Part(slice(first, last), [(done + i, done + j) for i, j in batches]))
+        orders.append(here[order])
+        done += len(order)
+    return np.concatenate(orders), parts
 
 
 def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) -> Layout:
@@ -96,8 +113,7 @@ def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) ->
             layout.uniform, layout.lists = highest, lists[:, :highest].contiguous()
         else:
             tokens = (counts * kv_tile).numpy()
-            order, batches = _group(np.full(len(counts), q_tile), tokens)
-            layout.parts = [Part(slice(0, groups), batches)]
+            order, layout.parts = _parts(np.full(len(counts), q_tile), tokens, np.arange(len(counts)) // num_q, groups)
             layout.row_list = torch.from_numpy(order)
         return layout
     return _plan_tokens(lists, counts, selection_tensors, q_len, kv_len)
@@ -110,7 +126,7 @@ def _plan_tokens(lists, counts, selection_tensors, q_len: int, kv_len: int) -> L
 
     def flat(x: Tensor, stride: int) -> Tensor:
         base = torch.arange(batch * heads).unsqueeze(-1) * stride
-        return (x.expand(batch, heads, x.shape[-1]).reshape(batch * heads, -1).long() + base).reshape(-1)
+        return (x.expand(batch, heads, x.shape[-1]).reshape(batch * heads, x.shape[-1]).long() + base).reshape(-1)
 
     q_start, q_size, kv_start, kv_size = flat(q_starts, q_len), flat(q_sizes, 0), flat(kv_starts, kv_len), flat(kv_sizes, 0)
     # Split long query blocks: piece j of a block has rows j * MAX_ROWS and on.
@@ -121,9 +137,8 @@ def _plan_tokens(lists, counts, selection_tensors, q_len: int, kv_len: int) -> L
     start, size = q_start[row_list] + shift, (q_size[row_list] - shift).clamp(max=MAX_ROWS)
     used = torch.arange(capacity) < counts.unsqueeze(-1)
     tokens = torch.where(used, kv_size[torch.where(used, lists, 0)], 0).sum(-1) if num_kv else counts * 0
-    order, batches = _group(size.numpy(), tokens[row_list].numpy())
+    order, parts = _parts(size.numpy(), tokens[row_list].numpy(), (row_list // num_q).numpy(), batch * heads)
     order = torch.from_numpy(order)
-    parts = [Part(slice(0, batch * heads), batches)]
     sides = (1, 1, q_len, kv_len, num_q, num_kv)
     return Layout(lists, counts, row_list[order], parts, *sides, start[order], size[order], kv_start, kv_size)
 
@@ -136,7 +151,7 @@ class Batch:
     q_index: Tensor | slice  # units of the query side: (n,) tiles or (n * p,) tokens
     kv_index: Tensor  # (n * units,) first tokens of the runs of `kv_unit` to gather
     kv_unit: int  # kv_tile, or 1 where a partial tile is listed
-    sum_index: Tensor  # (n * units,) the same in units of `kv_unit` among whole tiles, where dK and dV are summed
+    sum_index: Tensor  # (n * tiles,) the tiles listed, where dK and dV are summed
     slot: Tensor | None  # (n, L) slot of each token, None in tile mode
     invalid: Tensor | None  # (n, L) padding tokens
     q_invalid: Tensor | None  # (n, p) padding rows
@@ -190,9 +205,7 @@ def make_batch(layout: Layout, first: int, last: int) -> Batch:
     if kv_len % tile and bool((index % num_kv == num_kv - 1).any()):
         token, tail = (x.reshape(n, -1) for x in _tokens(index, tile, kv_len, num_kv))
         invalid = tail if invalid is None else invalid | tail
-        token = token.reshape(-1)
-        among = token + token // kv_len * (num_kv * tile - kv_len)
-        return Batch(lists, q_index, token, 1, among, None, invalid, q_invalid, shape, slots)
+        return Batch(lists, q_index, token.reshape(-1), 1, index.reshape(-1), None, invalid, q_invalid, shape, slots)
     index = index.reshape(-1)
     start = index * tile - index // num_kv * (num_kv * tile - kv_len)
     return Batch(lists, q_index, start, tile, index, None, invalid, q_invalid, shape, slots)
