@@ -51,7 +51,7 @@ results: setup
 	$(BIN)/python -m pip install --quiet --editable ".[peers]"
 	$(BIN)/python -m usv.evaluate $(CKPTS) --clips $(CLIPS) --batch-size $(BATCH) --out data/results/usv_mini.json --videos outputs/results/students
 	$(BIN)/python -m usv.peers $(CKPTS) --clips $(PEER_CLIPS) --batch-size $(BATCH) --out data/results/peers.json --videos outputs/results/peers
-	$(BIN)/python -m usv_kernels.bench
+	$(BIN)/python -m usv_kernels.bench --seq 8192 32760
 	cp outputs/results/students/contact_sheet.png docs/wan_mini.png
 	$(MAKE) report
 

@@ -48,6 +48,7 @@ def train(config: TrainConfig) -> Path:
     run = build(config, accelerator, ranks)
     tracker = Tracker(config.logger, run.folder, asdict(config), run.folder.name) if ranks.first else Silent()
     resume(run)
+    begun = run.step
     stop = {"asked": False}
     signal.signal(signal.SIGINT, lambda *_: stop.update(asked=True))  # Ctrl-C: finish the step, save, leave
     bar = tqdm(total=config.optim.steps, initial=run.step, desc=run.folder.name, dynamic_ncols=True, disable=not ranks.first)
@@ -66,7 +67,9 @@ def train(config: TrainConfig) -> Path:
             save(run)
             saved = time.monotonic()
     bar.close()
-    student = save(run)
+    student = run.folder / "student"
+    if run.step > begun or not student.exists():  # a run that was finished before stays as it was
+        save(run)
     tracker.close()
     state = "stopped, resume=auto goes on" if run.step < config.optim.steps else "finished"
     if ranks.first:
@@ -96,7 +99,7 @@ def step(run: Run, batch: dict):
 
     # 3. teacher and student at the same point, through the same code
     with run.engine.autocast():
-        wanted = target(run, x_t, sigma, text, decisions) if wanted is None else wanted
+        wanted = target(run, x_t, sigma, text, decisions, generator) if wanted is None else wanted
         velocity, stats = run.student(x_t, timestep, text, decisions.rungs, probes, config.attention.impl)
         weight = flow.slope(sigma, config.model.flow_shift) if config.distill.name == "velocity" else 1.0
         loss = (weight * distill.velocity_loss(velocity, wanted)).mean()
@@ -138,14 +141,16 @@ def trajectory(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: tor
     return x, sigma, text, flow.velocity_to(x, x0, sigma)
 
 
-def target(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, decisions) -> torch.Tensor:
+def target(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, decisions, generator: torch.Generator) -> torch.Tensor:
     """The velocity that the student is to give at (x_t, sigma), by `distill.name` (usv/distill.py)."""
     d, shift = run.config.distill, run.config.model.flow_shift
     wanted = run.taught(text)(x_t, 1000 * sigma)
     if d.name == "consistency":
         following = flow.shift_sigma((flow.unshift_sigma(sigma, shift) - 1 / d.solver_steps).clamp_min(0), shift)
-        student = run.sparse(text, lambda t: decisions.rungs)
-        return distill.consistency_velocity(student, wanted, x_t, sigma, following)
+        rows, below = {decisions.bin: decisions.rungs}, decisions.bin - 1  # where the solver's step may lead
+        if below >= 0:
+            rows[below] = run.rungs_at(run.edges[below], generator)
+        return distill.consistency_velocity(run.sparse_by_bin(text, rows), wanted, x_t, sigma, following)
     return wanted
 
 
@@ -153,13 +158,14 @@ def probe_step(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: tor
     """Tell the policy what jumping one of its candidate steps does to the student's samples."""
     seed = int(torch.randint(2**31, (1,), generator=generator))
     steps, bin = run.policy.decide_steps(generator), int(torch.randint(len(run.edges) - 1, (1,), generator=generator))
-    rungs = {edge: run.rungs_at(edge, generator) for edge in run.edges}
-    call = run.sparse(text, lambda t: rungs[run.edges[bin_of(t, run.edges)]])
+    steps = tuple(runs or i == bin for i, runs in enumerate(steps))
+    rows = {i: run.rungs_at(edge, generator) for i, edge in enumerate(run.edges)}
+    call, dense = run.sparse(text, lambda t: rows[bin_of(t, run.edges)]), run.sparse(text, lambda t: None)
     judge = lambda x0: matching.teacher_residual(  # noqa: E731
         x0, text, run.empty, run.teacher, run.config.model.guidance_scale, torch.Generator().manual_seed(seed), share=run.share
     )
-    damage = matching.jump_damage(call, judge, noise, run.edges, steps, bin)
-    run.policy.observe_jump(bin, run.ranks.mean([damage])[0])
+    damages = matching.jump_damage(call, dense, judge, noise, run.edges, steps, bin)
+    run.policy.observe_jump(bin, *run.ranks.mean(list(damages)), {i: row for i, row in rows.items() if steps[i]})
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

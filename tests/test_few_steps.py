@@ -8,7 +8,9 @@ from runs import interrupt, same
 from safetensors.torch import load_file
 
 from usv.checkpoint import read_config
-from usv.plan import SparsityPlan
+from usv.config import DistillConfig, SettingError
+from usv.plan import Rung, SparsityPlan
+from usv.training import inherit_steps
 
 
 @pytest.mark.parametrize(("every", "jumps"), [(1, 4), (2, 2)])
@@ -27,6 +29,32 @@ def test_steps_are_decided_with_the_rungs(make, watched, tmp_path, every, jumps)
     last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     cost = [line["validation/plan_cost"] for line in last if "validation/plan_cost" in line][-1]
     assert cost * sum(plan.steps) / 3 <= 0.4 + 1e-6
+
+
+def test_a_part_of_an_inherited_plan(make, watched, tmp_path):
+    """policy.axes with policy=inherit: one axis of another run's plan, the other dense; none: a dense student."""
+    first = make(tmp_path / "first", policy="static", steps=2)
+    first.policy.budget, first.policy.warm_down = 0.3, [0.0, 0.1]
+    watched(first)
+    rungs = lambda name: json.loads((tmp_path / name / "student" / "config.json").read_text())["plan"]["rungs"]  # noqa: E731
+    assert any(d and m for row in rungs("first") for d, m in row)
+    for name, axes in (("attention", ["density"]), ("merge", ["merge"]), ("dense", [])):
+        config = make(tmp_path / name, policy="inherit", steps=1)
+        config.policy.axes, config.distill.init = axes, str(tmp_path / "first" / "student")
+        watched(config)
+        wanted = [[[d * ("density" in axes), m * ("merge" in axes)] for d, m in row] for row in rungs("first")]
+        assert rungs(name) == wanted
+
+
+def test_inherited_steps_are_those_that_are_trained():
+    plan = SparsityPlan((400.0, 700.0, 1000.0), ((Rung(),),) * 3, (True, False, True))
+    settings = DistillConfig(name="trajectory", student_timesteps=[1000.0, 750.0])
+    inherit_steps(settings, plan)
+    assert settings.student_timesteps == [1000.0, 400.0]
+    with pytest.raises(SettingError, match="the plan of distill.init decides"):
+        inherit_steps(DistillConfig(name="velocity"), plan)
+    inherit_steps(settings, SparsityPlan(plan.edges, plan.rungs))
+    assert settings.student_timesteps == [1000.0, 400.0], "a plan that leaves steps alone leaves them alone"
 
 
 def test_few_steps_from_a_velocity_student(make, watched, tmp_path):

@@ -14,7 +14,7 @@ from usv.config import ModelConfig
 from usv.generate import load_pipeline
 from usv.grid import Tile
 from usv.models.wan import SparseWan
-from usv.plan import RUNGS, Rung, SparsityPlan, timestep_bins
+from usv.plan import DENSITY_LADDER, RUNGS, Rung, SparsityPlan, timestep_bins
 
 PLAN = SparsityPlan(timestep_bins(2, 3.0), ((Rung(1, 2), Rung(2, 0)), (Rung(2, 0), Rung(1, 1))))
 
@@ -30,8 +30,22 @@ def test_the_oracle_spends_the_budget_where_damage_is():
 def test_the_oracle_keeps_to_the_bounds_of_the_policy():
     costs = [1.0 - 0.9 * i / (len(RUNGS) - 1) for i in range(len(RUNGS))]
     damage = np.random.default_rng(0).uniform(size=(2, 3, len(RUNGS)))
+    damage[..., [r.density == 0 for r in RUNGS]] = -1.0  # dense attention is tempting everywhere, and most so in one cell
+    damage[1, 2, [r.density == 0 for r in RUNGS]] = -9.0
     plan = oracle.oracle_plan(damage, costs, 0.9, (500.0, 1000.0), merge_layers=1, most_density=0.25)
-    assert all(r.density >= 2 and (i < 1 or r.merge == 0) for row in plan.rungs for i, r in enumerate(row))
+    used = [DENSITY_LADDER[r.density] for row in plan.rungs for r in row]
+    assert np.mean(used) <= 0.25 and max(used) == 1.0 == used[-1], "the mean is bounded, not every rung"
+    assert all(i < 1 or r.merge == 0 for row in plan.rungs for i, r in enumerate(row))
+    least = oracle.predicted(damage, plan)
+    free = oracle.oracle_plan(damage, costs, 0.9, (500.0, 1000.0))
+    assert oracle.predicted(damage, free) < least
+    rng = np.random.default_rng(1)
+    for _ in range(2000):  # no plan within the same bounds is better
+        picks = rng.integers(len(RUNGS), size=(2, 3))
+        rungs = [[RUNGS[i] for i in row] for row in picks]
+        if np.mean([costs[i] for i in picks.flat]) <= 0.9 and np.mean([DENSITY_LADDER[r.density] for row in rungs for r in row]) <= np.mean(used):
+            if all(r.merge == 0 for row in rungs for r in row[1:]):
+                assert oracle.predicted(damage, SparsityPlan((500.0, 1000.0), tuple(map(tuple, rungs)))) >= least - 1e-9
 
 
 @pytest.fixture

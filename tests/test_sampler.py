@@ -126,22 +126,27 @@ def test_matching_pulls_samples_to_the_teacher_and_away_from_the_critic():
 
 
 def test_damage_of_a_jump_is_the_difference_of_two_rollouts():
-    """Each step that runs halves the error here; what the others do is the same in both rollouts."""
+    """What the other steps do is the same in both; a third rollout, dense, is what both damages are relative to."""
     edges, steps = (300.0, 600.0, 1000.0), (True, False, True)
     asked = []
 
-    def call(x, t):
-        asked.append(float(t[0]))
-        return torch.zeros_like(x)
+    def student(name):
+        def call(x, t):
+            asked.append((name, float(t[0])))
+            return torch.zeros_like(x)
+
+        return call
 
     def judge(x0):
-        ladder = tuple(asked)
+        names, ladder = zip(*asked)
         asked.clear()
-        return {(1000.0, 300.0): 2.0, (1000.0,): 3.0, (1000.0, 600.0, 300.0): 1.0}[ladder]
+        error = {(1000.0, 300.0): 2.0, (1000.0,): 3.0, (1000.0, 600.0, 300.0): 1.0}[ladder]
+        return {"sparse": 1.0, "dense": 0.8}[names[0]] * error
 
     noise = torch.randn(1, 2, 3, 4, 4)
-    assert jump_damage(call, judge, noise, edges, steps, 0) == pytest.approx(0.5)
-    assert jump_damage(call, judge, noise, edges, steps, 1) == pytest.approx(1.0)
+    found = lambda bin: jump_damage(student("sparse"), student("dense"), judge, noise, edges, steps, bin)  # noqa: E731
+    assert found(0) == pytest.approx(((3.0 - 2.0) / 1.6, 0.25))
+    assert found(1) == pytest.approx(((2.0 - 1.0) / 0.8, 0.25))
 
 
 def test_residual_is_nothing_on_the_teacher_and_grows_away_from_it():

@@ -78,8 +78,9 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(make, watched, tmp_path, p
 
 def test_a_finished_run_is_left_as_it_is(make, watched, tmp_path):
     _, weights, _ = watched(make(tmp_path / "run", "static", steps=2))
+    written = (tmp_path / "run" / "student" / "config.json").stat().st_mtime_ns
     again, same_weights, _ = watched(make(tmp_path / "run", "static", steps=2))
-    assert again == {} and same(weights, same_weights)
+    assert again == {} and same(weights, same_weights) and (tmp_path / "run" / "student" / "config.json").stat().st_mtime_ns == written
 
 
 def test_resume_never_begins_anew(make, watched, tmp_path):
@@ -222,8 +223,12 @@ def state(make, watched, tmp_path):
 def test_state_of_another_length_or_policy_or_damaged_is_refused(make, state):
     with pytest.raises(CheckpointError, match="belongs to a run of 2 steps, this one has 5"):
         program.train(make(state, "static", steps=5))
-    with pytest.raises(CheckpointError, match="of another model or policy"):
+    with pytest.raises(CheckpointError, match="policy.name is static there and gumbel here"):
         program.train(make(state, "gumbel", steps=2))
+    other = make(state, "static", steps=2)
+    other.distill.solver_steps += 1
+    with pytest.raises(CheckpointError, match="distill.solver_steps is"):
+        program.train(other)
     file = state / "state" / "trainer.pt"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"trainer\.pt: damaged .*delete"):

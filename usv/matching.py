@@ -84,14 +84,18 @@ def teacher_residual(
 
 
 @torch.no_grad()
-def jump_damage(call: Callable, judge: Callable, noise: torch.Tensor, edges: Sequence[float], steps: Sequence[bool], bin: int) -> float:
-    """Relative rise of `judge(x0)` when the step of `bin` is jumped; noise and all other steps are shared.
+def jump_damage(
+    call: Callable, dense: Callable, judge: Callable, noise: torch.Tensor, edges: Sequence[float], steps: Sequence[bool], bin: int
+) -> tuple[float, float]:
+    """Rise of `judge(x0)` when the step of `bin` is jumped, and of the rungs themselves; noise and all other steps are shared.
 
-    edges: candidate timesteps, ascending. steps: which of them run, by bin.
+    Both are relative to the samples of the same steps run dense.
+
+    call, dense: the student under its rungs, and without. edges: candidate timesteps, ascending. steps: which of them run, by bin.
     """
     ladders = [[e for i, (e, run) in enumerate(zip(edges, steps)) if (run if i != bin else keep)][::-1] for keep in (True, False)]
-    kept, jumped = (judge(rollout(call, noise, ladder)) for ladder in ladders)
-    return (jumped - kept) / max(kept, 1e-12)
+    kept, jumped, best = (judge(rollout(*run)) for run in ((call, noise, ladders[0]), (call, noise, ladders[1]), (dense, noise, ladders[0])))
+    return (jumped - kept) / max(best, 1e-12), (kept - best) / max(best, 1e-12)
 
 
 class Critic:

@@ -8,8 +8,8 @@ these damages gives the oracle's plan at the cost of the student's own. Both pla
 the oracle has not seen: gain = (uniform − learned) / (uniform − oracle). Damages do not add up exactly, so a gain above 1 can be.
 
 On the student's weights the learned plan has an advantage, it was trained under it; on the teacher's (--weights teacher) nobody has.
-There the teacher's own velocity is wanted, without guidance, so that every error is a rung's. --merge-layers and --most-density hold
-the oracle to what the learned plan was held to; the uniform plan knows no such thing.
+There the teacher's own velocity is wanted, without guidance, so that every error is a rung's. --merge-layers and --most-density (of
+the mean, as in the policy) hold the oracle to what the learned plan was held to; the uniform plan knows no such thing.
 
 A student whose policy decided its steps (policy.steps) is asked for these instead: `usv.oracle_steps`.
 """
@@ -37,9 +37,9 @@ from usv.evaluate import machine
 from usv.generate import load_pipeline
 from usv.grid import tile_layout
 from usv.models.wan import SparseWan
-from usv.plan import DENSITY_LADDER, RUNGS, Rung, SparsityPlan
+from usv.plan import DENSITY_LADDER, RUNGS, Rung, SparsityPlan, executed_densities
 from usv.policy.fixed import uniform_plan
-from usv.policy.knapsack import choose
+from usv.policy.knapsack import choose, least_price
 from usv.training import commit
 
 
@@ -91,21 +91,32 @@ def measure(judge: Judge, bins: int, layers: int) -> np.ndarray:
     return damage
 
 
-def oracle_plan(damage: np.ndarray, costs, budget: float, edges, merge_layers: int | None = None, most_density: float = 1.0) -> SparsityPlan:
+def oracle_plan(
+    damage: np.ndarray, costs, budget: float, edges, merge_layers: int | None = None, most_density: float = 1.0, densities=DENSITY_LADDER
+) -> SparsityPlan:
     """The plan of least total measured damage within a mean cost.
 
-    merge_layers: so many first layers may merge, None: all. most_density: the densest rung allowed.
+    merge_layers: so many first layers may merge, None: all. most_density: bound on the mean of `densities`, which are those of the
+    rungs of the density ladder; as the policy keeps it, by the least price on density that meets it.
     """
     bins, layers, rungs = damage.shape
-    values = -damage.copy()
-    for index, rung in enumerate(RUNGS):
-        if DENSITY_LADDER[rung.density] > most_density:
-            values[:, :, index] = -np.inf
-        if rung.merge and merge_layers is not None:
-            values[:, merge_layers:, index] = -np.inf
-    # A fine grid: costs are rounded up, and the learned plan's own cost is the budget.
-    chosen = choose(values.reshape(-1, rungs), np.asarray(costs), budget, resolution=20_000).reshape(bins, layers)
-    return SparsityPlan(tuple(edges), tuple(tuple(RUNGS[i] for i in row) for row in chosen))
+    values, density = -damage.copy(), np.array([densities[rung.density] for rung in RUNGS])
+    if merge_layers is not None:
+        values[:, merge_layers:, [rung.merge > 0 for rung in RUNGS]] = -np.inf
+
+    def solve(price: float) -> np.ndarray:
+        # A fine grid: costs are rounded up, and the learned plan's own cost is the budget.
+        return choose((values - price * density).reshape(-1, rungs), np.asarray(costs), budget, resolution=4_000)
+
+    chosen = least_price(solve, lambda found: density[found].mean(), most_density)
+    if chosen is None:
+        raise ValueError(f"most_density: got {most_density}, but no plan of cost {budget:.4f} is as sparse")
+    return SparsityPlan(tuple(edges), tuple(tuple(RUNGS[i] for i in row) for row in chosen.reshape(bins, layers)))
+
+
+def predicted(damage: np.ndarray, plan: SparsityPlan) -> float:
+    """Sum of the measured damages of a plan's rungs: what the oracle's is the least of, within its bounds."""
+    return float(sum(damage[b, i, RUNGS.index(rung)] for b, row in enumerate(plan.rungs) for i, rung in enumerate(row)))
 
 
 def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights: str, batch_size: int, **held) -> dict:
@@ -137,12 +148,15 @@ def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights:
     plans = {
         "learned": plan,
         "uniform": uniform_plan(plan.edges, plan.num_layers, costs, budget),
-        "oracle": oracle_plan(damage, costs, budget, plan.edges, **held),
+        "oracle": oracle_plan(damage, costs, budget, plan.edges, **held, densities=executed_densities(layout.num_blocks)),
     }
     rows = {
-        name: {"error": round(judge.plan_error(p), 6), "cost": round(plan_cost(p, shape, layout), 5), "plan": p.to_dict()["rungs"]}
+        name: {
+            "error": round(judge.plan_error(p), 6), "cost": round(plan_cost(p, shape, layout), 5), "density": round(p.density(layout.num_blocks), 5),
+            "predicted": round(predicted(damage, p), 6), "plan": p.to_dict()["rungs"],
+        }
         for name, p in plans.items()
-    }
+    }  # fmt: skip
     gain = oracle_steps.gain(rows)
     return {"weights": weights, **held, "edges": list(plan.edges), "rows": rows, "gain": gain, "damage": damage.round(7).tolist()}
 
@@ -155,7 +169,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=("student", "teacher"), default="student")
     parser.add_argument("--batch-size", type=int, default=4, help="clips the damages are measured on, and as many they are not")
     parser.add_argument("--merge-layers", type=int, help="so many first layers may merge, as in policy.merge_layers")
-    parser.add_argument("--most-density", type=float, default=1.0, help="the densest rung, as in policy.most_density")
+    parser.add_argument("--most-density", type=float, default=1.0, help="bound on the mean density, as in policy.most_density")
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     keep_freed_memory()

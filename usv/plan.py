@@ -59,6 +59,11 @@ def merged_tokens(plan: LayerPlan | None, layout: TileLayout) -> list[int]:
     return [min(int(fraction * size), src) for size, src in zip(layout.sizes.tolist(), layout.num_src.tolist())]
 
 
+def executed_densities(num_blocks: int) -> list[float]:
+    """What the density ladder computes of `num_blocks` blocks, counts being rounded up."""
+    return [LayerPlan.of(density, 0.0, num_blocks).num_kept / num_blocks for density in DENSITY_LADDER]
+
+
 def timestep_bins(count: int, flow_shift: float, begin: float = 0.0, end: float = 1.0) -> tuple[float, ...]:
     """Upper edges of `count` bins that a sampler with this shift visits equally often, ascending, last one 1000.
 

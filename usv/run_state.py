@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,10 +24,16 @@ def policy_tables(policy) -> dict:
     if isinstance(policy, GumbelPolicy):
         with torch.no_grad():
             density, merge = policy.probabilities()
-        return {"name": "gumbel", "density": density.tolist(), "merge": merge.tolist()}
+            steps = {"run": policy.run_probability().tolist(), "jump_damage": policy.known_jump_damage().tolist()} if policy.steps else {}
+        return {"name": "gumbel", "density": density.tolist(), "merge": merge.tolist(), **steps}
     if isinstance(policy, EntropyPolicy):
         return {"name": "entropy", "entropy": policy.entropy.tolist()}
     return {"name": "static"}
+
+
+def settings_of(config) -> dict:
+    """What a run cannot change half way: how sparsity is decided and what is distilled."""
+    return {f"{part}.{name}": value for part in ("policy", "distill") for name, value in asdict(getattr(config, part)).items()}
 
 
 def save(run) -> Path:
@@ -38,7 +45,7 @@ def save(run) -> Path:
         "policy": run.policy.state_dict(), "data": run.data.state_dict(), "best": run.best,
         "policy_optimizer": None if run.policy_optimizer is None else run.policy_optimizer.state_dict(),
         "plan": None if run.plan is None else run.plan.to_dict(), "steps": run.config.optim.steps,
-        "critic": None if run.critic is None else run.critic.state_dict(),
+        "critic": None if run.critic is None else run.critic.state_dict(), "settings": settings_of(run.config),
     }  # fmt: skip
     if run.ranks.first:
         save_student(run.folder / "student", student)
@@ -101,6 +108,10 @@ def resume(run) -> None:
             f"{folder}: belongs to a run of {state['steps']} steps, this one has {run.config.optim.steps}, and schedules would "
             "differ; use the same optim.steps, another output_dir, or runtime.resume=never"
         )
+    mine = settings_of(run.config)
+    changed = [f"{name} is {theirs} there and {mine[name]} here" for name, theirs in state.get("settings", {}).items() if name in mine and mine[name] != theirs]
+    if changed:
+        raise CheckpointError(f"{folder}: of a run with other settings ({'; '.join(changed)}); use the same, another output_dir, or runtime.resume=never")
     if state.get("expert") != run.config.model.expert:
         raise CheckpointError(f"{folder}: of the expert {state.get('expert')}, this run trains {run.config.model.expert}; use another output_dir")
     try:

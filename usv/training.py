@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,13 +17,13 @@ import torch
 from usv import distill, flow, lora
 from usv.buckets import of_shape, open_shards
 from usv.checkpoint import Student, load_student
-from usv.config import SettingError, TrainConfig
+from usv.config import DistillConfig, SettingError, TrainConfig
 from usv.cost import ModelShape, rung_costs
 from usv.data import ShardDataset, find_shards
 from usv.grid import Tile, tile_layout
 from usv.matching import Critic, Replay
 from usv.models.wan import SparseWan
-from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, LayerPlan, SparsityPlan, bin_of, timestep_bins
+from usv.plan import MERGE_LADDER, RUNGS, SparsityPlan, bin_of, executed_densities, timestep_bins
 from usv.policy import Decisions, allowed
 from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
@@ -154,6 +155,22 @@ class Run:
         """(x, timestep (B,)) -> the student's velocity for text (B, L, D); rungs_at: timestep -> the rungs it runs under."""
         impl = self.config.attention.impl
         return lambda x, t: self.student(x, t, text, rungs_at(float(t[0])), None, impl)[0]
+
+    def sparse_by_bin(self, text: torch.Tensor, rows: Mapping[int, tuple]):
+        """As `sparse`, for noise levels of a few bins in one batch: each clip under the row of its own; rows: of every bin there may be."""
+
+        def call(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            bins = [max(bin_of(float(timestep), self.edges), min(rows)) for timestep in t]
+            velocity = torch.empty_like(x)
+            for bin, row in rows.items():
+                here = torch.tensor([i for i, b in enumerate(bins) if b == bin], device=x.device, dtype=torch.long)
+                if len(here):
+                    velocity[here] = self.sparse(text[here], lambda _: row)(x[here], t[here]).to(velocity)
+                elif self.share.world > 1:  # with weights spread over ranks all must run a forward if one does
+                    self.sparse(text[:1], lambda _: row)(x[:1], t[:1])
+            return velocity
+
+        return call
 
     def taught(self, text: torch.Tensor):
         """(x, timestep (B,)) -> the dense teacher's guided velocity for text (B, L, D)."""
@@ -318,6 +335,15 @@ def open_data(run: Run, config: TrainConfig, student: SparseWan, latent_shape: t
     )  # fmt: skip
 
 
+def inherit_steps(distill: DistillConfig, plan: SparsityPlan) -> None:
+    """A plan that decides its steps decides what is trained, too."""
+    if not plan.steps:
+        return
+    if distill.name == "velocity":
+        raise SettingError("distill: got velocity, accepted: trajectory or few_step, since the plan of distill.init decides its few steps")
+    distill.student_timesteps = plan.student_timesteps()
+
+
 def warm_start(run: Run, config: TrainConfig) -> None:
     """Weights, and with policy=inherit the plan, of the student that distill.init names; the critic where there is one."""
     d = config.distill
@@ -327,6 +353,7 @@ def warm_start(run: Run, config: TrainConfig) -> None:
         run.engine.load_weights(start.model.state_dict() | (start.adapters or {}))
         if config.policy.name == "inherit":
             run.plan = start.plan.only(config.policy.axes)
+            inherit_steps(d, start.plan)
             run.edges = start.plan.edges
         if d.name == "trajectory" and d.guide is None:
             run.guide = start
@@ -366,10 +393,9 @@ def make_policy(config: TrainConfig, edges, num_layers: int, costs, num_blocks: 
         return StaticPolicy(edges, num_layers, costs, axes=p.axes)
     if p.name == "entropy":
         return EntropyPolicy(edges, num_layers, costs, p.gamma, axes=p.axes)
-    executed = [LayerPlan.of(density, 0.0, num_blocks).num_kept / num_blocks for density in DENSITY_LADDER]
     return GumbelPolicy(
         edges, num_layers, costs, p.probes, p.tau_start, p.entropy_bonus, axes=p.axes, steps=p.steps,
-        most_density=p.most_density, merge_layers=p.merge_layers, densities=executed,
+        most_density=p.most_density, merge_layers=p.merge_layers, densities=executed_densities(num_blocks),
     )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """Micro-benchmark of block-sparse attention: `python -m usv_kernels.bench` on the CPU, `--gpu` on a GPU.
 
 First the correctness gate: a result that disagrees with the fp64 reference ends the run and nothing is reported. Both sides
-of every ratio are measured in the same run, alternating. Beside the speed: what pooling, selection and permutation add, and
-the peak memory of both sides. Only useful floating-point operations count: 4 * D a listed token
-pair forward, 14 * D forward and backward. The ideal speed-up of a density is 1 / density.
+of every ratio are measured in the same run, alternating. Dense is SDPA; in half precision on a CPU also SDPA in fp32 with its
+conversions, and the faster of the two counts. Beside the speed: what pooling, selection and permutation add, and the peak memory
+of both sides. Only useful floating-point operations count: 4 * D a listed token pair forward, 14 * D forward and backward. The
+ideal speed-up of a density is 1 / density. Rivals are held to our result before they are timed, at the size that is timed.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def gate(impl: str, device: str, dtype: torch.dtype = torch.bfloat16, dim: int =
 
 
 def candidates(heads, length, dim, density, block, dtype, device, impl, backward: bool, flex: bool) -> tuple[dict, BlockSelection]:
-    """Functions to time: dense SDPA, ours, our own dense rate (all blocks listed), FlexAttention with the same mask."""
+    """Functions to time, each returning out: dense SDPA, ours, our own dense rate (all blocks listed), FlexAttention with the same mask."""
     q, k, v, grad = (torch.randn(1, heads, length, dim, device=device, dtype=dtype) for _ in range(4))
     selection = random_selection(heads, length, block, density, device)
     everything = random_selection(heads, length, block, 1.0, device)
@@ -64,6 +65,7 @@ def candidates(heads, length, dim, density, block, dtype, device, impl, backward
             out = attend()
             if backward:
                 torch.autograd.grad(out, leaves, grad)
+            return out
 
         return function
 
@@ -77,6 +79,8 @@ def candidates(heads, length, dim, density, block, dtype, device, impl, backward
         "sdpa_dense": timed(dense),
         "ours": timed(lambda: block_sparse_attention(q, k, v, selection, impl=impl)[0]),
     }
+    if device == "cpu" and dtype != torch.float32:  # torch's own half-precision kernels may be the slower way
+        functions["sdpa_dense_fp32"] = timed(lambda: F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(dtype))
     if device == "cuda":
         functions["ours_dense"] = timed(lambda: block_sparse_attention(q, k, v, everything, impl=impl)[0])
     if flex:
@@ -101,19 +105,17 @@ def case(heads, length, dim, density, block, dtype, device, impl, budget, flex=T
     for backward in (False, True):
         with_flex = flex and not (backward and device == "cpu")  # FlexAttention has no CPU backward
         functions, selection = candidates(heads, length, dim, density, block, dtype, device, impl, backward, with_flex)
-        flex_failed = failure(functions["flex"]) if with_flex else None
-        if flex_failed:
-            del functions["flex"]
+        failed = rivals(functions, dtype)
         times = measure(functions, device, budget)
         executed = float(selection.density())
         flops = (BOTH_FLOPS if backward else FORWARD_FLOPS) * dim * heads * length * length
-        speedup = times["sdpa_dense"]["median_ms"] / times["ours"]["median_ms"]
+        dense = min((name for name in times if name.startswith("sdpa_dense")), key=lambda name: times[name]["median_ms"])
+        speedup = times[dense]["median_ms"] / times["ours"]["median_ms"]
         row = {"pass": "forward+backward" if backward else "forward", "S": length, "D": dim, "H": heads, "block": block,
-               "dtype": str(dtype).removeprefix("torch."), "density": executed, "times": times, "speedup_over_sdpa": speedup,
+               "dtype": str(dtype).removeprefix("torch."), "density": executed, "times": times, "dense": dense, "speedup_over_sdpa": speedup,
                "share_of_ideal": speedup * executed,
                "tflops": {name: flops * (1 if "dense" in name else executed) / t["median_ms"] / 1e9 for name, t in times.items()}}  # fmt: skip
-        if flex_failed:
-            row["flex_failed"] = flex_failed
+        row |= {f"{name}_failed": why for name, why in failed.items()}
         if device == "cuda":
             row["peak_bytes"] = {name: cuda_peak(functions[name]) for name in ("sdpa_dense", "ours")}
         if "ours_dense" in times:
@@ -125,14 +127,23 @@ def case(heads, length, dim, density, block, dtype, device, impl, budget, flex=T
     return rows
 
 
-def failure(function) -> str | None:
-    """The error of a first call, or None: a rival that does not compile is reported as such and ends nothing else."""
-    try:
-        function()
-    except Exception as error:  # noqa: BLE001, whatever a compiler raises
-        message = f"{type(error).__name__}: {error}"[:500]
-        print(f"flex failed: {message}", flush=True)
-        return message
+def rivals(functions: dict, dtype: torch.dtype) -> dict[str, str]:
+    """Takes out the functions that fail, or whose result is not that of the one they are compared with; name -> why."""
+    failed, pairs = {}, (("flex", "ours"), ("ours_dense", "sdpa_dense"))
+    for name, other in pairs:
+        if name not in functions:
+            continue
+        try:
+            exact, value = functions[other]().double(), functions[name]().double()
+            error = float((value - exact).norm() / exact.norm())
+            if error < 2 * GATES[dtype]:
+                continue
+            failed[name] = f"off by {error:.2e} of the norm of {other}"
+        except Exception as error:  # noqa: BLE001, whatever a compiler raises: a rival that fails ends nothing else
+            failed[name] = f"{type(error).__name__}: {error}"[:500]
+        print(f"{name} failed: {failed[name]}", flush=True)
+        del functions[name]
+    return failed
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -143,9 +154,10 @@ def plot(rows: list[dict], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axis, name in zip(axes, ("forward", "forward+backward"), strict=True):
-        for length, dim in sorted({(r["S"], r["D"]) for r in rows}):
-            points = sorted((1 / r["density"], r["speedup_over_sdpa"]) for r in rows if (r["S"], r["D"], r["pass"]) == (length, dim, name))
-            axis.plot(*zip(*points, strict=True), marker="o", label=f"S {length}, D {dim}") if points else None
+        for length, dim, dtype in sorted({(r["S"], r["D"], r["dtype"]) for r in rows}):
+            key = (length, dim, dtype, name)
+            points = sorted((1 / r["density"], r["speedup_over_sdpa"]) for r in rows if (r["S"], r["D"], r["dtype"], r["pass"]) == key)
+            axis.plot(*zip(*points, strict=True), marker="o", label=f"S {length}, D {dim}, {dtype}") if points else None
         axis.plot([1, 32], [1, 32], color="grey", linestyle=":", label="ideal")
         axis.set(xscale="log", yscale="log", xlabel="1 / density", ylabel="speed-up over dense SDPA", title=name)
         axis.legend(fontsize=7)
@@ -153,16 +165,23 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def gpu_rows(report: dict, grid: list, heads: int, budget: float, deadline: float, flex: bool, device: str = "cuda", impl: str = "triton") -> None:
-    """Adds the grid's rows to the report; shapes that `deadline` (of time.monotonic) leaves no time for are listed."""
+def gpu_rows(
+    report: dict, grid: list, heads: int, budget: float, deadline: float, flex: bool, device: str = "cuda", impl: str = "triton", save=lambda: None
+) -> None:
+    """Adds the grid's rows to the report; shapes that `deadline` (of time.monotonic) leaves no time for, or that fail, are listed."""
     for length, dim, ratio in grid:
         if time.monotonic() > deadline - LAST_START:
             report["left_out"].append([length, dim, ratio])
             continue
-        # Each new flex shape compiles for seconds: one density of each length suffices for the comparison.
-        report["rows"] += case(heads, length, dim, 1 / ratio, 64, torch.bfloat16, device, impl, budget, flex and ratio == 8)
-        if ratio == 8:
-            report["companions"] += companions(heads, length, dim, 1 / ratio, 64, torch.bfloat16, device, impl, budget)
+        try:
+            # Each new flex shape compiles for seconds: one density of each length suffices for the comparison.
+            report["rows"] += case(heads, length, dim, 1 / ratio, 64, torch.bfloat16, device, impl, budget, flex and ratio == 8)
+            if ratio == 8:
+                report["companions"] += companions(heads, length, dim, 1 / ratio, 64, torch.bfloat16, device, impl, budget)
+        except Exception as error:  # noqa: BLE001, of the device or the compiler; what was measured before stands
+            report["failed"].append({"shape": [length, dim, ratio], "error": f"{type(error).__name__}: {error}"[:500]})
+            print(f"S {length} D {dim} density 1/{ratio} failed: {error}", flush=True)
+        save()
 
 
 def cpu_rows(report: dict, length: int, heads: int, budget: float, flex: bool) -> None:
@@ -190,16 +209,20 @@ def main(arguments: list[str] | None = None) -> None:
     kinds = [(torch.bfloat16, 64), (torch.bfloat16, 128) if args.gpu else (torch.float32, 64)]  # all that is timed
     passed = {f"{str(dtype).removeprefix('torch.')} D {dim}": gate(impl, device, dtype, dim) for dtype, dim in kinds}
     command = "python -m usv_kernels.bench " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    report = {"command": command.strip(), "environment": environment(device), "gate": passed, "rows": [], "companions": [], "memory": [], "left_out": []}
+    parts = {part: [] for part in ("rows", "companions", "memory", "left_out", "failed")}
+    report = {"command": command.strip(), "environment": environment(device), "gate": passed, **parts}
+    name = "attention_gpu" if args.gpu else "attention_cpu" if 8192 in args.seq else f"attention_cpu_{args.seq[0]}"
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+
     if args.gpu:
-        gpu_rows(report, GPU_GRID, args.heads or 12, args.budget or 0.5, started + 60 * args.minutes, not args.no_flex)
-        name = "attention_gpu"
+        gpu_rows(report, GPU_GRID, args.heads or 12, args.budget or 0.5, started + 60 * args.minutes, not args.no_flex, save=save)
     else:
         for length in args.seq:
             cpu_rows(report, length, args.heads or 2, args.budget or 3.0, not args.no_flex)
-        name = "attention_cpu" if 8192 in args.seq else f"attention_cpu_{args.seq[0]}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    save()
     plot(report["rows"], args.out / f"{name}.png")
     print(f"wrote {args.out / name}.json and .png")
 

@@ -36,42 +36,50 @@ def quantiles(samples: list[float]) -> dict:
 
 
 def measure(functions: dict, device: str, budget: float) -> dict:
-    """Times all functions alternately until the budget in seconds is spent, at least 3 times each, after a warm-up."""
+    """Times all functions alternately until the budget in seconds is spent, at least 3 times each, after a warm-up.
 
-    def once(function) -> float:
+    On a GPU a sample is the mean of enough calls in a row for 5 ms: the first one's launches would otherwise be timed, not its work.
+    """
+    calls = dict.fromkeys(functions, 1)
+
+    def once(function, count: int = 1) -> float:
         if device == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            function()
+            for _ in range(count):
+                function()
             end.record()
             torch.cuda.synchronize()
-            return begin.elapsed_time(end) / 1e3
+            return begin.elapsed_time(end) / 1e3 / count
         begin = time.perf_counter()
         function()
         return time.perf_counter() - begin
 
     samples = {name: [] for name in functions}
-    for function in functions.values():
+    for name, function in functions.items():
         once(function)
+        if device == "cuda":
+            calls[name] = min(50, max(1, round(5e-3 / once(function))))
     deadline = time.monotonic() + budget
     while len(next(iter(samples.values()))) < 3 or (time.monotonic() < deadline and len(next(iter(samples.values()))) < 100):
         for name, function in functions.items():
-            samples[name].append(once(function))
+            samples[name].append(once(function, calls[name]))
     return {name: quantiles(values) for name, values in samples.items()}
 
 
-def _git(*words: str) -> str:
-    """What git answers; nothing outside a checkout or without git."""
+def _git(*words: str) -> str | None:
+    """What git answers; None outside a checkout or without git."""
     try:
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except OSError:
-        return ""
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def environment(device: str) -> dict:
     """Everything a reader needs to judge the figures."""
-    info = {"torch": torch.__version__, "python": platform.python_version(), "commit": _git("rev-parse", "HEAD") or None,
-            "uncommitted_changes": bool(_git("status", "--porcelain", ".")), "threads": torch.get_num_threads()}  # fmt: skip
+    changes = _git("status", "--porcelain", ".")
+    info = {"torch": torch.__version__, "python": platform.python_version(), "commit": _git("rev-parse", "HEAD"),
+            "uncommitted_changes": None if changes is None else bool(changes), "threads": torch.get_num_threads()}  # fmt: skip
     if device == "cuda":
         import triton
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import GPU, assert_close, assert_same_bits, dense, make_case, run
+from attention_cases import GPU, NAMES, assert_close, assert_same_bits, dense, make_case, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from usv_kernels import BlockSelection, block_sparse_attention

@@ -29,9 +29,9 @@ def test_cpu_report(tmp_path, monkeypatch):
         assert row["share_of_attention"] == pytest.approx(total / median["attention"])
 
 
-def test_gpu_grid_without_a_gpu():
+def test_gpu_grid_without_a_gpu(monkeypatch):
     """The loop of `--gpu` on the CPU, through the interpreter: rows in order, a cut is reported, a failing rival too."""
-    report = {"rows": [], "companions": [], "left_out": []}
+    report = {"rows": [], "companions": [], "left_out": [], "failed": []}
     bench.gpu_rows(report, [(128, 32, 8), (192, 32, 2)], 1, 0.0, time.monotonic() + 1e4, False, "cpu", "triton")
     assert [(r["S"], r["pass"]) for r in report["rows"]] == [
         (s, p) for s in (128, 192) for p in ("forward", "forward+backward")
@@ -39,6 +39,14 @@ def test_gpu_grid_without_a_gpu():
     assert [r["S"] for r in report["companions"]] == [128, 128] and not report["left_out"]
     bench.gpu_rows(report, [(128, 32, 4)], 1, 0.0, time.monotonic() + bench.LAST_START - 1, False, "cpu", "triton")
     assert report["left_out"] == [[128, 32, 4]] and len(report["rows"]) == 4
+
+    def broken(*_):
+        raise RuntimeError("an illegal memory access")
+
+    saved = []
+    monkeypatch.setattr(bench, "case", broken)
+    bench.gpu_rows(report, [(128, 32, 4)], 1, 0.0, time.monotonic() + 1e4, False, "cpu", "triton", lambda: saved.append(len(report["rows"])))
+    assert saved == [4] and report["failed"] == [{"shape": [128, 32, 4], "error": "RuntimeError: an illegal memory access"}]
     assert {(s, d, r) for s in (8192, 32760, 75600) for d in (64, 128) for r in (2, 4, 8, 16, 32)} == set(
         bench.GPU_GRID
     )
@@ -51,6 +59,20 @@ def test_a_rival_that_fails_is_reported(monkeypatch):
     monkeypatch.setattr(bench, "flex_call", lambda *_: broken)
     row = bench.case(1, 128, 32, 0.5, 64, torch.float32, "cpu", "cpu", 0.0)[0]
     assert row["flex_failed"] == "NotImplementedError: no such tile" and set(row["times"]) == {"sdpa_dense", "ours"}
+
+
+def test_a_rival_that_is_wrong_is_reported(monkeypatch):
+    """FlexAttention with another mask: fast, and no answer to the same question."""
+    monkeypatch.setattr(bench, "flex_call", lambda q, k, v, *_: lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    row = bench.case(1, 256, 32, 0.25, 64, torch.float32, "cpu", "cpu", 0.0)[0]
+    assert row["flex_failed"].startswith("off by") and "flex" not in row["times"]
+
+
+def test_half_precision_is_compared_with_the_faster_dense(monkeypatch):
+    row = bench.case(1, 256, 32, 0.25, 64, torch.bfloat16, "cpu", "cpu", 0.0, flex=False)[0]
+    medians = {name: t["median_ms"] for name, t in row["times"].items()}
+    fastest = min(medians["sdpa_dense"], medians["sdpa_dense_fp32"])
+    assert medians[row["dense"]] == fastest and row["speedup_over_sdpa"] == fastest / medians["ours"]
 
 
 def test_a_red_gate_measures_nothing(monkeypatch):

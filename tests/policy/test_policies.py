@@ -333,6 +333,38 @@ def test_a_step_that_was_never_probed_is_not_free_to_jump():
     assert policy.decode(3 * 0.6 / 4).steps == (False, True, True, True)
 
 
+def test_a_jump_is_weighed_with_the_rungs_it_was_measured_under():
+    """Rungs that do more than a jump over them are no reason to jump: without the step the samples were worse still."""
+    policy = GumbelPolicy(timestep_bins(4, 3.0), LAYERS, COSTS, axes=["density"], steps=True)
+    policy.seen += 8
+    policy.damage[..., 1:6] = 0.1
+    row = (Rung(5),) * LAYERS
+    own = policy._damage_of(0, row)
+    for bin in range(3):
+        policy.observe_jump(bin, 0.9 * own, cut=4 * own, rows={b: row for b in range(4)})
+    assert policy.exchange_rate() == pytest.approx(1.0, rel=0.02), "four steps' rungs did to the samples what they do to the loss"
+    assert policy.known_jump_damage()[0].item() == pytest.approx(1.9 * own, rel=0.02)
+    with torch.no_grad():
+        policy.layer[..., 5] += 20  # these rungs, almost surely
+    policy.loss(1.0).backward()
+    assert (policy.step.grad[:3] < 0).all() and policy.step.grad[3] == 0, "where nothing is to be saved, every step is worth running"
+    for bin in range(3):
+        for _ in range(50):
+            policy.observe_jump(bin, -2.0, cut=8 * own, rows={b: row for b in range(4)})
+    assert policy.exchange_rate() == pytest.approx(0.5, rel=0.05) and (policy.known_jump_damage()[:3] <= own).all()
+    assert (policy.known_jump_damage() >= 0).all(), "a jump that helped counts as nothing, not as a reward"
+
+
+def test_jumped_steps_are_trained_as_the_step_before_runs():
+    policy = GumbelPolicy(timestep_bins(3, 3.0), LAYERS, COSTS, axes=["density"], steps=True)
+    policy.seen += 8
+    policy.damage[2, :, 1:6], policy.damage[:2, :, 1:6] = 0.02, 0.5
+    policy.observe_jump(0, 0.0)
+    policy.observe_jump(1, 0.0)
+    plan = policy.decode(0.2)
+    assert plan.steps == (False, False, True) and plan.rungs[0] == plan.rungs[1] == plan.rungs[2]
+
+
 def test_steps_are_learned_under_the_same_budget():
     """Of five candidate steps two hurt when jumped; at a budget of two dense forwards those two and pure noise stay."""
     edges = timestep_bins(6, 3.0)

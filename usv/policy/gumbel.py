@@ -11,8 +11,10 @@ once in tens of steps, so these differences are remembered: `damage` is their ru
 and its cumulative sum along the ladder is what p is averaged over at *every* step. The budget is an augmented Lagrangian
 on the exact expected cost; λ1 follows the violation. A bound on the mean density, where there is one, is held likewise.
 
-Steps: the candidates are the upper edges of the bins, so a bin is a step; the first (pure noise) always runs. The damage of a
-jump is the difference of two rollouts that share noise and all other steps, one with and one without it.
+Steps: the candidates are the upper edges of the bins, so a bin is a step; the first (pure noise) always runs. What a jump does is
+the difference of two rollouts that share noise and all other steps, one with and one without it. A third one, dense, says what the
+rungs of the first did to the samples: that relates the two kinds of damage, of samples and of the loss. A jump's damage is that of
+the rungs it was measured under plus its own, so that both sides of the gate count from the dense step.
 """
 
 from __future__ import annotations
@@ -63,8 +65,10 @@ class GumbelPolicy(nn.Module):
         self.content = nn.Parameter(torch.zeros(width))
         self.steps, self.most_density = steps, most_density
         self.step = nn.Parameter(torch.zeros(bins)) if steps else None
-        self.register_buffer("jump_damage", torch.zeros(bins))
+        self.register_buffer("jump_damage", torch.zeros(bins))  # to the samples, over the rollout with this step
+        self.register_buffer("jump_base", torch.zeros(bins))  # to the loss, of the rungs that this step had there
         self.register_buffer("jump_seen", torch.zeros(bins))
+        self.register_buffer("exchange", torch.zeros(2))  # of all rungs of a rollout: damage to the loss, to the samples
         keep = torch.zeros(width)
         keep[0] = keep[AXES["density"]] = init_keep
         self.axes = tuple(axes)
@@ -104,17 +108,43 @@ class GumbelPolicy(nn.Module):
         return tuple((torch.rand(len(self.edges), generator=generator) < self.run_probability()).tolist())
 
     @torch.no_grad()
-    def observe_jump(self, bin: int, damage: float) -> None:
-        """`damage`: how much worse the rollout without this step was, relative to the one with it."""
+    def observe_jump(self, bin: int, jump: float, cut: float = 0.0, rows: Mapping[int, Sequence[Rung]] | None = None) -> None:
+        """What a rollout without this step did, and what its rungs did.
+
+        Args:
+            jump: how much worse its samples were than those with the step; cut: how much worse those were than with the same steps
+                dense; both relative to the latter.
+            rows: the rungs of the steps that ran, this one's among them, by bin.
+        """
+        damages = {b: self._damage_of(b, row) for b, row in (rows or {}).items()}
         self.jump_seen[bin] += 1
         rate = max(self.memory, 1 / float(self.jump_seen[bin]))
-        self.jump_damage[bin] += rate * (damage - self.jump_damage[bin])
+        self.jump_damage[bin] += rate * (jump - self.jump_damage[bin])
+        self.jump_base[bin] += rate * (damages.get(bin, 0.0) - self.jump_base[bin])
+        if damages:
+            seen = float(self.jump_seen.sum())
+            self.exchange += max(self.memory, 1 / seen) * (torch.tensor([sum(damages.values()), cut]) - self.exchange)
+
+    def _damage_of(self, bin: int, row: Sequence[Rung]) -> float:
+        """Known damage of a row of rungs, summed over its layers."""
+        density, merge = self.rung_damage()
+        return float(sum(density[bin, i, rung.density] + merge[bin, i, rung.merge] for i, rung in enumerate(row)))
+
+    def exchange_rate(self) -> float:
+        """Damage to the loss for one of samples. 1 until rungs are seen to do something to both."""
+        loss, samples = (self.exchange.clamp_min(0) + 0.02).tolist()
+        return min(max(loss / samples, 0.1), 10.0)
 
     def known_jump_damage(self) -> torch.Tensor:
-        """(bins,) `jump_damage`; a step that was never jumped counts as the dearest of those that were (none: 1), not as free."""
+        """(bins,) damage to the loss that a jump stands for, over a dense step.
+
+        A step that was never jumped counts as the dearest of those that were (none: 1), not as free; one whose jump was seen to
+        help, as one that does nothing.
+        """
         seen = self.jump_seen > 0
-        dearest = self.jump_damage[seen].max() if bool(seen.any()) else self.jump_damage.new_tensor(1.0)
-        return torch.where(seen, self.jump_damage, dearest)
+        known = (self.jump_base + self.exchange_rate() * self.jump_damage).clamp_min(0)
+        dearest = known[seen].max() if bool(seen.any()) else known.new_tensor(1.0)
+        return torch.where(seen, known, dearest)
 
     @torch.no_grad()
     def decide(self, bin: int, generator: torch.Generator) -> Decisions:
@@ -214,25 +244,17 @@ class GumbelPolicy(nn.Module):
         Not the likeliest plan: near one-hot gates say which rung, and no longer by how much. Where `most_density` binds, density
         is given the least price that meets it.
         """
-        plan = self._decode(target, 0.0)
-        low, high = 0.0, 1e-6
-        if self._mean_density(plan) <= self.most_density:
-            return plan
-        while self._mean_density(self._decode(target, high)) > self.most_density:
-            low, high = high, 4 * high
-            if high > 1e9:
-                raise ValueError(f"most_density: got {self.most_density}, but no plan of this budget is as sparse; raise one of them")
-        for _ in range(12):
-            middle = (low + high) / 2
-            low, high = (low, middle) if self._mean_density(self._decode(target, middle)) <= self.most_density else (middle, high)
-        return self._decode(target, high)
+        plan = knapsack.least_price(lambda price: self._decode(target, price), self._mean_density, self.most_density)
+        if plan is None:
+            raise ValueError(f"most_density: got {self.most_density}, but no plan of this budget is as sparse; raise one of them")
+        return plan
 
     def _decode(self, target: float, density_price: float) -> SparsityPlan:
         tie = 1e-6
         density, merge = (
             tie * gate.double().log_softmax(-1) - damage.double() for gate, damage in zip(self.logits(), self.rung_damage())
         )
-        density = density - density_price * self.densities.double()
+        density = density - density_price * (self.densities.double() - self.most_density)  # a jumped step is neither denser nor sparser
         values = (merge[..., :, None] + density[..., None, :]).flatten(2).cpu().numpy()
         costs = self.costs.flatten().double().cpu().numpy()
         if not self.steps:
@@ -243,7 +265,9 @@ class GumbelPolicy(nn.Module):
         jump[-1] = -np.inf
         chosen = knapsack.choose_rows(values, costs, jump, target)
         runs = tuple(bool(row[0] >= 0) for row in chosen)
-        chosen = np.where(chosen < 0, values.argmax(2), chosen)  # training still passes through the bins of jumped steps
+        for bin in reversed(range(len(runs) - 1)):  # training still passes through the bins of jumped steps, as the step before runs
+            if not runs[bin]:
+                chosen[bin] = chosen[bin + 1]
         return SparsityPlan(self.edges, tuple(tuple(RUNGS[i] for i in row) for row in chosen), runs)
 
     def _mean_density(self, plan: SparsityPlan) -> float:

@@ -5,7 +5,25 @@ Exact up to the rounding of costs to a grid of `resolution` per cell; costs are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+
+
+def least_price(solve: Callable, measure: Callable, most: float):
+    """`solve(price)` at about the least price at which `measure` of it is at most `most`; None if no price does it."""
+    low, high, found = 0.0, 1e-6, solve(0.0)
+    if measure(found) <= most:
+        return found
+    while measure(found := solve(high)) > most:
+        low, high = high, 4 * high
+        if high > 1e9:
+            return None
+    for _ in range(12):
+        middle = (low + high) / 2
+        tried = solve(middle)
+        low, high, found = (low, middle, tried) if measure(tried) <= most else (middle, high, found)
+    return found
 
 
 def choose(values: np.ndarray, costs: np.ndarray, mean_budget: float, resolution: int = 400) -> np.ndarray:
