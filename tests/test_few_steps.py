@@ -27,8 +27,10 @@ def test_steps_are_decided_with_the_rungs(make, watched, tmp_path, every, jumps)
     assert len(plan.steps) == 3 and plan.steps[-1]
     assert record["sampling"]["student_timesteps"] == plan.student_timesteps()
     last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    cost = [line["validation/plan_cost"] for line in last if "validation/plan_cost" in line][-1]
-    assert cost * sum(plan.steps) / 3 <= 0.4 + 1e-6
+    cost = [line["validation/sampling_cost"] for line in last if "validation/sampling_cost" in line][-1]
+    assert cost <= 0.4 + 1e-6
+    asked = {key for line in last if "validation/sampling_cost" in line for key in line if key.startswith("validation_by_noise")}
+    assert {f"validation_by_noise/t_{t:.0f}" for t in plan.student_timesteps()} <= asked, "once decided, where it is sampled"
 
 
 def test_a_part_of_an_inherited_plan(make, watched, tmp_path):

@@ -29,13 +29,15 @@ def _reference(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Ten
 def references(run: Run) -> list[tuple]:
     """Held-out inputs and what is wanted there: (name, x_t, timestep, text, wanted), one a noise level, made once.
 
-    A few-step student is asked at its own timesteps. Clips, noise and timesteps are the same for every call, method and run.
+    A few-step student is asked at its own timesteps, in every bin while its policy still learns which those are. Clips, noise and
+    timesteps are the same for every call, method and run.
     """
-    if not hasattr(run, "references"):
-        run.references = []
+    decided = run.plan.student_timesteps() if run.plan is not None else []
+    ladder = decided if run.config.policy.steps else run.config.distill.student_timesteps
+    if getattr(run, "asked_at", None) != ladder:
+        run.references, run.asked_at = [], ladder
         batch = next(iter(run.validation))
         x0, text = batch["latents"].to(run.device), batch["text"].to(run.device)
-        ladder = [] if run.config.policy.steps else run.config.distill.student_timesteps  # decided steps change as they are learned
         places = (torch.arange(len(x0)) + 0.5) / len(x0)
         for index in range(len(ladder or run.edges)):
             generator = torch.Generator().manual_seed(index)
@@ -83,6 +85,8 @@ def validate(run: Run, tracker) -> dict[str, float]:
         values = velocity_error(run, student)
     plan = student.executed_plan()
     values["validation/plan_cost"] = plan_cost(plan, run.shape, run.layout)
+    if steps := student.plan.steps:  # what policy.budget bounds: the whole sampling, in dense forwards at every candidate step
+        values["validation/sampling_cost"] = values["validation/plan_cost"] * sum(steps) / len(steps)
     values["validation/plan_density"] = plan.density(run.layout.num_blocks)
     values["validation/plan_merged"] = plan.merged()
     tracker.scalars(run.step, values)
@@ -90,7 +94,7 @@ def validate(run: Run, tracker) -> dict[str, float]:
     tracker.heatmap(run.step, "sparsity/density_map", list(zip(*table)), "layer", "timestep bin")
     table = [[MERGE_LADDER[r.merge] for r in row] for row in student.plan.rungs]
     tracker.heatmap(run.step, "sparsity/merged_map", list(zip(*table)), "layer", "timestep bin")
-    if run.config.runtime.keep:
+    if run.config.runtime.keep and not run.decides_steps():  # until then other timesteps are asked
         save_best(run, student, values["validation/velocity_error"])
     videos = run.config.logger.videos and run.pipe.vae is not None and run.config.model.expert is None  # one of two makes none
     if videos and run.step == run.config.optim.steps:
