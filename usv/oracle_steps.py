@@ -29,21 +29,26 @@ def even(edges, count: int) -> tuple[float, ...]:
     return tuple(edges[(i * len(edges)) // count - 1] for i in range(count, 0, -1))
 
 
+DRAWS = 3  # of noise, for each clip
+
+
 class SampleJudge:
-    """Samples of a student for some prompts and noise, judged by its guided teacher."""
+    """Samples of a student for some prompts, `DRAWS` from each, judged by its guided teacher."""
 
     def __init__(self, student: Student, teacher: SparseWan, batch: dict, empty: torch.Tensor, settings: ModelConfig, seed: int):
-        self.student, self.teacher, self.empty, self.settings, self.seed = student, teacher, empty, settings, seed
-        self.text = batch["text"]
-        self.noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(seed))
+        self.student, self.teacher, self.empty, self.settings = student, teacher, empty, settings
+        self.text, self.shape, self.seeds = batch["text"], batch["latents"].shape, range(seed, seed + DRAWS)
 
     @torch.no_grad()
     def residual(self, timesteps) -> float:
         """Mean squared distance (`matching.teacher_residual`) of the samples made in these steps."""
         call = lambda x, t: self.student.model(x, t, self.text, self.student.plan.rungs[-1])[0]  # noqa: E731
-        samples = matching.rollout(call, self.noise, timesteps)
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        return matching.teacher_residual(samples, self.text, self.empty, self.teacher, self.settings.guidance_scale, generator)
+        total = 0.0
+        for seed in self.seeds:
+            generator = torch.Generator().manual_seed(seed)
+            samples = matching.rollout(call, torch.randn(self.shape, generator=generator), timesteps)
+            total += matching.teacher_residual(samples, self.text, self.empty, self.teacher, self.settings.guidance_scale, generator)
+        return total / DRAWS
 
 
 def gain(rows: dict[str, dict]) -> float | None:
