@@ -195,6 +195,19 @@ def test_results_are_known_by_what_they_hold():
     assert kinds["usv_mini.json"] == "comparison" and kinds["attention_cpu.json"] == "kernels" and kinds["wan_mini_codec.json"] == "other"
 
 
+def test_the_readmes_table_of_axes():
+    """Seconds are of a clip, not of the batch; quality comes from the comparison that has the same rows."""
+    times = {"batch_size": 4, "interaction": None, "methods": {"mine": {
+        "axes": "all three", "denoise_seconds": {"p50": 8.4}, "denoise_speedup": 30.0, "forwards": 2, "seconds_per_forward": {"p50": 0.6}, "density": 0.25, "merged": 0.4,
+    }}}  # fmt: skip
+    inputs = gather([], {}, [], [])
+    inputs.results["axes"]["a.json"] = times
+    inputs.results["comparison"]["other.json"] = {"methods": {"dense": row("dense", 8, 0.9)}}
+    assert tables(inputs)[0].endswith("| 2.100 | 30.0 | – | – | – |")
+    inputs.results["comparison"]["same.json"] = {"methods": {"mine": row("ours", 1, 0.8612)}}
+    assert tables(inputs)[0].split("\n")[2] == "| mine | all three | 2 | 0.1500 | 0.250 | 40% | 2.100 | 30.0 | 0.861 | 0.431 | 1914 |"
+
+
 def test_fronts_and_defeats():
     methods = {"dense": row("dense", 8, 0.9), "a": row("cache", 4, 0.95), "b": row("cache", 4, 0.5), "mine": row("ours", 2, 0.88), "c": row("cache", 1, 0.2)}
     points = points_of({"methods": methods}, "subject_accuracy")

@@ -10,6 +10,7 @@ from usv.bench.denoise import said
 from usv.report.front import QUALITIES, family_of, points_of, uncovered
 from usv.report.inputs import Inputs, Video
 from usv.report.plots import MARKS, SERIES, css, curves, heatmap, legend_mark, pareto, speed_bars
+from usv.report.readme import axes_of
 
 MOST_VIDEOS, MOST_PROMPTS = 36, 4  # browsers stop at some tens of players
 MAKES = {
@@ -181,8 +182,7 @@ def axes(inputs: Inputs) -> list[str]:
     """What each axis is worth alone and together: times of `usv.bench denoise`, qualities of a comparison with the same rows."""
     head = ["method", "axes", "s a clip", "speed-up", "forwards", "s a forward", "density", "merged", "FLOPs", "overhead", "subject", "motion", "Fréchet"]
     parts = []
-    for file, report in inputs.results["axes"].items():
-        measured = next((r["methods"] for _, r in by_size(inputs) if set(report["methods"]) <= set(r["methods"])), {})
+    for file, (report, measured) in zip(inputs.results["axes"], axes_of(inputs)):
         rows = []
         for name, row in report["methods"].items():
             quality = measured.get(name, {})
