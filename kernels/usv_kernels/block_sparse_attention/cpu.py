@@ -24,10 +24,12 @@ def _units(x: Tensor, tile: int) -> Tensor:
     return x.reshape(-1, tile * x.shape[-1])
 
 
-def _windows(x: Tensor, tile: int) -> dict[int, Tensor]:
-    """(B, H, S, d) -> the (tile, d) tokens from each on as one row, and each token alone, without a copy: tiles of any start can be
-    gathered whole."""
+def _key_units(x: Tensor, tile: int) -> dict[int, Tensor]:
+    """(B, H, S, d) -> its tokens, and its tiles, as rows to gather. Where the last tile of a head is partial the others begin anywhere:
+    then these are the (tile, d) tokens from each token on, a view that needs no copy."""
     tokens = x.contiguous().view(-1, x.shape[-1])
+    if x.shape[2] % tile == 0:
+        return {1: tokens, tile: tokens.view(-1, tile * x.shape[-1])}
     return {1: tokens, tile: tokens.as_strided((max(len(tokens) - tile + 1, 0), tile * x.shape[-1]), (x.shape[-1], 1))}
 
 
@@ -98,10 +100,10 @@ def _scores(q_npD: Tensor, k_nLD: Tensor, column: Tensor | None, scale: float, s
 
 def _inputs(q, k, v, key_bias, block_gate, layout: Layout, dtype):
     q_units = _units(q, layout.q_unit)
-    k_units, v_units = _windows(k, layout.kv_tile), _windows(v, layout.kv_tile)
+    k_units, v_units = _key_units(k, layout.kv_tile), _key_units(v, layout.kv_tile)
     bias = None
     if key_bias is not None:
-        bias = _windows(key_bias.expand(*k.shape[:3]).unsqueeze(-1).to(dtype), layout.kv_tile)
+        bias = _key_units(key_bias.expand(*k.shape[:3]).unsqueeze(-1).to(dtype), layout.kv_tile)
     gate = None if block_gate is None else block_gate.reshape(-1, block_gate.shape[-1]).to(dtype)
     return q_units, k_units, v_units, bias, gate
 

@@ -47,6 +47,8 @@ class Layout:
     q_size: Tensor | None = None
     kv_start: Tensor | None = None  # token mode: (G * N,) global first token and number of tokens of each key block
     kv_size: Tensor | None = None
+    kv_first: Tensor | None = None  # tile mode with a partial last tile: (G * N,) global first token of each key tile
+    partial: np.ndarray | None = None  # and (G * M,) which lists have the partial one
     uniform: int = 0  # tile mode: the count all items share, in which case they are the query tiles in order
 
     @property
@@ -101,6 +103,11 @@ def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) ->
     if q_tile and kv_tile and q_tile <= MAX_ROWS:
         lowest, highest = (int(counts.min()), int(counts.max())) if counts.numel() else (0, 0)
         layout = Layout(lists, counts, torch.arange(groups * num_q), [], q_tile, kv_tile, q_len, kv_len, num_q, num_kv)
+        if kv_len % kv_tile:
+            tiles = torch.arange(groups * num_kv)
+            layout.kv_first = tiles * kv_tile - tiles // num_kv * (num_kv * kv_tile - kv_len)
+            used = torch.arange(capacity) < counts.unsqueeze(-1)
+            layout.partial = ((lists % num_kv == num_kv - 1) & used).any(-1).numpy()
         if lowest == highest > 0:
             threads = torch.get_num_threads()
             # However long the lists, an item for each thread: one product shared by threads is slower than one product each.
@@ -149,8 +156,8 @@ class Batch:
 
     lists: Tensor  # (n,) which lists
     q_index: Tensor | slice  # units of the query side: (n,) tiles or (n * p,) tokens
-    kv_index: Tensor  # (n * units,) first tokens of the runs of `kv_unit` to gather
-    kv_unit: int  # kv_tile, or 1 where a partial tile is listed
+    kv_index: Tensor  # (n * units,) what to gather of `cpu._key_units`
+    kv_unit: int  # tokens of a unit: kv_tile, or 1 where a partial tile is listed
     sum_index: Tensor  # (n * tiles,) the tiles listed, where dK and dV are summed
     slot: Tensor | None  # (n, L) slot of each token, None in tile mode
     invalid: Tensor | None  # (n, L) padding tokens
@@ -202,13 +209,13 @@ def make_batch(layout: Layout, first: int, last: int) -> Batch:
     tile, num_kv, kv_len = layout.kv_tile, layout.num_kv, layout.kv_len
     shape = (n, layout.q_tile, slots * tile)
     invalid = None if unused is None else unused.repeat_interleave(tile, 1)
-    if kv_len % tile and bool((index % num_kv == num_kv - 1).any()):
+    if layout.partial is not None and layout.partial[lists.numpy()].any():
         token, tail = (x.reshape(n, -1) for x in _tokens(index, tile, kv_len, num_kv))
         invalid = tail if invalid is None else invalid | tail
         return Batch(lists, q_index, token.reshape(-1), 1, index.reshape(-1), None, invalid, q_invalid, shape, slots)
     index = index.reshape(-1)
-    start = index * tile - index // num_kv * (num_kv * tile - kv_len)
-    return Batch(lists, q_index, start, tile, index, None, invalid, q_invalid, shape, slots)
+    first = index if layout.kv_first is None else layout.kv_first[index]
+    return Batch(lists, q_index, first, tile, index, None, invalid, q_invalid, shape, slots)
 
 
 def _query_rows(layout: Layout, first: int, last: int) -> tuple[Tensor | slice, Tensor | None]:
