@@ -114,10 +114,16 @@ def test_make_targets_call_what_exists():
     for script in re.findall(r"(\S+\.py)\b", makefile):
         assert (ROOT / script).exists(), script
     groups = config_groups(ROOT / "conf")
-    for line in re.findall(r"train\.py ([^\n;|&]*)", makefile):
+    commands = re.findall(r"(?:train\.py|\$\(TRAIN\)) ([^\n;|&]*)", makefile.replace("\\\n", " "))
+    assert len(commands) >= 5, "demo, the ablation's two, the budgets', and what TRAIN itself is"
+    for line in commands:
         check_overrides([word for word in line.split() if "$" not in word], TrainConfig, groups)
-    for name in re.search(r"^AXES +\?= (.*)$", makefile, re.M)[1].split():
-        assert {*name.split(":")} <= {*groups["experiment"]}
+    parts = [part.split(":") for part in re.search(r"^PARTS +\?= (.*)$", makefile, re.M)[1].split()]
+    assert [axes for _, axes, _ in parts] == ["[]", "[density]", "[merge]", "[density,merge]"]
+    for _, axes, _ in parts:
+        check_overrides([f"policy.axes={axes}"], TrainConfig, groups)
+    singles = re.search(r"^SINGLE +\?= (.*)$", makefile, re.M)[1].split()
+    assert {*singles} <= {name for part in parts for name in (part[0], part[2])}
 
 
 def test_nothing_is_left_to_fill_in():
