@@ -115,7 +115,7 @@ def test_tiles_that_a_row_does_not_list_are_never_read_on_the_cpu(uniform):
 
 def test_inputs_that_are_views_of_one_tensor():
     """As q, k, v of one projection are: contiguous each, at another place of the same memory."""
-    case = make_case([16] * 3, [16] * 3)
+    case = make_case([16] * 3, [16] * 2 + [5])
     expected = run(case, "cpu")
 
     def stacked(x):

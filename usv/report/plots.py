@@ -144,7 +144,7 @@ def speed_bars(rows: list[dict]) -> str:
         parts.append(tag("text", f"{number(value)}×", x=x.at(value), y=height - 20, class_="tick", text_anchor="middle"))
     for index, row in enumerate(rows):
         top, speed, ideal = 10 + index * rows_height, row["speedup_over_sdpa"], 1 / row["density"]
-        words = f"{row['pass']} {SHORT.get(row['dtype'], row['dtype'])} S {row['S']} D {row['D']} density {row['density']:g}"
+        words = f"{row['pass']} {SHORT.get(row['dtype'], row['dtype'])} S {row['S']} D {row['D']} density {row['density']:.3g}"
         parts.append(tag("text", escape(words), x=left, y=top + 12, class_="axis"))
         parts.append(tag("rect", x=left, y=top + 19, width=x.at(speed) - left, height=17, rx=3, class_="bar"))
         parts.append(tag("line", x1=x.at(ideal), x2=x.at(ideal), y1=top + 15, y2=top + 40, class_="ideal"))
