@@ -113,9 +113,10 @@ def test_tiles_that_a_row_does_not_list_are_never_read_on_the_cpu(uniform):
                 assert torch.equal(a[~lists], b[~lists]) and a[lists].isnan().any(), NAMES[i]
 
 
-def test_inputs_that_are_views_of_one_tensor():
+def test_inputs_that_are_views_of_one_tensor_on_the_cpu(batches):
     """As q, k, v of one projection are: contiguous each, at another place of the same memory."""
-    case = make_case([16] * 3, [16] * 2 + [5])
+    batches(1)  # batches without the partial tile, too
+    case = make_case([16] * 5, [16] * 5 + [5], mask=rows_of_two(5, 6, True), heads=3)
     expected = run(case, "cpu")
 
     def stacked(x):
