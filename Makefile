@@ -66,7 +66,7 @@ START      ?= data/students/usv_mini
 VELOCITY   ?= 200
 TRAJECTORY ?= 150
 PARTS      ?= folded:[]:steps attention:[density]:attention_steps merge:[merge]:merge_steps attention_merge:[density,merge]:all_three
-ABLATED     = $(foreach part,$(PARTS),$(foreach name,$(wordlist 1,1,$(subst :, ,$(part))) $(lastword $(subst :, ,$(part))),--ckpt $(name)=outputs/ablation/$(name)/student))
+ABLATED     = $(foreach part,$(PARTS),$(foreach name,$(firstword $(subst :, ,$(part))) $(lastword $(subst :, ,$(part))),--ckpt $(name)=outputs/ablation/$(name)/student))
 TRAIN       = $(LAUNCH) train.py logger=none
 
 ablation-students: setup data/shards/camera/index.json

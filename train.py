@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> Path:
             saved = time.monotonic()
     bar.close()
     student = run.folder / "student"
-    if run.step > begun or not student.exists():  # a run that was finished before stays as it was
+    if any(run.ranks.any(run.step > begun, not student.exists())):  # a run that was finished before stays as it was
         save(run)
     tracker.close()
     state = "stopped, resume=auto goes on" if run.step < config.optim.steps else "finished"

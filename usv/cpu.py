@@ -28,12 +28,6 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, value) for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 28)))
 
 
-def give_back_freed_memory() -> None:
-    """Return what is freed so far to the kernel, once, where glibc can: a peak measured from here on is the work's own."""
-    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def use_all_cores(threads: int | None = None) -> int:
     """Threads PyTorch computes with, set to `threads`, else to this process's share of the cores under `accelerate launch`.
 

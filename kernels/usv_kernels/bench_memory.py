@@ -43,10 +43,15 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
+def give_back_freed_memory() -> None:
+    """Return what is freed so far to the kernel, where glibc can: memory used again would otherwise not be seen to rise."""
+    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def cpu_peak(function: Callable[[], None]) -> int:
     """Bytes by which a call raises the resident set of this process."""
-    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)  # or memory freed before would be used without a rise
+    give_back_freed_memory()
     mark = Path("/proc/self/clear_refs")
     if os.access(mark, os.W_OK):
         mark.write_text("5")  # the high-water mark starts again from what is resident now

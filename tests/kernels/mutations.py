@@ -82,7 +82,7 @@ MUTATIONS = [
     ("cpu: later batch overwrites dK", CPU, "dk_tiles.index_add_(0", "dk_tiles.index_copy_(0", "cpu"),
     ("cpu: sums of the part before left in the buffer", CPU, "length, x.shape[2])).zero_()", "length, x.shape[2]))", "cpu"),
     ("cpu: gradients of a later part at the first one's place", CPU, "dk_here, dv_here = dk[part.heads], dv[part.heads]", "dk_here, dv_here = (x[: part.heads.stop - part.heads.start] for x in (dk, dv))", "cpu"),
-    ("cpu: keys of a later head read from a place a partial tile early", PLAN, "tiles * kv_tile - tiles // num_kv *", "tiles * kv_tile - (tiles // num_kv + 1) *", "cpu"),
+    ("cpu: keys of a later head read from a place a partial tile early", PLAN, "tiles // num_kv * kv_len", "tiles // num_kv * (kv_len - 1)", "cpu"),
     ("cpu: tiles of a later part added to the first head", CPU, "part.heads.start * (whole // layout.kv_tile)", "0", "cpu"),
     ("cpu: partial query tile taken for a whole one", PLAN, "layout.uniform and last % count:", "layout.uniform:", "cpu"),
     ("cpu: dQ without the scale", CPU, "torch.mul(dq_npD, scale,", "torch.mul(dq_npD, 1.0,", "cpu"),

@@ -167,5 +167,19 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def markdown(report: dict, quality: dict) -> str:
+    """The table as the README shows it, times of a clip; quality: rows of `usv.evaluate` by the same names, where there are any."""
+    lines = ["| row | axes | forwards | s/forward | density | merged | denoising s | denoising × | subject | motion | Fréchet |", "|---" * 11 + "|"]
+    batch, qualities = report["batch_size"], (("subject_accuracy", 3), ("motion_accuracy", 3), ("frechet_distance", 0))
+    for name, r in report["methods"].items():
+        good = quality.get(name, {})
+        values = [f"{good[key]:.{digits}f}" if good.get(key) is not None else "–" for key, digits in qualities]
+        lines.append(
+            f"| {name} | {r['axes']} | {r['forwards']} | {r['seconds_per_forward']['p50'] / batch:.4f} | {r['density']:.3f} | {r['merged']:.0%} "
+            f"| {r['denoise_seconds']['p50'] / batch:.3f} | {r['denoise_speedup']:.1f} | {' | '.join(values)} |"
+        )
+    return "\n".join(lines)
+
+
 def _mean(values: list[float], empty: float) -> float:
     return sum(values) / len(values) if values else empty

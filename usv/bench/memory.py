@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import WanPipeline
+from usv_kernels.bench_memory import give_back_freed_memory
 
 from usv.bench.measure import environment, peak_bytes, reset_peak
 from usv.config import ModelConfig
-from usv.cpu import give_back_freed_memory, keep_freed_memory
+from usv.cpu import keep_freed_memory
 from usv.generate import best_place, load_pipeline
 
 

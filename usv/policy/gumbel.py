@@ -116,19 +116,19 @@ class GumbelPolicy(nn.Module):
                 dense; both relative to the latter.
             rows: the rungs of the steps that ran, this one's among them, by bin.
         """
-        damages = {b: self._damage_of(b, row) for b, row in (rows or {}).items()}
+        damages = self._damages_of(rows or {})
         self.jump_seen[bin] += 1
         rate = max(self.memory, 1 / float(self.jump_seen[bin]))
         self.jump_damage[bin] += rate * (jump - self.jump_damage[bin])
         self.jump_base[bin] += rate * (damages.get(bin, 0.0) - self.jump_base[bin])
         if damages:
             seen = float(self.jump_seen.sum())
-            self.exchange += max(self.memory, 1 / seen) * (torch.tensor([sum(damages.values()), cut]) - self.exchange)
+            self.exchange += max(self.memory, 1 / seen) * (self.exchange.new_tensor([sum(damages.values()), cut]) - self.exchange)
 
-    def _damage_of(self, bin: int, row: Sequence[Rung]) -> float:
-        """Known damage of a row of rungs, summed over its layers."""
-        density, merge = self.rung_damage()
-        return float(sum(density[bin, i, rung.density] + merge[bin, i, rung.merge] for i, rung in enumerate(row)))
+    def _damages_of(self, rows: Mapping[int, Sequence[Rung]]) -> dict[int, float]:
+        """Known damage of a row of rungs, summed over its layers, by bin."""
+        density, merge = (axis.tolist() for axis in self.rung_damage())
+        return {b: sum(density[b][i][rung.density] + merge[b][i][rung.merge] for i, rung in enumerate(row)) for b, row in rows.items()}
 
     def exchange_rate(self) -> float:
         """Damage to the loss for one of samples. 1 until rungs are seen to do something to both."""

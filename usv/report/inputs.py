@@ -56,6 +56,12 @@ def kind_of(report: dict) -> str:
     return "kernels" if {"rows", "gate"} <= set(report) else "other"
 
 
+def axes_of(inputs: Inputs) -> list[tuple[dict, dict]]:
+    """The reports of `usv.bench denoise`, each with the methods of a comparison that has all of its rows, {} without one."""
+    comparisons = [report["methods"] for report in inputs.results["comparison"].values()]
+    return [(times, next((c for c in comparisons if set(times["methods"]) <= set(c)), {})) for times in inputs.results["axes"].values()]
+
+
 def gather(results: list[Path], students: dict[str, Path], curves: list[Path], videos: list[Path]) -> Inputs:
     """Read everything; what is missing or damaged is a problem in words, never an exception."""
     inputs = Inputs()

@@ -8,9 +8,8 @@ from html import escape
 
 from usv.bench.denoise import said
 from usv.report.front import QUALITIES, family_of, points_of, uncovered
-from usv.report.inputs import Inputs, Video
+from usv.report.inputs import Inputs, Video, axes_of
 from usv.report.plots import MARKS, SERIES, css, curves, heatmap, legend_mark, pareto, speed_bars
-from usv.report.readme import axes_of
 
 MOST_VIDEOS, MOST_PROMPTS = 36, 4  # browsers stop at some tens of players
 MAKES = {

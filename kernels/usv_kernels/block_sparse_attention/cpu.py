@@ -3,8 +3,8 @@
 A work item is (a run of query rows, the tokens its list names). Items of equal or similar size are batched into one
 gather and a few `bmm` calls, so nothing that is not listed is computed and the score matrix of a batch stays in cache.
 Regular tiles are gathered whole, unless a batch lists a partial one; it, and blocks of any other layout, token by token, sorted
-by size so that padding a batch to its largest item wastes little. The backward recomputes the scores (no score matrix is kept) and adds dK and dV in list
-order, so it is deterministic. Half precision is computed in fp32, converted tile by tile after the gather: without native
+by size so that padding a batch to its largest item wastes little. The backward recomputes the scores (no score matrix is kept)
+and adds dK and dV in list order, so it is deterministic. Half precision is computed in fp32, converted tile by tile after the gather: without native
 bf16 units that is also faster.
 
 Letters: G = B * H, n items of a batch, p query rows of an item, L tokens of its list, c slots of its list, D channels.
@@ -176,7 +176,7 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
     go_units, lse_units, delta_units = (_units(x, layout.q_unit) for x in (grad_out, lse, delta))
     dq = (torch.empty if layout.uniform else torch.zeros)(q_units.shape, dtype=q.dtype)
     dk, dv = (torch.empty(batch * heads, kv_len, dim, dtype=x.dtype) for x in (k, v))
-    whole = layout.num_kv * layout.kv_tile if layout.kv_tile > 1 else kv_len  # a head's tokens if its last tile were whole
+    whole = -(-kv_len // layout.kv_tile) * layout.kv_tile  # a head's tokens if its last tile were whole
     dbias = None if bias is None else torch.zeros(batch * heads * whole, dtype=dtype)
     dgate = None if gate is None else torch.zeros_like(gate)
     scratch = Scratch(dtype)

@@ -105,7 +105,7 @@ def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) ->
         layout = Layout(lists, counts, torch.arange(groups * num_q), [], q_tile, kv_tile, q_len, kv_len, num_q, num_kv)
         if kv_len % kv_tile:
             tiles = torch.arange(groups * num_kv)
-            layout.kv_first = tiles * kv_tile - tiles // num_kv * (num_kv * kv_tile - kv_len)
+            layout.kv_first = tiles // num_kv * kv_len + tiles % num_kv * kv_tile
             used = torch.arange(capacity) < counts.unsqueeze(-1)
             layout.partial = ((lists % num_kv == num_kv - 1) & used).any(-1).numpy()
         if lowest == highest > 0:
@@ -206,22 +206,22 @@ def make_batch(layout: Layout, first: int, last: int) -> Batch:
         token = token.reshape(-1)
         return Batch(lists, query.reshape(-1), token, 1, token, slot, invalid, q_invalid, shape, slots)
     q_index, q_invalid = _query_rows(layout, first, last)
-    tile, num_kv, kv_len = layout.kv_tile, layout.num_kv, layout.kv_len
+    tile = layout.kv_tile
     shape = (n, layout.q_tile, slots * tile)
     invalid = None if unused is None else unused.repeat_interleave(tile, 1)
     if layout.partial is not None and layout.partial[lists.numpy()].any():
-        token, tail = (x.reshape(n, -1) for x in _tokens(index, tile, kv_len, num_kv))
+        token, tail = (x.reshape(n, -1) for x in _tokens(index, tile, layout.kv_len, layout.num_kv))
         invalid = tail if invalid is None else invalid | tail
         return Batch(lists, q_index, token.reshape(-1), 1, index.reshape(-1), None, invalid, q_invalid, shape, slots)
     index = index.reshape(-1)
-    first = index if layout.kv_first is None else layout.kv_first[index]
-    return Batch(lists, q_index, first, tile, index, None, invalid, q_invalid, shape, slots)
+    gathered = index if layout.kv_first is None else layout.kv_first[index]
+    return Batch(lists, q_index, gathered, tile, index, None, invalid, q_invalid, shape, slots)
 
 
 def _query_rows(layout: Layout, first: int, last: int) -> tuple[Tensor | slice, Tensor | None]:
     """Units of the query tiles of items first to last, and their padding rows; tile mode."""
     tile, length, count = layout.q_tile, layout.q_len, layout.num_q
-    if layout.q_unit > 1 or tile == 1:
+    if length % tile == 0:
         return slice(first, last) if layout.uniform else layout.row_list[first:last], None
     if layout.uniform and last % count:  # a batch that does not end with its head is within it, without the partial tile
         start = first // count * length + first % count * tile

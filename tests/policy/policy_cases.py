@@ -1,0 +1,16 @@
+"""The small model that the policies' tests decide for."""
+
+import torch
+
+from usv.cost import ModelShape, rung_costs
+from usv.grid import Tile, TokenGrid, tile_layout
+from usv.plan import timestep_bins
+
+LAYERS, EDGES = 4, timestep_bins(3, 3.0)
+SHAPE = ModelShape(dim=128, num_heads=2, ffn_dim=448, num_layers=LAYERS, text_length=16)
+LAYOUT = tile_layout(TokenGrid(9, 12, 12), Tile(3, 4, 4))
+COSTS = rung_costs(SHAPE, LAYOUT)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
