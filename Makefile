@@ -55,9 +55,11 @@ results: setup
 	cp outputs/results/students/contact_sheet.png docs/wan_mini.png
 	$(MAKE) report
 
-# the page, and the README's tables and plot, of the results that are there
+# the page, and the README's tables and plots, of the results that are there
+PICTURES ?= --picture docs/pareto.svg=peers.json:subject_accuracy --picture docs/budgets.svg=budgets.json:psnr
+
 report: setup
-	$(BIN)/python -m usv.report --videos outputs/results/peers --readme README.md --pareto docs/pareto.svg
+	$(BIN)/python -m usv.report --videos outputs/results/peers --readme README.md $(PICTURES)
 
 # The ablation: each axis alone, in pairs and all three, of one plan, that of the student that ships. Every row starts from its weights and has
 # so many steps of velocity under its part of the plan, for few steps as many of trajectories from there, all with the dense one as guide.

@@ -17,7 +17,7 @@ from usv.plan import Rung, SparsityPlan
 from usv.report import __main__ as command
 from usv.report.front import front, points_of, uncovered
 from usv.report.inputs import gather, kind_of
-from usv.report.page import NAMES, STYLE, page, picture
+from usv.report.page import NAMES, STYLE, page
 from usv.report.readme import refreshed, tables
 from usv.report.sections import CLASSES, MAKES, MOST_VIDEOS
 from usv.report.svg import Axis, Labels
@@ -175,8 +175,21 @@ def test_tables_of_a_readme_are_replaced(files):
     assert {line.count("|") for line in table.splitlines()} == {11}
 
 
-def test_the_plot_stands_alone(files):
-    root = ElementTree.fromstring(picture(json.loads((files / "peers.json").read_text())))
+def test_the_plot_stands_alone(files, capsys):
+    """With its own colours and a legend of the families that are in it, inside the picture."""
+    out, quality = files / "plot.svg", "peers.json:subject_accuracy"
+    words = ["--results", str(files / "peers.json"), "--out", str(files / "other.html")]
+    command.main([*words, "--picture", f"{out}={quality}", "--picture", f"{files / 'none.svg'}=gone.json:psnr"])
+    assert "gone.json: no such comparison" in capsys.readouterr().out and not (files / "none.svg").exists()
+    root = ElementTree.fromstring(out.read_text())
+    _, _, width, height = map(float, root.get("viewBox").split())
+    legend = {e.text: e for e in root.findall("{http://www.w3.org/2000/svg}text") if e.get("class") == "tick" and not e.text[0].isdigit()}
+    assert {*legend} == {"dense", "fewer steps", "cache", "merging", "pattern", "ours", "front of ours", "front of all others"}
+    assert all(float(e.get("y")) < height and float(e.get("x")) + 7 * len(words) < width for words, e in legend.items())
+    for wrong in ("plot.svg", f"{out}=peers.json", f"{out}=peers.json:beauty"):
+        with pytest.raises(SystemExit):
+            command.main([*words, "--picture", wrong])
+    assert "got 'plot.svg', accepted: FILE.svg=RESULT.json:QUALITY" in capsys.readouterr().err
     style = root.find("{http://www.w3.org/2000/svg}style").text
     assert "--ours" in style and "prefers-color-scheme: dark" in style and "body" not in style and style.count("{") == style.count("}")
 

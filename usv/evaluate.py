@@ -5,13 +5,15 @@
 
 Prompts are CameraMotion captions, every subject with every motion in turn. Batches of the methods are interleaved, so that a
 noisy machine hurts all alike. Quality: subject and motion accuracy against the prompt, Fréchet distance to real clips,
-consistency, flicker, warp error, with 95% intervals where there are enough clips.
+consistency, flicker, warp error, with 95% intervals where there are enough clips; and of students that take the teacher's steps
+how near each video comes to its dense twin (PSNR, SSIM, perceptual distance).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 from pathlib import Path
@@ -129,14 +131,16 @@ def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_
     rows = {}
     generated = generate_all(pipe, model, methods, prompts, seeds, batch_size)
     for name, (generation, density, merged) in generated.items():
+        student = methods[name]
+        twins = None if student is None or student.sampling.get("student_timesteps") else generated["dense"][0].videos
         quality = evaluate_videos(
-            generation.videos, subjects, motions, reference if clips >= MIN_CLIPS else None, prototypes=prototypes,
+            generation.videos, subjects, motions, reference if clips >= MIN_CLIPS else None, twins, prototypes=prototypes,
             intervals=clips >= 2 * MIN_CLIPS,
         )
         rows[name] = {
             "forwards": generation.forwards, "seconds_per_forward": timing[name], "attention_density": density, "merged": merged,
             "denoise_seconds": generation.seconds["denoise"] / clips, "decode_seconds": generation.seconds["decode"] / clips,
-            "flops_ratio": _flops_ratio(pipe, model, methods[name]), **{k: round(v, 5) for k, v in quality.items()},
+            "flops_ratio": _flops_ratio(pipe, model, methods[name]), **{k: finite(v) for k, v in quality.items()},
         }  # fmt: skip
     for row in rows.values():
         row["forward_speedup"] = rows["dense"]["seconds_per_forward"]["p50"] / row["seconds_per_forward"]["p50"]
@@ -144,6 +148,11 @@ def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_
     if videos is not None:
         show(videos, prompts, {name: g.videos for name, (g, _, _) in generated.items()})
     return {"commit": commit(), "machine": machine(pipe.device), "clips": clips, "checkpoints": checkpoints, "methods": rows}
+
+
+def finite(value: float) -> float | None:
+    """Rounded for JSON, which has no infinity: the PSNR of equal videos is None."""
+    return round(value, 5) if math.isfinite(value) else None
 
 
 def machine(device: str | torch.device = "cpu") -> dict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from diffusers import WanPipeline
 from tqdm import tqdm
 
 from usv.config import ModelConfig
-from usv.evaluate import machine, real_clips, requests
+from usv.evaluate import finite, machine, real_clips, requests
 from usv.generate import best_place, generate, load_pipeline
 from usv.metrics import build_prototypes, evaluate_videos, features
 from usv.metrics.frechet import MIN_CLIPS
@@ -138,11 +137,6 @@ def speed(result: Result) -> dict:
         "denoise_seconds_by_batch": dict(zip(("p10", "p50", "p90"), quantiles)),
         "decode_seconds": result.decode / clips,
     }
-
-
-def finite(value: float) -> float | None:
-    """JSON has no infinity: the PSNR of equal videos is null."""
-    return round(value, 5) if math.isfinite(value) else None
 
 
 def versions() -> dict[str, str | None]:

@@ -2,7 +2,7 @@
 
     python -m usv.report
     python -m usv.report --videos outputs/videos --student usv_mini=outputs/usv_mini/student --out outputs/report.html
-    python -m usv.report --readme README.md --pareto docs/pareto.svg      # and the README's tables and picture
+    python -m usv.report --readme README.md --picture docs/pareto.svg=peers.json:subject_accuracy   # and the README's tables and a picture
 
 It reads data/results/*.json, the plans of students, training logs and folders of mp4s, computes nothing anew, and needs no
 network to be read. A section without its input says which command makes it.
@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 from usv.checkpoint import named
+from usv.report.front import QUALITIES
 from usv.report.inputs import gather
 from usv.report.page import page, picture
 from usv.report.readme import refreshed, tables
-from usv.report.sections import by_size
 from usv.training import commit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +33,18 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--videos", type=Path, action="append", default=[], help="folder of mp4s; repeat for several")
     parser.add_argument("--out", type=Path, default=Path("outputs/report.html"))
     parser.add_argument("--readme", type=Path, help="replace the tables of this file by those of the results")
-    parser.add_argument("--pareto", type=Path, help="write the plot of the largest comparison as an SVG file of its own")
+    parser.add_argument("--picture", type=drawn, action="append", default=[], metavar="FILE.svg=RESULT.json:QUALITY",
+                        help=f"write a Pareto plot as a file of its own; QUALITY: {', '.join(QUALITIES)}; repeat for several")  # fmt: skip
     return parser.parse_args(words)
+
+
+def drawn(words: str) -> tuple[Path, str, str]:
+    """File, name of a result and quality of a --picture."""
+    file, _, source = words.partition("=")
+    result, _, key = source.rpartition(":")
+    if not file or not result or key not in QUALITIES:
+        raise argparse.ArgumentTypeError(f"got {words!r}, accepted: FILE.svg=RESULT.json:QUALITY with QUALITY one of {', '.join(QUALITIES)}")
+    return Path(file), result, key
 
 
 def short(path: Path) -> Path:
@@ -85,8 +95,12 @@ def main(words: list[str] | None = None) -> Path:
         for table in tables(inputs):
             said = refreshed(said, table)
         write(args.readme, said)
-    if args.pareto is not None and inputs.results["comparison"]:
-        write(args.pareto, picture(by_size(inputs)[0][1]))
+    for file, name, key in args.picture:
+        report = next((r for path, r in inputs.results["comparison"].items() if Path(path).name == name), None)
+        if report is None:
+            inputs.problems.append(f"{name}: no such comparison among the results, {file} is not drawn")
+        else:
+            write(file, picture(report, key))
     for problem in inputs.problems:
         print(f"not read: {problem}")
     print(f"{args.out} ({len(text) / 2**20:.1f} MiB)")

@@ -13,6 +13,9 @@ QUALITIES = {
 }
 
 
+NOT_PEERS = {"ours", "fixed density"}  # families; fixed densities run a student's weights
+
+
 @dataclass(frozen=True)
 class Point:
     """One method in one plot. number: its row in the table. low, high: 95% interval of value; fast, slow: of seconds."""
@@ -71,7 +74,7 @@ def uncovered(points: list[Point], more: bool) -> list[tuple[Point, bool]]:
 
     ours = [p for p in points if p.family == "ours"]
     found = []
-    for peer in (p for p in points if p.family not in ("ours", "fixed density")):
+    for peer in (p for p in points if p.family not in NOT_PEERS):
         faster = [mine for mine in ours if mine.seconds <= peer.seconds]
         if not any(as_good(mine, peer) for mine in faster):
             found.append((peer, any(perhaps(mine, peer) for mine in faster)))

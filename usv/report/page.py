@@ -121,8 +121,8 @@ def page(inputs: Inputs, command: str, commit: str) -> str:
 """
 
 
-def picture(report: dict, key: str = "subject_accuracy") -> str:
+def picture(report: dict, key: str) -> str:
     """The Pareto plot of one quality as an SVG file of its own, for light and dark pages."""
     name, more = QUALITIES[key]
     style = f"svg {{ background: var(--card); }}{COLOURS}{PICTURES}"
-    return pareto(points_of(report, key), name, more).replace("<title>", f"<style>{style}</style><title>", 1) + "\n"
+    return pareto(points_of(report, key), name, more, legend=True).replace("<title>", f"<style>{style}</style><title>", 1) + "\n"

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 
 from usv.plan import DENSITY_LADDER, MERGE_LADDER, SparsityPlan, bin_of
 from usv.report.front import Point, front
-from usv.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Labels, figure, frame, line, mark, number, tag
+from usv.report.svg import (
+    BOTTOM,
+    FONT,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    Labels,
+    figure,
+    frame,
+    line,
+    mark,
+    number,
+    tag,
+)
 
 MARKS = {
     "dense": "square", "fewer steps": "diamond", "cache": "up", "merging": "down", "pattern": "cross", "fixed density": "circle",
     "ours": "star",
 }  # fmt: skip
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+LEGEND_ROW = 24
 SERIES = 6  # colours of curves in the stylesheet
 
 
@@ -27,8 +45,9 @@ def legend_mark(family: str) -> str:
     return f'<svg aria-hidden="true" width="18" height="18" viewBox="0 0 18 18">{shape}</svg>'
 
 
-def pareto(points: list[Point], name: str, more: bool) -> str:
-    """Quality against measured seconds on a log axis, up and left is better, with intervals and both fronts."""
+def pareto(points: list[Point], name: str, more: bool, legend: bool = False) -> str:
+    """Quality against measured seconds on a log axis, up and left is better, with intervals and both fronts; legend: below, for a
+    picture that stands alone."""
     x = Axis.around([p.seconds for p in points], LEFT, WIDTH - RIGHT, log=True)
     ends = [v for p in points for v in (p.value, p.low, p.high) if v is not None]
     y = Axis.around(ends, HEIGHT - BOTTOM, TOP, flipped=not more)
@@ -45,7 +64,24 @@ def pareto(points: list[Point], name: str, more: bool) -> str:
         words = p.name if p.family in ("dense", "ours") else str(p.number)
         parts.append(labels.place(words, x.at(p.seconds), y.at(p.value), class_=f"label {css(p.family)}"))
     text = "; ".join(f"{p.name}: {number(p.value)} at {p.seconds:.2f} s" for p in points)
-    return figure(f"{name} against seconds a clip", text, "".join(parts))
+    rows = _legend(dict.fromkeys(p.family for p in points)) if legend else []
+    return figure(f"{name} against seconds a clip", text, "".join(parts + rows), height=HEIGHT + LEGEND_ROW * len(rows))
+
+
+def _legend(families: Iterable[str]) -> list[str]:
+    """Rows under a picture: marks of the families in it, and of both fronts."""
+    sample = lambda kind: lambda x, y: line([(x - 8, y), (x + 8, y)], class_=f"front {kind}")  # noqa: E731
+    entries = [(f, lambda x, y, f=f: mark(MARKS[f], x, y, 5.5, class_=css(f))) for f in MARKS if f in families]
+    entries += [("front of ours", sample("ours")), ("front of all others", sample("theirs"))]
+    rows, x = [""], LEFT
+    for words, draw in entries:
+        width = 30 + 0.56 * FONT * len(words)
+        if x + width > WIDTH - RIGHT:
+            rows, x = [*rows, ""], LEFT
+        y = HEIGHT + LEGEND_ROW * (len(rows) - 0.5)
+        rows[-1] += draw(x, y) + tag("text", escape(words), x=x + 14, y=y + 5, class_="tick")
+        x += width
+    return rows
 
 
 def _staircase(points: list[Point], x: Axis, y: Axis) -> list[tuple[float, float]]:

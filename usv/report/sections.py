@@ -7,7 +7,7 @@ import math
 from html import escape
 
 from usv.bench.denoise import said
-from usv.report.front import QUALITIES, family_of, points_of, uncovered
+from usv.report.front import NOT_PEERS, QUALITIES, family_of, points_of, uncovered
 from usv.report.inputs import Inputs, Video, axes_of
 from usv.report.plots import MARKS, SERIES, css, curves, heatmap, legend_mark, pareto, speed_bars
 
@@ -96,10 +96,11 @@ def fronts(inputs: Inputs) -> str:
         plots, words = [], []
         for key, (name, more) in QUALITIES.items():
             points = points_of(report, key)
-            if len(points) < 2 or (key == "psnr" and not any(p.family not in ("dense", "ours") for p in points)):
+            if len(points) < 2:
                 continue
             plots.append(f'<div class="plot">{pareto(points, name, more)}</div>')
-            if any(p.family == "ours" for p in points):
+            families = {p.family for p in points}
+            if "ours" in families and families - NOT_PEERS:
                 words.append(beaten(points, name, more))
         if not plots:
             continue
