@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from usv import distill, flow, matching
+from usv.build import build
 from usv.config import SettingError, TrainConfig, check_overrides, check_train, config_groups, typed
 from usv.cpu import keep_freed_memory, use_all_cores
 from usv.dry_run import report
@@ -33,7 +34,7 @@ from usv.plan import bin_of
 from usv.run_state import resume, save
 from usv.runtime import RankError, launched, lost_ranks, start
 from usv.tracking import Silent, Tracker
-from usv.training import Run, budget_at, build, log_step, temperature_at
+from usv.training import Run, budget_at, log_step, temperature_at
 from usv.validation import validate
 
 ROOT = Path(__file__).resolve().parent
@@ -94,7 +95,8 @@ def step(run: Run, batch: dict):
 
     # 2. how sparse
     target_cost = budget_at(run.step, config)
-    decisions = run.decide(bin_of(float(timestep[0]), run.edges), target_cost, temperature_at(run.step, config), generator)
+    bin = run.bin_order(run.step) if config.distill.name != "trajectory" else bin_of(float(timestep[0]), run.edges)
+    decisions = run.decide(bin, target_cost, temperature_at(run.step, config), generator)
     probes = {p.layer: Probe(p.other, torch.tensor(0.5, device=run.device, requires_grad=True)) for p in decisions.probes}
 
     # 3. teacher and student at the same point, through the same code
@@ -124,7 +126,7 @@ def step(run: Run, batch: dict):
     if samples is not None:
         for _ in range(config.distill.critic_updates):
             critic_loss = run.critic.update(samples.detach(), text, generator)
-    record.fill(loss=total, norm=norm, decisions=decisions, stats=stats, target_cost=target_cost)
+    record.fill(loss=total, norm=norm, decisions=decisions, stats=stats, target_cost=run.forward_target(target_cost))
     if samples is not None:
         record.values |= {"loss/distribution": judged.item(), "loss/critic": critic_loss}
     return record
@@ -147,9 +149,9 @@ def target(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor,
     wanted = run.taught(text)(x_t, 1000 * sigma)
     if d.name == "consistency":
         following = flow.shift_sigma((flow.unshift_sigma(sigma, shift) - 1 / d.solver_steps).clamp_min(0), shift)
-        rows, below = {decisions.bin: decisions.rungs}, decisions.bin - 1  # where the solver's step may lead
-        if below >= 0:
-            rows[below] = run.rungs_at(run.edges[below], generator)
+        reach = math.ceil(len(run.edges) / d.solver_steps)  # so many bins below, which are equal in the solver's time, its step may lead
+        below = range(max(0, decisions.bin - reach), decisions.bin)
+        rows = {decisions.bin: decisions.rungs} | {bin: run.rungs_at(run.edges[bin], generator) for bin in below}
         return distill.consistency_velocity(run.sparse_by_bin(text, rows), wanted, x_t, sigma, following)
     return wanted
 
@@ -164,8 +166,9 @@ def probe_step(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: tor
     judge = lambda x0: matching.teacher_residual(  # noqa: E731
         x0, text, run.empty, run.teacher, run.config.model.guidance_scale, torch.Generator().manual_seed(seed), share=run.share
     )
-    damages = matching.jump_damage(call, dense, judge, noise, run.edges, steps, bin)
-    run.policy.observe_jump(bin, *run.ranks.mean(list(damages)), {i: row for i, row in rows.items() if steps[i]})
+    damages = run.ranks.mean(list(matching.jump_damage(call, dense, judge, noise, run.edges, steps, bin)))
+    if all(map(math.isfinite, damages)):  # one that is not would stay in the running means
+        run.policy.observe_jump(bin, *damages, {i: row for i, row in rows.items() if steps[i]})
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

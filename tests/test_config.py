@@ -152,6 +152,24 @@ def test_values_out_of_range_are_refused(setting, value):
     assert str(caught.value).startswith(f"{setting}: got {value}, accepted: ")
 
 
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"policy.bins": 1}, "policy.bins: got 1, accepted: at least 2 with policy.steps"),
+        ({"distill.distribution": 0.5, "distill.student_timesteps": [1000.0, 600.0]}, "distill.distribution: got 0.5, accepted: 0 with policy.steps"),
+        ({"policy.axes": ["merge"]}, "policy.most_density: got 0.25, accepted: 1 where policy.axes leave density alone"),
+    ],
+)
+def test_what_learned_steps_do_not_go_with(changes, refusal):
+    config = train("experiment=usv_learned_steps")
+    check_train(config)
+    for name, value in changes.items():
+        owner, key = name.split(".")
+        setattr(getattr(config, owner), key, value)
+    with pytest.raises(SettingError, match=f"^{refusal}"):
+        check_train(config)
+
+
 def test_wrong_type_is_one_line():
     from omegaconf import OmegaConf
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from runs import interrupt, same
+from runs import interrupt, program, same
 from safetensors.torch import load_file
 
+from usv.build import inherit_steps
 from usv.checkpoint import read_config
 from usv.config import DistillConfig, SettingError
 from usv.plan import Rung, SparsityPlan
-from usv.training import inherit_steps
 
 
 @pytest.mark.parametrize(("every", "jumps"), [(1, 4), (2, 2)])
@@ -31,6 +31,51 @@ def test_steps_are_decided_with_the_rungs(make, watched, tmp_path, every, jumps)
     assert cost <= 0.4 + 1e-6
     asked = {key for line in last if "validation/sampling_cost" in line for key in line if key.startswith("validation_by_noise")}
     assert {f"validation_by_noise/t_{t:.0f}" for t in plan.student_timesteps()} <= asked, "once decided, where it is sampled"
+
+
+def test_a_probe_that_is_not_finite_is_not_remembered(make, watched, tmp_path, monkeypatch):
+    config = make(tmp_path / "run", steps=3)
+    config.policy.steps, config.policy.bins, config.distill.name, seen = True, 3, "consistency", []
+    monkeypatch.setattr(program.matching, "jump_damage", lambda *a: (float("nan"), 1.0))
+    watched(config, at={1: lambda run: seen.append((float(run.policy.jump_seen.sum()), run.policy.jump_damage.isfinite().all()))})
+    assert seen == [(0.0, True)]
+
+
+def test_a_forwards_target_is_of_those_that_run(make, watched, tmp_path):
+    """What the bar and the log show beside a forward's cost: where steps are decided the budget is shared by those that run."""
+    config, seen = make(tmp_path / "steps"), []
+    config.policy.steps, config.policy.bins, config.policy.budget, config.distill.name = True, 3, 0.2, "consistency"
+    watched(config, at={8: lambda run: seen.append((sum(run.plan.steps), run.forward_target(0.2), run.policy.tau, run.config.policy))})
+    running, target, tau, policy = seen[0]
+    assert target == min(1.0, 0.2 * 3 / running) and tau == policy.tau_end, "after the freeze its gates are as cold as they were before"
+    inherited = make(tmp_path / "part", policy="inherit", steps=1)
+    inherited.policy.axes, inherited.distill.name, inherited.distill.init = [], "trajectory", str(tmp_path / "steps" / "student")
+    inherited.distill.guide, inherited.policy.budget = "teacher", 0.2
+    watched(inherited, at={1: lambda run: seen.append(run.forward_target(0.2))})
+    assert seen[1] == 1.0, "dense, whatever the budget"
+
+
+@pytest.mark.parametrize(("bins", "solver_steps"), [(3, 20), (6, 2)])
+def test_every_bin_that_the_solver_reaches_has_its_row(make, watched, tmp_path, monkeypatch, bins, solver_steps):
+    """The student's answer below is asked under the row of the bin it lies in, however few steps the solver has."""
+    config = make(tmp_path / "run", steps=2 * bins)
+    config.policy.steps, config.policy.bins, config.distill.name, config.distill.solver_steps = True, bins, "consistency", solver_steps
+    config.policy.jump_every, original, reached = 99, program.Run.sparse_by_bin, set()
+
+    def spy(run, text, rows):
+        call = original(run, text, rows)
+
+        def checked(x, t):
+            here = {program.bin_of(float(each), run.edges) for each in t}
+            reached.add(max(rows) - min(here))
+            assert here <= {*rows}
+            return call(x, t)
+
+        return checked
+
+    monkeypatch.setattr(program.Run, "sparse_by_bin", spy)
+    watched(config)
+    assert max(reached) == -(-bins // solver_steps)
 
 
 def test_a_part_of_an_inherited_plan(make, watched, tmp_path):
@@ -100,10 +145,16 @@ def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
     assert sorted(seen) == [1, 2, 3]
     assert all(torch.equal(guides[0][k], v) for k, v in kept.items())
     assert any(not torch.equal(weights[k], v) for k, v in kept.items() if k in weights)
+    watched(make(tmp_path / "second", steps=1))
     other = few(tmp_path / "other", init, steps=1)
-    other.distill.guide = str(tmp_path / "whole" / "student")
+    other.distill.guide = str(tmp_path / "second" / "student")
     watched(other, at={1: lambda run: guides.append(run.guide.model.state_dict())})
-    assert all(torch.equal(guides[1][k], v) for k, v in load_file(tmp_path / "whole" / "student" / "student.safetensors").items())
+    assert all(torch.equal(guides[1][k], v) for k, v in load_file(tmp_path / "second" / "student" / "student.safetensors").items())
+    for start, guide in ((init, str(tmp_path / "whole" / "student")), (str(tmp_path / "whole" / "student"), None)):
+        refused = few(tmp_path / "refused", start, steps=1)
+        refused.distill.guide = guide
+        with pytest.raises(SettingError, match="distill.guide: got .*whole/student, a student of few steps, accepted: teacher, or"):
+            watched(refused)
     other = few(tmp_path / "by_teacher", init, steps=1)
     other.distill.guide = "teacher"
     watched(other, at={1: lambda run: guides.append(run.guide)})

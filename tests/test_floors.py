@@ -20,7 +20,7 @@ FLOORS = {
     "sampler": 5, "remote": 1, "optim": 5, "matching": 5,
     "pipeline": 6, "patterns_pipeline": 6, "generate": 6,
     "compare_patterns": 7, "compare_report": 7, "matched_density": 7,
-    "training": 7, "validation": 7, "dry_run": 7, "runtime": 7, "run_state": 7, "export": 7, "tracking": 7, "evaluate": 7, "compare_policies": 7, "oracle": 7, "oracle_steps": 7, "bench": 7, "report": 7, "peers": 7,
+    "training": 7, "build": 7, "validation": 7, "dry_run": 7, "runtime": 7, "run_state": 7, "export": 7, "tracking": 7, "evaluate": 7, "compare_policies": 7, "oracle": 7, "oracle_steps": 7, "bench": 7, "report": 7, "peers": 7,
 }  # fmt: skip
 ROOF = 7
 RUNTIME = {"accelerate", "deepspeed", "hydra", "trackio", "wandb"}

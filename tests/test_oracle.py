@@ -89,9 +89,14 @@ def test_every_choice_of_steps_is_searched(student, tiny_wan, tiny_shards):
     pipe = load_pipeline(str(tiny_wan))
     loaded = load_student(student, pipe.transformer)
     edges = timestep_bins(3, 3.0)
-    loaded.plan = SparsityPlan(edges, ((Rung(1, 2), Rung(2, 0)),) * 3, (True, False, True))
+    early, late = (Rung(1, 2), Rung(2, 0)), (Rung(4, 0), Rung(0, 1))
+    loaded.plan = SparsityPlan(edges, (late, early, early), (True, False, True))
     loaded.sampling["student_timesteps"] = loaded.plan.student_timesteps()
+    forward, ran = loaded.model.forward, []
+    loaded.model.forward = lambda x, t, text, row: ran.append((round(float(t[0])), row)) or forward(x, t, text, row)
     report = oracle.compare(settings, loaded, pipe, str(tiny_shards), "student", 1)
+    assert set(ran) == {(1000, early), (round(edges[0]), late), (round(edges[1]), late)}, "the second step is the plan's second wherever it lies"
+    assert len({row["cost"] for row in report["rows"].values()}) == 1
     found = {tuple(s["steps"]): s["error"] for s in report["subsets"]}
     assert set(found) == {(1000.0, edges[0]), (1000.0, edges[1])} and len(set(found.values())) == 2
     assert tuple(report["rows"]["oracle"]["steps"]) == min(found, key=found.get)
@@ -99,13 +104,14 @@ def test_every_choice_of_steps_is_searched(student, tiny_wan, tiny_shards):
     with pytest.raises(ValueError, match="for a student of learned steps"):
         oracle.compare(settings, loaded, pipe, str(tiny_shards), "teacher", 1)
     loaded.plan = SparsityPlan(edges, loaded.plan.rungs, (False, False, True))
-    with pytest.raises(ValueError, match="runs 1 of 3 candidate steps"):
-        oracle.compare(settings, loaded, pipe, str(tiny_shards), "student", 1)
+    report = oracle.compare(settings, loaded, pipe, str(tiny_shards), "student", 1)
+    assert report["gain"] is None and len(report["subsets"]) == 1, "one step has one place"
 
 
 def test_steps_spaced_evenly():
     edges = tuple(float(i) for i in range(1, 9))
-    assert oracle.oracle_steps.even(edges, 2) == (8.0, 4.0) and oracle.oracle_steps.even(edges, 3) == (8.0, 5.0, 2.0)
+    assert oracle.oracle_steps.even(edges, 2) == (8.0, 4.0) and oracle.oracle_steps.even(edges, 3) == (8.0, 5.0, 3.0)
+    assert oracle.oracle_steps.even(edges[:6], 5) == (6.0, 5.0, 4.0, 2.0, 1.0) and oracle.oracle_steps.even(edges, 8) == edges[::-1]
     assert len(oracle.oracle_steps.subsets(edges, 3)) == 21 and all(s[0] == 8.0 for s in oracle.oracle_steps.subsets(edges, 3))
 
 

@@ -38,7 +38,7 @@ class CheckpointError(ValueError):
 class Student:
     """A sparse network, the plan it runs, and how it is sampled (height, width, num_frames, num_inference_steps, …).
 
-    policy: tables the plan was decoded from. lora: rank, alpha, targets of `adapters` (a state dict of theirs), which `model`
+    policy: what its gates had learned (`run_state.policy_tables`). lora: rank, alpha, targets of `adapters` (a state dict of theirs), which `model`
     has merged in; None where all weights were trained.
     """
 

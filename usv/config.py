@@ -77,7 +77,7 @@ class PolicyConfig:
     name: gumbel (learned) | entropy | static | inherit (the plan of distill.init, from the first step on). axes: what is
     decided, or inherited; an axis left out stays dense. steps: also decide which of the bins' upper edges a few-step student runs at; budget is
     then the whole sampling's cost as a fraction of that many (`bins`) dense forwards. jump_every: training steps from one probe of a
-    candidate step to the next; a probe samples twice and asks the teacher about both.
+    candidate step to the next; a probe samples three times and asks the teacher about each.
     """
 
     name: str = "gumbel"
@@ -334,6 +334,9 @@ def check_train(config: TrainConfig) -> None:
         ("policy.axes", config.policy.axes, (bool(config.policy.axes) or config.policy.name == "inherit") and set(config.policy.axes) <= {"density", "merge"}, "[density], [merge] or both; with policy=inherit also none"),
         ("policy.most_density", config.policy.most_density, 0 < config.policy.most_density <= 1, "a density in (0, 1]"),
         ("policy.steps", config.policy.steps, not config.policy.steps or (config.policy.name == "gumbel" and config.distill.name == "consistency"), "true with policy=gumbel and distill=consistency"),
+        ("distill.distribution", config.distill.distribution, not (config.policy.steps and config.distill.distribution), "0 with policy.steps; distill=few_step goes on from its student, with policy=inherit"),
+        ("policy.bins", config.policy.bins, config.policy.bins >= 2 or not config.policy.steps, "at least 2 with policy.steps"),
+        ("policy.most_density", config.policy.most_density, config.policy.most_density == 1 or config.policy.name != "gumbel" or "density" in config.policy.axes, "1 where policy.axes leave density alone"),
         ("policy.budget", config.policy.budget, 0 < config.policy.budget <= 1, "a fraction of the dense cost in (0, 1]"),
         ("policy.jump_every", config.policy.jump_every, config.policy.jump_every >= 1, "at least 1"),
         ("policy.bins", config.policy.bins, config.policy.bins >= 1, "at least 1"),

@@ -228,29 +228,35 @@ def has_critic(config: TrainConfig) -> bool:
 
 
 def step_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> dict[str, float]:
-    """FLOPs of one optimiser step over the whole batch, by part. Backward is 2 forwards (1 of frozen weights), of attention 2.5."""
+    """FLOPs of one optimiser step over the whole batch, by part. Backward is 2 forwards (1 of frozen weights), of attention 2.5.
+
+    Where the policy decides steps, two of them are assumed to share the budget, and all probes (`matching.jump_damage`) to be made.
+    """
     batch, dense = config.optim.batch_size, dense_flops(shape, tokens)
+    guided = 1 if config.model.guidance_scale == 1 else 2
+    budget = min(1.0, config.policy.budget * config.policy.bins / 2) if config.policy.steps else config.policy.budget
     attention = shape.num_layers * block_flops(shape, tokens)["attention"]
-    sparse = config.policy.budget * (1 + config.policy.probes / shape.num_layers)
+    sparse = budget * (1 + config.policy.probes / shape.num_layers)
     linear = 1 if config.lora.rank else 2  # frozen weights need no gradient of their own
     backward = linear * (dense - attention) + 2.5 * attention + (dense if config.runtime.gradient_checkpointing else 0)
     flops = {
-        "teacher": batch * dense * (1 if config.model.guidance_scale == 1 else 2),
+        "teacher": batch * dense * guided,
         "student forward": batch * sparse * dense,
         "student backward": batch * sparse * backward,
     }
     if config.distill.name == "consistency":  # the student asked once more, without gradient
-        flops["student forward"] += batch * config.policy.budget * dense
+        flops["student forward"] += batch * budget * dense
+    if config.policy.steps:  # rollouts with the step, without and dense, each judged at four noise levels
+        flops["student forward"] += batch * dense * (2 + budget * 3) / config.policy.jump_every
+        flops["teacher"] += batch * dense * 3 * 4 * guided / config.policy.jump_every
     if config.distill.name == "trajectory":  # rollouts of half the ladder and of the solver on average; the guide may be sparse
         own = (len(config.distill.student_timesteps) - 1) / 2
-        flops["student forward"] += batch * config.policy.budget * dense * own / config.distill.reuse
-        guide = config.policy.budget if has_guide(config) else 1 if config.model.guidance_scale == 1 else 2
+        flops["student forward"] += batch * budget * dense * own / config.distill.reuse
+        guide = budget if has_guide(config) else guided
         flops["teacher"] = batch * dense * guide * (config.distill.solver_steps + 1) / 2 / config.distill.reuse
-    if has_critic(
-        config
-    ):  # a rollout of half the ladder on average is judged by teacher and critic; then the critic's steps
+    if has_critic(config):  # a rollout of half the ladder on average is judged by teacher and critic; then the critic's steps
         calls = (1 + len(config.distill.student_timesteps)) / 2
-        flops["student forward"] += batch * config.policy.budget * dense * calls
+        flops["student forward"] += batch * budget * dense * calls
         flops["student backward"] *= 2
         flops["teacher"] *= 2
         flops["critic"] = batch * (dense + config.distill.critic_updates * (dense + 2 * dense + 0.5 * attention))

@@ -184,9 +184,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     for name, row in report["rows"].items():
-        print(f"{name:10} error {row['error']:.4f} " + (f"at cost {row['cost']:.4f}" if "cost" in row else f"in steps {row['steps']}"))
+        print(f"{name:10} error {row['error']:.4f} at cost {row['cost']:.4f}" + (f" in steps {row['steps']}" if "steps" in row else ""))
     if report["gain"] is None:
-        print("the oracle's plan gains nothing over the uniform one")
+        print("the oracle's plan gains nothing over the uniform one" + (", the only choice" if len(report.get("subsets", [])) == 1 else ""))
     else:
         print(f"the learned plan has {report['gain']:.0%} of the oracle's gain over the uniform plan, on the {args.weights}'s weights")
     if args.out is not None:

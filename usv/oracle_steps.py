@@ -1,9 +1,12 @@
 """Which of its candidate steps should a few-step student run? Exhaustive search, against what its policy learned.
 
 Every subset with as many steps as the learned one (pure noise always runs) samples the same prompts from the same noise; judged as
-the policy's own probes are, by how far the guided teacher would move the samples. All steps run the plan's row of the first one, so
-that every subset costs the same and nothing but the choice of steps is compared. The best subset is chosen on one half of the
-clips and compared on the other with the learned one and with the evenly spaced one: gain = (uniform − learned) / (uniform − oracle).
+the policy's own probes are, by how far the guided teacher would move the samples. The k-th step of every subset runs the plan's k-th
+row: all cost the same, and the learned one is as it is in use. The best subset is chosen on one half of the clips and compared on
+the other with the learned one and with the evenly spaced one: gain = (uniform − learned) / (uniform − oracle).
+
+Only where the steps lie is judged, not how many there are. The weights were trained at the learned ones, or about them where the
+policy learned on for most of the run: an advantage that the other subsets do not have.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import torch
 from tqdm import tqdm
 
 from usv import matching
-from usv.checkpoint import CheckpointError, Student
+from usv.checkpoint import Student
 from usv.config import ModelConfig
+from usv.cost import ModelShape, plan_cost
+from usv.grid import tile_layout
 from usv.models.wan import SparseWan
 
 
@@ -25,8 +30,8 @@ def subsets(edges, count: int) -> list[tuple[float, ...]]:
 
 
 def even(edges, count: int) -> tuple[float, ...]:
-    """The descending choice of `count` that a sampler of as many uniform steps would make: every so-many-th candidate."""
-    return tuple(edges[(i * len(edges)) // count - 1] for i in range(count, 0, -1))
+    """The descending choice of `count` that a sampler of as many uniform steps would make: the nearest candidates to even spacing."""
+    return tuple(edges[(2 * i * len(edges) + count) // (2 * count) - 1] for i in range(count, 0, -1))
 
 
 DRAWS = 3  # of noise, for each clip
@@ -42,8 +47,8 @@ class SampleJudge:
     @torch.no_grad()
     def residual(self, timesteps) -> float:
         """Mean squared distance (`matching.teacher_residual`) of the samples made in these steps."""
-        call = lambda x, t: self.student.model(x, t, self.text, self.student.plan.rungs[-1])[0]  # noqa: E731
-        total = 0.0
+        rows, total = dict(zip(timesteps, reversed(self.student.plan.running()))), 0.0
+        call = lambda x, t: self.student.model(x, t, self.text, rows[min(rows, key=lambda step: abs(step - float(t[0])))])[0]  # noqa: E731
         for seed in self.seeds:
             generator = torch.Generator().manual_seed(seed)
             samples = matching.rollout(call, torch.randn(self.shape, generator=generator), timesteps)
@@ -59,17 +64,18 @@ def gain(rows: dict[str, dict]) -> float | None:
 
 
 def compare(settings: ModelConfig, student: Student, teacher: SparseWan, seen: dict, unseen: dict, empty: torch.Tensor) -> dict:
-    """The learned, the even and the best subset; what the best was chosen by, for every subset, is in `subsets`.
+    """The learned, the even and the best subset; what the best was chosen by, for every subset, is in `subsets`. cost: in dense forwards.
 
     seen, unseen: batches of clips, of which only the texts and the shape are used.
     """
     edges, learned = student.plan.edges, tuple(student.plan.student_timesteps())
-    if not 1 < len(learned) < len(edges):
-        raise CheckpointError(f"--ckpt: got a student that runs {len(learned)} of {len(edges)} candidate steps, accepted: one with a choice")
     judge = SampleJudge(student, teacher, seen, empty, settings, 0)
     found = {steps: judge.residual(steps) for steps in tqdm(subsets(edges, len(learned)), unit="subset")}
     plans = {"learned": learned, "uniform": even(edges, len(learned)), "oracle": min(found, key=found.get)}
     judge = SampleJudge(student, teacher, unseen, empty, settings, 1000)
-    rows = {name: {"error": round(judge.residual(steps), 6), "steps": list(steps)} for name, steps in plans.items()}
+    layout = tile_layout(student.model.grid_of(seen["latents"].shape), student.model.tile)
+    shape = ModelShape.of(student.model.config, settings.max_sequence_length)
+    cost = round(plan_cost(student.plan.sampled(learned), shape, layout) * len(learned), 5)
+    rows = {name: {"error": round(judge.residual(steps), 6), "cost": cost, "steps": list(steps)} for name, steps in plans.items()}
     searched = [{"steps": list(steps), "error": round(error, 6)} for steps, error in found.items()]
     return {"axis": "steps", "edges": list(edges), "rows": rows, "subsets": searched, "gain": gain(rows)}

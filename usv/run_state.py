@@ -20,7 +20,9 @@ from usv.policy.gumbel import GumbelPolicy
 
 
 def policy_tables(policy) -> dict:
-    """What the plan is decoded from, as it stands in a student's config.json: bins × layers (× rungs)."""
+    """What a policy has learned, as it stands in a student's config.json: the probabilities of its gates, bins × layers × rungs, and
+    the damage a jump of each bin's step stands for (`known_jump_damage`); entropies of bins × layers. The plan is decoded from the
+    damages of rungs too, which are in the trainer's state."""
     if isinstance(policy, GumbelPolicy):
         with torch.no_grad():
             density, merge = policy.probabilities()

@@ -4,6 +4,8 @@ import pytest
 import torch
 from policy_cases import COSTS, EDGES, LAYERS, LAYOUT, SHAPE, seeded
 
+from usv.build import least_cost
+from usv.config import TrainConfig
 from usv.cost import plan_cost, rung_costs
 from usv.plan import DENSITY_LADDER, RUNGS, Rung, timestep_bins
 from usv.policy.gumbel import GumbelPolicy
@@ -146,3 +148,16 @@ def test_the_plan_is_of_least_damage_whatever_the_gates_have_settled_on():
     best = min(damage(0, a) + damage(1, b) for a, b in within)
     (row,) = policy.decode(0.5).rungs
     assert damage(0, row[0]) + damage(1, row[1]) <= best + 1e-6
+
+
+@pytest.mark.parametrize(("axes", "merge_layers"), [(["density", "merge"], None), (["density", "merge"], 2), (["merge"], 1), (["density"], 3)])
+def test_the_least_budget_is_what_the_sparsest_plan_costs(axes, merge_layers):
+    """What train.py accepts at the start can be decoded at the end, and no less."""
+    config = TrainConfig()
+    config.policy.axes, config.policy.merge_layers = axes, merge_layers
+    least = least_cost(config, dict(zip(RUNGS, COSTS)), LAYERS)
+    policy = GumbelPolicy(EDGES, LAYERS, COSTS, axes=axes, merge_layers=merge_layers)
+    cost = [COSTS[RUNGS.index(rung)] for row in policy.decode(least + 1e-6).rungs for rung in row]
+    assert sum(cost) / len(cost) == pytest.approx(least)
+    with pytest.raises(ValueError, match="give a budget of at least"):
+        policy.decode(least - 1e-3)
