@@ -1,8 +1,8 @@
 """Generate videos with a trained student, or with the dense model.
 
-    python infer.py ckpt=outputs/usv_mini/student prompt="a cat, the camera pans left"
+    python infer.py ckpt=outputs/usv_mini/student prompt='"a cat, the camera pans left"'
     python infer.py ckpt=outputs/usv_mini/student prompts=data/prompts/camera_motion.txt seeds=2 compare=true
-    python infer.py attention=svg2 prompt="a cat, the camera pans left"       # no training: a pattern on the dense model
+    python infer.py attention=svg2 prompt='"a cat, the camera pans left"'       # no training: a pattern on the dense model
     python infer.py ckpt=outputs/usv_mini/student attention=svg2 prompt=...   # the student's densities, SVG2's clusters
 
 Each prompt and seed gives an mp4; a contact sheet and infer.json (seconds by stage, executed density, merging, attention recall
@@ -120,7 +120,7 @@ def write(folder: Path, config: InferConfig, texts: list[str], seeds: list[int],
         for index, (text, seed) in enumerate(zip(texts, seeds)):
             stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
             path = folder / f"{stem}-s{seed}{'-dense' if name == 'dense' and len(methods) > 1 else ''}.mp4"
-            write_mp4(path, result.videos[index], config.fps, scale=max(1, 384 // result.videos.shape[-1]))
+            write_mp4(path, result.videos[index], config.fps or config.model.fps, scale=max(1, 384 // result.videos.shape[-1]))
             report["videos"].append({"path": str(path), "prompt": text, "seed": seed, "method": name})
     for index in range(min(len(texts), 16)):
         rows += [(f"{name}: {texts[index]} (seed {seeds[index]})", result.videos[index]) for name, (result, _) in methods.items()]

@@ -172,7 +172,7 @@ def test_tables_of_a_readme_are_replaced(files):
     assert new == f"# A\n\n| other |\n|---|\n| 1 |\n\n{table}\n\nafter\n" and refreshed(new, table) == new
     assert refreshed("no table", table) == "no table"
     assert f"| mine | ours | 1.800 | {report['methods']['mine']['denoise_speedup']:.1f}× |" in table and "pip install cache-dit" in table
-    assert {line.count("|") for line in table.splitlines()} == {11}
+    assert {line.count("|") for line in table.splitlines()} == {12}
 
 
 def test_the_plot_stands_alone(files, capsys):

@@ -50,7 +50,7 @@ class ModelConfig:
 
     weights: pretrained (from path) | random (`architecture`, untrained: tests and measurements). experts: transformers of
     the pipeline; of two, one serves timesteps from `boundary` · 1000 on (expert=high), the other those below (low): one is
-    trained a run.
+    trained a run. fps: frames a second of its clips, with which infer.py writes them.
     """
 
     path: str = "data/wan-mini"
@@ -68,6 +68,7 @@ class ModelConfig:
     boundary: float = 0.875
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
+    fps: int = 8
 
 
 @dataclass
@@ -249,7 +250,7 @@ class InferConfig:
     num_inference_steps: int | None = None
     compare: bool = False
     output_dir: str = "outputs/videos"
-    fps: int = 8
+    fps: int | None = None  # of the files; none: model.fps
 
 
 def keys_of(schema: type) -> list[str]:

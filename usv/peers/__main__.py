@@ -43,10 +43,10 @@ def table(report: dict) -> str:
 
 def markdown(report: dict) -> str:
     """The rows as the README shows them, 95% intervals where they were computed; a method without figures says why."""
-    lines = ["| method | kind | s a clip | faster | density | merged | subject | motion | Fréchet | PSNR |", "|---" * 10 + "|"]
-    for name, row in report["methods"].items():
+    lines = ["| | method | kind | s a clip | faster | density | merged | subject | motion | Fréchet | PSNR |", "|---" * 11 + "|"]
+    for number, (name, row) in enumerate(report["methods"].items(), 1):
         if "reason" in row:
-            lines.append(f"| {name} | {row['family']} | {row['reason']} |" + " |" * 7)
+            lines.append(f"| {number} | {name} | {row['family']} | {row['reason']} |" + " |" * 7)
             continue
         psnr = "–" if row.get("psnr") is None else f"{row['psnr']:.1f}"
         frechet = "–" if row.get("frechet_distance") is None else f"{row['frechet_distance']:.0f}"
@@ -55,7 +55,7 @@ def markdown(report: dict) -> str:
             for key in ("subject_accuracy", "motion_accuracy")
         )
         lines.append(
-            f"| {name} | {row['family']} | {row['denoise_seconds']:.3f} | {row['denoise_speedup']:.1f}× | {row['attention_density']:.3f} "
+            f"| {number} | {name} | {row['family']} | {row['denoise_seconds']:.3f} | {row['denoise_speedup']:.1f}× | {row['attention_density']:.3f} "
             f"| {row['merged']:.0%} | {accuracies} | {frechet} | {psnr} |"
         )
     return "\n".join(lines)

@@ -62,7 +62,8 @@ def pareto(points: list[Point], name: str, more: bool, legend: bool = False) -> 
     parts += [_point(p, x, y, name) for p in drawn]
     for p in reversed(drawn):
         words = p.name if p.family in ("dense", "ours") else str(p.number)
-        parts.append(labels.place(words, x.at(p.seconds), y.at(p.value), class_=f"label {css(p.family)}"))
+        place = lambda words, p=p: labels.place(words, x.at(p.seconds), y.at(p.value), class_=f"label {css(p.family)}")  # noqa: E731
+        parts.append(place(words) or place(str(p.number)))
     text = "; ".join(f"{p.name}: {number(p.value)} at {p.seconds:.2f} s" for p in points)
     rows = _legend(dict.fromkeys(p.family for p in points)) if legend else []
     return figure(f"{name} against seconds a clip", text, "".join(parts + rows), height=HEIGHT + LEGEND_ROW * len(rows))
