@@ -39,7 +39,7 @@ test: lint
 wan-mini: setup
 	$(BIN)/python data/build_wan_mini.py
 
-# every number and picture of the README from the shipped checkpoints, on two cores; other students: make results CKPTS="--ckpt mine=FOLDER"
+# the README's first table and that of the peers, and its pictures, from the shipped checkpoints, on two cores; other students: make results CKPTS="--ckpt mine=FOLDER"
 STUDENTS   ?= $(sort $(patsubst data/students/%/config.json,%,$(wildcard data/students/*/config.json)))
 # and the few-step student in its first step alone
 CKPTS      ?= $(foreach name,$(STUDENTS),--ckpt data/students/$(name)) --ckpt usv_one_step=data/students/usv_few_step@1000

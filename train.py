@@ -85,7 +85,8 @@ def step(run: Run, batch: dict):
     x0, text = batch["latents"].to(run.device), batch["text"].to(run.device)
 
     # 1. noise levels within one bin, so that the whole batch runs one plan of static shape
-    sigma = run.levels(run.bin_order(run.step), flow.stratified_uniform(len(x0), generator, run.share)).to(run.device)
+    index = run.bin_order(run.step)
+    sigma = run.levels(index, flow.stratified_uniform(len(x0), generator, run.share)).to(run.device)
     noise = flow.normal(x0.shape, generator, run.share).to(run.device)
     x_t = flow.interpolate(x0, noise, sigma)
     wanted = None
@@ -95,8 +96,8 @@ def step(run: Run, batch: dict):
 
     # 2. how sparse
     target_cost = budget_at(run.step, config)
-    bin = run.bin_order(run.step) if config.distill.name != "trajectory" else bin_of(float(timestep[0]), run.edges)
-    decisions = run.decide(bin, target_cost, temperature_at(run.step, config), generator)
+    middle = run.levels(index, torch.tensor([0.5]))[0] if wanted is None else sigma[0]  # a clip may lie on the edge of its bin
+    decisions = run.decide(bin_of(1000 * float(middle), run.edges), target_cost, temperature_at(run.step, config), generator)
     probes = {p.layer: Probe(p.other, torch.tensor(0.5, device=run.device, requires_grad=True)) for p in decisions.probes}
 
     # 3. teacher and student at the same point, through the same code
@@ -120,7 +121,7 @@ def step(run: Run, batch: dict):
         record.skip(run.skipped)
         return record
     run.observe(decisions, probes, stats, total)
-    if run.decides_steps() and run.step % config.policy.jump_every == 0:  # one candidate step: a rollout with it and one without, judged by the teacher
+    if run.decides_steps() and run.step % config.policy.jump_every == 0:  # one candidate step: rollouts with it, without and dense, judged by the teacher
         with run.engine.autocast():
             probe_step(run, noise, text, generator)
     if samples is not None:

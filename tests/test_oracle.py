@@ -11,8 +11,9 @@ import torch
 from usv import oracle
 from usv.checkpoint import Student, load_student, save_student
 from usv.config import ModelConfig
+from usv.cost import ModelShape, rung_costs
 from usv.generate import load_pipeline
-from usv.grid import Tile
+from usv.grid import Tile, tile_layout
 from usv.models.wan import SparseWan
 from usv.plan import DENSITY_LADDER, RUNGS, Rung, SparsityPlan, timestep_bins
 
@@ -96,7 +97,10 @@ def test_every_choice_of_steps_is_searched(student, tiny_wan, tiny_shards):
     loaded.model.forward = lambda x, t, text, row: ran.append((round(float(t[0])), row)) or forward(x, t, text, row)
     report = oracle.compare(settings, loaded, pipe, str(tiny_shards), "student", 1)
     assert set(ran) == {(1000, early), (round(edges[0]), late), (round(edges[1]), late)}, "the second step is the plan's second wherever it lies"
-    assert len({row["cost"] for row in report["rows"].values()}) == 1
+    layout, shape = tile_layout(loaded.model.grid_of((16, 5, 8, 8)), loaded.model.tile), ModelShape.of(loaded.model.config, tiny.TEXT)
+    costs = dict(zip(RUNGS, rung_costs(shape, layout)))
+    wanted = sum(costs[rung] for rung in early + late) / 2  # two layers, two steps; in dense forwards
+    assert all(row["cost"] == pytest.approx(wanted, abs=1e-5) for row in report["rows"].values())
     found = {tuple(s["steps"]): s["error"] for s in report["subsets"]}
     assert set(found) == {(1000.0, edges[0]), (1000.0, edges[1])} and len(set(found.values())) == 2
     assert tuple(report["rows"]["oracle"]["steps"]) == min(found, key=found.get)

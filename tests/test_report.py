@@ -178,9 +178,11 @@ def test_tables_of_a_readme_are_replaced(files):
 def test_the_plot_stands_alone(files, capsys):
     """With its own colours and a legend of the families that are in it, inside the picture."""
     out, quality = files / "plot.svg", "peers.json:subject_accuracy"
-    words = ["--results", str(files / "peers.json"), "--out", str(files / "other.html")]
-    command.main([*words, "--picture", f"{out}={quality}", "--picture", f"{files / 'none.svg'}=gone.json:psnr"])
-    assert "gone.json: no such comparison" in capsys.readouterr().out and not (files / "none.svg").exists()
+    (files / "bare.json").write_text(json.dumps({"methods": {"dense": row("dense", 8, 0.9)}}))
+    words = ["--results", str(files / "peers.json"), str(files / "bare.json"), "--out", str(files / "other.html")]
+    command.main([*words, "--picture", f"{out}={quality}", "--picture", f"{files / 'none.svg'}=gone.json:psnr", "--picture", f"{files / 'none.svg'}=bare.json:psnr"])
+    said = capsys.readouterr().out
+    assert "gone.json: no such comparison" in said and "bare.json: no row has psnr" in said and not (files / "none.svg").exists()
     root = ElementTree.fromstring(out.read_text())
     _, _, width, height = map(float, root.get("viewBox").split())
     legend = {e.text: e for e in root.findall("{http://www.w3.org/2000/svg}text") if e.get("class") == "tick" and not e.text[0].isdigit()}

@@ -105,7 +105,7 @@ def inherit_steps(distill: DistillConfig, plan: SparsityPlan) -> None:
     if not plan.steps:
         return
     if distill.name == "velocity":
-        raise SettingError("distill: got velocity, accepted: trajectory or few_step, since the plan of distill.init decides its few steps")
+        raise SettingError("distill: got velocity, accepted: trajectory with distill.guide=teacher, or few_step, since the plan of distill.init decides its few steps")
     distill.student_timesteps = plan.student_timesteps()
 
 
@@ -200,6 +200,3 @@ def _latent_shape(pipe, m) -> tuple[int, ...]:
         nearest = (m.num_frames - 1) // time_ * time_ + 1
         raise SettingError(f"model.num_frames: got {m.num_frames}, accepted: multiples of {time_} plus 1, e.g. {nearest}")
     return (pipe.transformer.config.in_channels, (m.num_frames - 1) // time_ + 1, m.height // space, m.width // space)
-
-
-# ---- logging ---------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class DistillConfig:
 
     name: velocity (the teacher's guided velocity; sampled like the teacher) | consistency (where the flow ends; few steps) |
     trajectory (where the flow of a guide ends, from what the student's own rollouts meet; few steps). guide: a student's folder,
-    or teacher; none: the student of distill.init, as it was, else the teacher. solver_steps: of the guide, from noise to clip.
+    or teacher; none: the student of distill.init, as it was, else the teacher; a student of velocity distillation. solver_steps: of the guide, from noise to clip.
     reuse: how often a batch of trajectories is trained on, on average; they cost most of a step. student_timesteps: those of the
     few-step student, 1000 first; empty: model.num_inference_steps of the teacher's sampler. distribution: weight of distribution
     matching on the student's own samples, with `critic_updates` of the critic a step. init: a student folder to start from.

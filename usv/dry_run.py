@@ -230,7 +230,8 @@ def has_critic(config: TrainConfig) -> bool:
 def step_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> dict[str, float]:
     """FLOPs of one optimiser step over the whole batch, by part. Backward is 2 forwards (1 of frozen weights), of attention 2.5.
 
-    Where the policy decides steps, two of them are assumed to share the budget, and all probes (`matching.jump_damage`) to be made.
+    Where the policy decides steps, two of them are assumed to share the budget, and all probes (`matching.jump_damage`) to be made, of a
+    third step.
     """
     batch, dense = config.optim.batch_size, dense_flops(shape, tokens)
     guided = 1 if config.model.guidance_scale == 1 else 2
@@ -247,7 +248,7 @@ def step_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> dict[str,
     if config.distill.name == "consistency":  # the student asked once more, without gradient
         flops["student forward"] += batch * budget * dense
     if config.policy.steps:  # rollouts with the step, without and dense, each judged at four noise levels
-        flops["student forward"] += batch * dense * (2 + budget * 3) / config.policy.jump_every
+        flops["student forward"] += batch * dense * (3 + budget * 5) / config.policy.jump_every
         flops["teacher"] += batch * dense * 3 * 4 * guided / config.policy.jump_every
     if config.distill.name == "trajectory":  # rollouts of half the ladder and of the solver on average; the guide may be sparse
         own = (len(config.distill.student_timesteps) - 1) / 2

@@ -132,7 +132,8 @@ def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_
     generated = generate_all(pipe, model, methods, prompts, seeds, batch_size)
     for name, (generation, density, merged) in generated.items():
         student = methods[name]
-        twins = None if student is None or student.sampling.get("student_timesteps") else generated["dense"][0].videos
+        same = student is not None and not student.sampling.get("student_timesteps") and student.sampling["num_inference_steps"] == model.num_inference_steps
+        twins = generated["dense"][0].videos if same else None
         quality = evaluate_videos(
             generation.videos, subjects, motions, reference if clips >= MIN_CLIPS else None, twins, prototypes=prototypes,
             intervals=clips >= 2 * MIN_CLIPS,

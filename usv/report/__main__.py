@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from usv.checkpoint import named
-from usv.report.front import QUALITIES
+from usv.report.front import QUALITIES, points_of
 from usv.report.inputs import gather
 from usv.report.page import page, picture
 from usv.report.readme import refreshed, tables
@@ -97,8 +97,9 @@ def main(words: list[str] | None = None) -> Path:
         write(args.readme, said)
     for file, name, key in args.picture:
         report = next((r for path, r in inputs.results["comparison"].items() if Path(path).name == name), None)
-        if report is None:
-            inputs.problems.append(f"{name}: no such comparison among the results, {file} is not drawn")
+        if report is None or not points_of(report, key):
+            missing = "no such comparison among the results" if report is None else f"no row has {key}"
+            inputs.problems.append(f"{name}: {missing}, {file} is not drawn")
         else:
             write(file, picture(report, key))
     for problem in inputs.problems:

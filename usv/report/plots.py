@@ -73,7 +73,8 @@ def _legend(families: Iterable[str]) -> list[str]:
     """Rows under a picture: marks of the families in it, and of both fronts."""
     sample = lambda kind: lambda x, y: line([(x - 8, y), (x + 8, y)], class_=f"front {kind}")  # noqa: E731
     entries = [(f, lambda x, y, f=f: mark(MARKS[f], x, y, 5.5, class_=css(f))) for f in MARKS if f in families]
-    entries += [("front of ours", sample("ours")), ("front of all others", sample("theirs"))]
+    entries += [("front of ours", sample("ours"))] if "ours" in families else []
+    entries += [("front of all others", sample("theirs"))] if {*families} - {"ours"} else []
     rows, x = [""], LEFT
     for words, draw in entries:
         width = 30 + 0.56 * FONT * len(words)
