@@ -2,6 +2,7 @@
 
     q_c, k_c, v_c = mean of each block          scores = q_c k_cᵀ / √D         coarse = softmax(scores) v_c
     fine = exact attention over the num_kept best-scored blocks of each row    out = fine + gate ⊙ coarse
+           (or over as many as hold a share `mass` of its coarse map: the input says how many)
 
 Gate is a projection of the block's input, zero at first, so training starts as plain block-sparse attention and at full
 density as exact dense attention. Selection has no gradient; the coarse branch gives q and k theirs. Source: VSA
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from usv_kernels import BlockSelection, block_pool, block_sparse_attention, select_top_k
+from usv_kernels import BlockSelection, block_pool, block_sparse_attention, select_top_k, select_top_p
 
 # Another fine branch: (q, k, v, density, key_bias or None), as below, -> (out, executed density). See `usv.patterns.planned`.
 Fine = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, float]]
@@ -48,6 +49,7 @@ def sparse_attention(
     impl: str = "auto",
     fine: Fine | None = None,
     largest: int = 0,
+    mass: float = 0.0,
 ) -> tuple[torch.Tensor, AttentionStats]:
     """Sparse self-attention over blocks.
 
@@ -60,6 +62,7 @@ def sparse_attention(
         impl: how the kernel runs.
         fine: runs instead of selection and fine branch, at the density num_kept / M; the coarse branch stays.
         largest: bound on sizes that the host knows (`BlockSelection.q_max`): the GPU kernel then takes its flat loop. 0: none.
+        mass: above 0, each row keeps its best blocks until they hold this share of the coarse map instead of num_kept of them.
 
     Returns:
         (B, H, S, D) and the statistics.
@@ -67,9 +70,13 @@ def sparse_attention(
     scores = _coarse_scores(q, k, starts, sizes)
     coarse_map = scores.float().softmax(-1)
     if fine is None:
-        selection = select_top_k(scores, num_kept, starts, sizes, starts, sizes, q_max=largest, kv_max=largest)
+        layout = (starts, sizes, starts, sizes)
+        if mass:
+            selection = select_top_p(scores, mass, 0.0, *layout, q_max=largest, kv_max=largest)
+        else:
+            selection = select_top_k(scores, num_kept, *layout, q_max=largest, kv_max=largest)
         out, _ = block_sparse_attention(q, k, v, selection, key_bias=key_bias, impl=impl)
-        stats = _stats(coarse_map.detach(), selection)
+        stats = _stats(coarse_map.detach(), selection, uniform=not mass)
     else:
         out, density = fine(q, k, v, num_kept / len(sizes), key_bias)
         stats = AttentionStats(_entropy(coarse_map.detach()), torch.tensor(math.nan), torch.tensor(density))
@@ -94,11 +101,13 @@ def _entropy(coarse_map: torch.Tensor) -> torch.Tensor:
     return entropy / math.log(max(coarse_map.shape[-1], 2))
 
 
-def _stats(coarse_map: torch.Tensor, selection: BlockSelection) -> AttentionStats:
+def _stats(coarse_map: torch.Tensor, selection: BlockSelection, uniform: bool) -> AttentionStats:
+    """uniform: every slot is used, which the host knows without asking a GPU."""
     num_blocks = coarse_map.shape[-1]
-    kept = coarse_map.gather(-1, selection.kv_indices.long())  # every slot is used: counts are uniform
-    density = torch.tensor(selection.capacity / num_blocks)
-    return AttentionStats(_entropy(coarse_map), kept.sum(-1).mean(), density)
+    kept = coarse_map.gather(-1, selection.kv_indices.long())
+    used = torch.arange(selection.capacity, device=kept.device) < selection.kv_num_blocks.unsqueeze(-1)
+    density = torch.tensor(selection.capacity / num_blocks) if uniform else selection.kv_num_blocks.float().mean() / num_blocks
+    return AttentionStats(_entropy(coarse_map), (kept * used).sum(-1).mean(), density)
 
 
 @torch.no_grad()

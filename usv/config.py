@@ -75,13 +75,16 @@ class ModelConfig:
 class PolicyConfig:
     """How sparsity is decided. `budget`: mean cost of a forward as a fraction of the dense one's FLOPs.
 
-    name: gumbel (learned) | entropy | static | inherit (the plan of distill.init, from the first step on). axes: what is
+    name: gumbel (learned) | entropy | static | inherit (the plan of distill.init, from the first step on). mode: plan (every input
+    computes the plan's densities) | dynamic (once the plan is fixed each input computes what it needs for a share of its attention
+    mass, steered in training so that the plan's densities are met on average; all else is the plan's). axes: what is
     decided, or inherited; an axis left out stays dense. steps: also decide which of the bins' upper edges a few-step student runs at; budget is
     then the whole sampling's cost as a fraction of that many (`bins`) dense forwards. jump_every: training steps from one probe of a
     candidate step to the next; a probe samples three times and asks the teacher about each.
     """
 
     name: str = "gumbel"
+    mode: str = "plan"
     axes: list[str] = field(default_factory=lambda: ["density", "merge"])
     steps: bool = False
     jump_every: int = 1
@@ -321,6 +324,7 @@ def check_train(config: TrainConfig) -> None:
     """Values that types cannot check. SettingError names setting, got, accepted."""
     rules = [
         ("policy.name", config.policy.name, config.policy.name in POLICIES, " | ".join(POLICIES)),
+        ("policy.mode", config.policy.mode, config.policy.mode in ("plan", "dynamic"), "plan | dynamic"),
         ("policy.name", config.policy.name, config.policy.name != "inherit" or bool(config.distill.init), "inherit only with distill.init=FOLDER"),
         ("distill.name", config.distill.name, config.distill.name in ("velocity", "consistency", "trajectory"), "velocity | consistency | trajectory"),
         ("model.expert", config.model.expert, config.model.expert in ((None,) if config.model.experts == 1 else (None, "high", "low")), "high | low, where model.experts is 2"),

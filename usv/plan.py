@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from usv.flow import bin_levels
 from usv.grid import TileLayout
@@ -22,10 +22,16 @@ MERGE_LADDER = (0.0, 1 / 4, 1 / 2, 3 / 4)
 
 @dataclass(frozen=True)
 class Rung:
-    """One point of the decision space: positions on the two ladders."""
+    """One point of the decision space: positions on the two ladders.
+
+    mass: above 0 each query block keeps its best key blocks up to this share of its coarse attention, so that the input says how
+    many; the density is then what that comes to on average (`policy.mode=dynamic`). It is no part of the decision: rungs that differ
+    in it only are equal.
+    """
 
     density: int = 0
     merge: int = 0
+    mass: float = field(default=0.0, compare=False)
 
 
 RUNGS = tuple(Rung(d, m) for m in range(len(MERGE_LADDER)) for d in range(len(DENSITY_LADDER)))
@@ -33,10 +39,11 @@ RUNGS = tuple(Rung(d, m) for m in range(len(MERGE_LADDER)) for d in range(len(DE
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer executes: key blocks per query block, and merged fraction of each tile's tokens."""
+    """What one layer executes: key blocks per query block, and merged fraction of each tile's tokens. mass: see `Rung`."""
 
     num_kept: int
     merged_fraction: float
+    mass: float = 0.0
 
     @classmethod
     def of(cls, density: float, merged_fraction: float, num_blocks: int) -> LayerPlan:
@@ -50,7 +57,8 @@ def layer_plan(rung: Rung | LayerPlan, num_blocks: int) -> LayerPlan | None:
         return rung
     if rung == Rung():
         return None
-    return LayerPlan.of(DENSITY_LADDER[rung.density], MERGE_LADDER[rung.merge], num_blocks)
+    plan = LayerPlan.of(DENSITY_LADDER[rung.density], MERGE_LADDER[rung.merge], num_blocks)
+    return replace(plan, mass=rung.mass) if rung.density else plan
 
 
 def merged_tokens(plan: LayerPlan | None, layout: TileLayout) -> list[int]:
@@ -127,8 +135,14 @@ class SparsityPlan:
 
     def only(self, axes: Sequence[str]) -> SparsityPlan:
         """This plan where `axes` ("density", "merge") are concerned, dense in the other."""
-        rungs = tuple(tuple(Rung(**{axis: getattr(rung, axis) for axis in axes}) for rung in row) for row in self.rungs)
+        kept = (*axes, "mass") if "density" in axes else axes
+        rungs = tuple(tuple(Rung(**{axis: getattr(rung, axis) for axis in kept}) for rung in row) for row in self.rungs)
         return SparsityPlan(self.edges, rungs, self.steps)
+
+    def steered(self, bin: int, masses: Mapping[int, float]) -> SparsityPlan:
+        """This plan with other masses in some layers of a bin."""
+        row = tuple(replace(rung, mass=masses.get(layer, rung.mass)) for layer, rung in enumerate(self.rungs[bin]))
+        return replace(self, rungs=(*self.rungs[:bin], row, *self.rungs[bin + 1 :]))
 
     def student_timesteps(self) -> list[float]:
         """The timesteps that run, descending; [] where steps are not decided."""
@@ -148,20 +162,22 @@ class SparsityPlan:
         return _mean(1.0 if plan is None else plan.num_kept / num_blocks for plan in plans)
 
     def to_dict(self) -> dict:
-        rungs = [[[r.density, r.merge] for r in row] for row in self.rungs]
+        rungs = [[[r.density, r.merge, *([r.mass] if r.mass else [])] for r in row] for row in self.rungs]
         return {"edges": list(self.edges), "rungs": rungs, "steps": list(self.steps)}
 
     @classmethod
     def from_dict(cls, data: dict) -> SparsityPlan:
         """Inverse of `to_dict`. ValueError for a rung beyond the ladders."""
         for row in data["rungs"]:
-            for density, merge in row:
+            for density, merge, *mass in row:
+                if not all(0 <= value <= 1 for value in mass) or len(mass) > 1:
+                    raise ValueError(f"rungs: got a mass of {mass}, expected one in [0, 1]")
                 if not (0 <= density < len(DENSITY_LADDER) and 0 <= merge < len(MERGE_LADDER)):
                     raise ValueError(
                         f"rungs: got ({density}, {merge}), expected density in 0..{len(DENSITY_LADDER) - 1} and merge in "
                         f"0..{len(MERGE_LADDER) - 1}"
                     )
-        rungs = tuple(tuple(Rung(d, m) for d, m in row) for row in data["rungs"])
+        rungs = tuple(tuple(Rung(*values) for values in row) for row in data["rungs"])
         return cls(tuple(data["edges"]), rungs, tuple(data.get("steps", ())))
 
 

@@ -15,15 +15,18 @@ from pathlib import Path
 import torch
 
 from usv import distill, flow, lora
+from usv.attention import AttentionStats
 from usv.checkpoint import Student
 from usv.config import TrainConfig
 from usv.matching import Replay
 from usv.models.wan import SparseWan
-from usv.plan import MERGE_LADDER, SparsityPlan, bin_of
+from usv.plan import MERGE_LADDER, SparsityPlan, bin_of, executed_densities
 from usv.policy import Decisions
 from usv.policy.gumbel import GumbelPolicy
 from usv.run_state import policy_tables
 from usv.runtime import Ranks
+
+STEERING = 0.2  # of a density that is missed, added to the mass: a batch tells it to some hundredths only
 
 
 @lru_cache(maxsize=1)  # of the code that was loaded; and a git status for each checkpoint would cost more than the write
@@ -203,6 +206,20 @@ class Run:
             seen = [float(p.mix.grad) / max(self.running, 1e-12) for p in probes.values()] + [float(s.entropy) for s in stats.values()]
             seen = self.ranks.mean(seen)
             self.policy.observe(decisions, dict(zip(probes, seen)), dict(zip(stats, seen[len(probes) :])))
+        elif self.config.policy.mode == "dynamic":
+            self.steer(decisions, stats)
+
+    def steer(self, decisions: Decisions, stats: Mapping[int, AttentionStats]) -> None:
+        """Bring the density that an input's mass comes to nearer to the plan's. The first mass of a cell is what the plan's own number
+        of blocks holds on average; the means over ranks, so that all ranks go on alike."""
+        layers = [layer for layer in stats if decisions.rungs[layer].density]
+        seen = self.ranks.mean([float(value) for layer in layers for value in (stats[layer].coarse_recall, stats[layer].density)])
+        densities, masses = executed_densities(self.layout.num_blocks), {}
+        for layer, recall, density in zip(layers, seen[::2], seen[1::2]):
+            rung = decisions.rungs[layer]
+            mass = rung.mass + STEERING * (densities[rung.density] - density) if rung.mass else recall
+            masses[layer] = min(max(mass, 1e-3), 1.0)
+        self.plan = self.plan.steered(decisions.bin, masses)
 
     def update(self, loss: torch.Tensor, policy_loss: torch.Tensor | None) -> tuple[float, float]:
         """Backward and step of student and policy; the loss, mean over ranks, and the gradient's norm. Not finite: nothing moved."""

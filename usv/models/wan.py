@@ -322,7 +322,7 @@ def _attention(query, key, value, coarse_gate, key_bias, sequence: Sequence3D, p
         return nn.functional.scaled_dot_product_attention(query, key, value), None
     layout, fraction = sequence.layout, plan.merged_fraction
     largest = _merge_layout(layout, fraction).kept_max if fraction else _largest_tile(layout)
-    return sparse_attention(query, key, value, *blocks, plan.num_kept, coarse_gate, key_bias, impl, fine, largest=largest)
+    return sparse_attention(query, key, value, *blocks, plan.num_kept, coarse_gate, key_bias, impl, fine, largest, plan.mass)
 
 
 def _shared_attention(query, key, value, coarse_gate, key_bias, sequence: Sequence3D, plan: LayerPlan | None, blocks, impl: str, fine):
