@@ -56,7 +56,8 @@ results: setup
 	$(MAKE) report
 
 # the page, and the README's tables and plots, of the results that are there
-PICTURES ?= --picture docs/pareto.svg=peers.json:subject_accuracy --picture docs/budgets.svg=budgets.json:subject_accuracy
+PICTURES ?= --picture docs/pareto.svg=peers.json:subject_accuracy --picture docs/budgets.svg=budgets.json:subject_accuracy \
+  --picture docs/budgets_psnr.svg=budgets.json:psnr
 
 report: setup
 	$(BIN)/python -m usv.report --videos outputs/results/peers --readme README.md $(PICTURES)

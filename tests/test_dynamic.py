@@ -28,7 +28,7 @@ def test_an_input_computes_what_holds_its_mass():
         assert float(stats.coarse_recall) >= 0.8
         blocks = round(8 * found[name])
         scores = (q.unflatten(2, (8, 8)).mean(3) @ k.unflatten(2, (8, 8)).mean(3).transpose(-1, -2) / 4).float()
-        keep = torch.zeros(1, 2, 8, 8, dtype=torch.bool).scatter_(-1, scores.argsort(-1, descending=True, stable=True)[..., :blocks], True)
+        keep = torch.zeros(1, 2, 8, 8, dtype=torch.bool).scatter_(-1, scores.sort(dim=-1, descending=True, stable=True).indices[..., :blocks], True)
         mask = keep.repeat_interleave(8, 2).repeat_interleave(8, 3)
         assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-5)
     assert found == {"one": 1 / 8, "spread": 7 / 8}  # 0.8 of 8 equal blocks is the seventh
@@ -50,7 +50,7 @@ def test_a_mass_travels_with_the_plan_and_is_no_decision():
 
 def dynamic(config):
     """Of a fixed plan from the second step on."""
-    config.policy.mode, config.policy.budget, config.policy.warm_down, config.policy.freeze_at = "dynamic", 0.5, [0.0, 0.02], 0.05
+    config.policy.mode, config.policy.budget, config.policy.warm_down, config.policy.freeze_at = "dynamic", 0.8, [0.0, 0.02], 0.05
     config.policy.axes = ["density"]
     return config
 
