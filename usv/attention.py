@@ -105,9 +105,12 @@ def _stats(coarse_map: torch.Tensor, selection: BlockSelection, uniform: bool) -
     """uniform: every slot is used, which the host knows without asking a GPU."""
     num_blocks = coarse_map.shape[-1]
     kept = coarse_map.gather(-1, selection.kv_indices.long())
-    used = torch.arange(selection.capacity, device=kept.device) < selection.kv_num_blocks.unsqueeze(-1)
-    density = torch.tensor(selection.capacity / num_blocks) if uniform else selection.kv_num_blocks.float().mean() / num_blocks
-    return AttentionStats(_entropy(coarse_map), (kept * used).sum(-1).mean(), density)
+    if uniform:
+        density = torch.tensor(selection.capacity / num_blocks)
+    else:
+        kept = kept * (torch.arange(selection.capacity, device=kept.device) < selection.kv_num_blocks.unsqueeze(-1))
+        density = selection.kv_num_blocks.float().mean() / num_blocks
+    return AttentionStats(_entropy(coarse_map), kept.sum(-1).mean(), density)
 
 
 @torch.no_grad()

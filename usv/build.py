@@ -17,7 +17,7 @@ from usv.data import ShardDataset, find_shards
 from usv.grid import Tile, tile_layout
 from usv.matching import Critic
 from usv.models.wan import SparseWan
-from usv.plan import MERGE_LADDER, RUNGS, Rung, SparsityPlan, executed_densities, timestep_bins
+from usv.plan import RUNGS, Rung, SparsityPlan, executed_densities, timestep_bins
 from usv.policy import allowed
 from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
@@ -160,10 +160,8 @@ def least_cost(config: TrainConfig, costs: Mapping[Rung, float], num_layers: int
     """Of a forward under the sparsest plan that `policy.axes` and `policy.merge_layers` allow, as a fraction of the dense one's."""
     p = config.policy
     merging = num_layers if p.merge_layers is None or p.name != "gumbel" else min(p.merge_layers, num_layers)
-    least, unmerged = (
-        min(cost for rung, cost in costs.items() if allowed(rung, p.axes) and rung.merge in merges) for merges in (range(len(MERGE_LADDER)), (0,))
-    )
-    return (merging * least + (num_layers - merging) * unmerged) / num_layers
+    least = lambda merge: min(cost for rung, cost in costs.items() if allowed(rung, p.axes) and (merge or not rung.merge))  # noqa: E731
+    return (merging * least(True) + (num_layers - merging) * least(False)) / num_layers
 
 
 def make_policy(config: TrainConfig, edges, num_layers: int, costs, num_blocks: int):

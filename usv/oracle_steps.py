@@ -22,6 +22,7 @@ from usv.config import ModelConfig
 from usv.cost import ModelShape, plan_cost
 from usv.grid import tile_layout
 from usv.models.wan import SparseWan
+from usv.plan import SparsityPlan
 
 
 def subsets(edges, count: int) -> list[tuple[float, ...]]:
@@ -47,8 +48,8 @@ class SampleJudge:
     @torch.no_grad()
     def residual(self, timesteps) -> float:
         """Mean squared distance (`matching.teacher_residual`) of the samples made in these steps."""
-        rows, total = dict(zip(timesteps, reversed(self.student.plan.running()))), 0.0
-        call = lambda x, t: self.student.model(x, t, self.text, rows[min(rows, key=lambda step: abs(step - float(t[0])))])[0]  # noqa: E731
+        plan, total = SparsityPlan(tuple(sorted(timesteps)), self.student.plan.running()), 0.0
+        call = lambda x, t: self.student.model(x, t, self.text, plan.at(float(t[0])))[0]  # noqa: E731
         for seed in self.seeds:
             generator = torch.Generator().manual_seed(seed)
             samples = matching.rollout(call, torch.randn(self.shape, generator=generator), timesteps)
