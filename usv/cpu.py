@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from usv_kernels import multiplies_bf16
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -55,5 +56,4 @@ def fast_dtype() -> torch.dtype:
 
     Without AVX512-BF16 or AMX, bf16 matrix products run 4–5× slower than fp32 (19 against 78 GFLOP/s, docs/log.md).
     """
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if multiplies_bf16() else torch.float32

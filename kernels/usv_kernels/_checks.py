@@ -1,5 +1,6 @@
 """Argument checks: every refusal names the argument, what was given and what is accepted."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,10 +80,19 @@ def check_values(selection, q_len: int, kv_len: int) -> None:
         # The GPU kernels choose their tile by this promise and never look past it: tokens beyond it would be left out.
         kept = torch.ones_like(sizes, dtype=torch.bool) if largest == 0 else sizes <= largest
         conditions.append((f"selection.{side}_sizes", sizes, kept, f"blocks of at most {largest} tokens ({side}_max)"))
-        inside = (starts >= 0) & (sizes >= 0) & (starts.long() + sizes <= length)
-        conditions.append((f"selection.{side}_sizes", starts + sizes, inside, f"blocks inside 0..{length} (start + size)"))
+        check_blocks(f"selection.{side}_sizes", starts, sizes, length)
     for name, values, valid, expected in conditions:
         require_each(name, values, valid, expected)
+
+
+def check_blocks(name: str, starts: Tensor, sizes: Tensor, length: int) -> None:
+    """Refuses blocks that do not lie inside 0..length."""
+    if starts.device.type == "cpu" and starts.numel():
+        first, count = starts.numpy(), sizes.numpy()  # of a few hundred integers, in a third of the time
+        if first.min() >= 0 and count.min() >= 0 and np.add(first, count, dtype=np.int64).max() <= length:
+            return
+    inside = (starts >= 0) & (sizes >= 0) & (starts.long() + sizes <= length)
+    require_each(name, starts + sizes, inside, f"blocks inside 0..{length} (start + size)")
 
 
 def require_each(name: str, values: Tensor, valid: Tensor, expected: str, on_device: bool | None = None) -> None:
@@ -107,7 +117,7 @@ def check_range(name: str, values: Tensor, count: int, letter: str, debug: bool)
     """Refuses integers outside 0..count - 1."""
     if looks_at_values(values, debug):
         if values.device.type == "cpu" and values.numel():
-            least, most = values.aminmax()  # one pass; the mask only where it has something to name
-            if least >= 0 and most < count:
+            array = values.numpy()
+            if array.min() >= 0 and array.max() < count:  # the mask only where it has something to name
                 return
         require_each(name, values, (values >= 0) & (values < count), f"values in 0..{count - 1} ({letter} - 1)")

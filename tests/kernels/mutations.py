@@ -35,6 +35,7 @@ SUITES = {
     "far": (MAIN, "test_rows_more_than_two_billion_elements_apart"),
     "cpu": (MAIN, "cpu and not hypothesis and not bit_equal"),
     "interface": ("test_block_sparse_attention_interface.py", "refusals or selection_round or inverted or tile_tables or bounds"),
+    "products": ("test_products.py", "not hypothesis"),
     "outside": (MAIN, "test_tokens_outside_every_block and triton"),
 }
 
@@ -71,6 +72,11 @@ MUTATIONS = [
     ("cpu: key bias dropped", CPU, ".index_select(0, b.kv_index).view(n, length)", ".index_select(0, b.kv_index).view(n, length) * 0", "cpu"),
     ("cpu: maximum left out whatever the gates", CPU, "for x in (bias, gate):", "for x in (bias,):", "cpu"),
     ("cpu: maximum left out whatever the bias", CPU, "for x in (bias, gate):", "for x in (gate,):", "cpu"),
+    ("products: fp32 rounded where the CPU rounds", "_products.py", "(dtype == torch.bfloat16 or not _rounds())", "True", "products"),
+    ("products: the process's setting left behind", "_products.py", "        settings.fp32_precision = before", "        pass", "products"),
+    ("cpu: backward's exponents in base 2", CPU, "s.sub_(lse_np1).mul_(LOG2E)", "s.sub_(lse_np1)", "cpu"),
+    ("cpu: forward's large exponents in base 2", CPU, "s.sub_(top).mul_(LOG2E)", "s.sub_(top)", "cpu"),
+    ("cpu: bias and gates in natural units beside scores in base 2", CPU, "column = column * unit", "pass", "cpu"),
     ("cpu: maximum never subtracted", CPU, "return bound <= 40.0", "return True", "cpu"),
     ("cpu: partial last tile unmasked", PLAN, "token >= length", "token > length", "cpu"),
     ("cpu: padded slots unmasked", PLAN, "invalid = None if unused is None else unused.repeat_interleave(tile, 1)", "invalid = None", "cpu"),

@@ -19,7 +19,7 @@ from usv_kernels import block_pool
 from usv_kernels.block_pool import _backward, _forward
 
 __all__ = ["poisoned"]
-LAYOUTS = {"uniform": ([8] * 4, 0), "ragged": ([5, 0, 33, 1, 7], 0), "gaps": ([4, 0, 9], 2), "one": ([37], 0)}
+LAYOUTS = {"uniform": ([8] * 4, 0), "partial": ([8] * 3 + [3], 0), "ragged": ([5, 0, 33, 1, 7], 0), "gaps": ([4, 0, 9], 2), "one": ([37], 0)}
 
 
 def eager(x, starts, sizes):
@@ -84,6 +84,19 @@ def test_nan_stays_in_its_block(impl, device):
     x[:, :, 7] = float("nan")
     out = block_pool(x, starts, sizes, impl=impl)
     assert out[:, :, 1].isnan().all() and torch.equal(out[:, :, [0, 2]], clean[:, :, [0, 2]])
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("last", [8, 5])
+def test_tiles_within_a_longer_sequence(impl, device, last):
+    """Tokens before and after equal tiles are in no block: not in a mean, and without gradient."""
+    starts = torch.tensor([3, 11, 19], device=device)
+    sizes = torch.tensor([8, 8, last], device=device)
+    x = torch.randn(1, 2, 31, 16, device=device, requires_grad=True)
+    out, expected = block_pool(x, starts, sizes, impl=impl), eager(x, starts, sizes)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(*(gradients(y, x, grad)[0] for y in (out, expected)))
 
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)

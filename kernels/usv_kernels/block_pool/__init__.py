@@ -10,7 +10,7 @@ is shared by batch and heads; differentiable once in x.
 import torch
 from torch import Tensor
 
-from .._checks import check_shape, looks_at_values, require, require_each
+from .._checks import check_blocks, check_shape, looks_at_values, require
 from .._impl import check_float, check_integer, require_triton, resolve
 from . import cpu, reference
 
@@ -39,8 +39,7 @@ def block_pool(x: Tensor, starts: Tensor, sizes: Tensor, impl: str = "auto", deb
     check_integer("starts", starts, x.device)
     check_integer("sizes", sizes, x.device)
     if looks_at_values(starts, debug):
-        inside = (starts >= 0) & (sizes >= 0) & (starts.long() + sizes <= x.shape[2])
-        require_each("sizes", starts + sizes, inside, f"blocks inside 0..{x.shape[2]} (start + size)")
+        check_blocks("sizes", starts, sizes, x.shape[2])
     impl = resolve("block_pool", impl, x, ("reference", "cpu", "triton"))
     if impl == "reference":
         return reference.block_pool(x, starts, sizes)

@@ -6,13 +6,12 @@ from torch import Tensor
 from .._impl import accumulator
 
 
-def _uniform(starts_M: Tensor, sizes_M: Tensor) -> int:
-    """The common size of consecutive equal non-empty blocks, else 0."""
+def _tile(starts_M: Tensor, sizes_M: Tensor) -> int:
+    """The common size of consecutive blocks, of which the last may be smaller, else 0; none may be empty."""
     starts, sizes = starts_M.tolist(), sizes_M.tolist()
     size = sizes[0] if sizes else 0
-    if not size or sizes.count(size) != len(sizes):
-        return 0
-    return size if starts == list(range(starts[0], starts[0] + size * len(starts), size)) else 0
+    regular = 0 < sizes[-1] <= size and sizes.count(size) + (sizes[-1] < size) == len(sizes) if size > 0 else False
+    return size if regular and starts == list(range(starts[0], starts[0] + size * len(starts), size)) else 0
 
 
 def _groups(starts_M: Tensor, sizes_M: Tensor):
@@ -23,33 +22,41 @@ def _groups(starts_M: Tensor, sizes_M: Tensor):
             yield size, blocks, starts_M[blocks].long()[:, None] + torch.arange(size)
 
 
+def _mean(x: Tensor) -> Tensor:
+    """Mean over the last dimension but one."""
+    size = x.shape[-2]
+    if x.dtype == torch.bfloat16 and size & (size - 1) == 0:
+        # The same in half the time: summed in fp32 without a converted copy, rounded once, and division by a power of two is exact.
+        return x.sum(-2).div_(size)
+    return x.mean(-2, dtype=accumulator(x.dtype)).to(x.dtype)
+
+
 def forward(x_BHSD: Tensor, starts_M: Tensor, sizes_M: Tensor) -> Tensor:
     batch, heads, _, dim = x_BHSD.shape
-    acc, blocks = accumulator(x_BHSD.dtype), sizes_M.shape[0]
-    size = _uniform(starts_M, sizes_M)
-    if size:
-        first = int(starts_M[0])
-        tiles = x_BHSD[:, :, first : first + blocks * size].unflatten(2, (blocks, size))
-        if x_BHSD.dtype == torch.bfloat16 and size & (size - 1) == 0:
-            # The same in half the time: summed in fp32 without a converted copy, rounded once, and division by a power of two is exact.
-            return tiles.sum(3).div_(size)
-        return tiles.mean(3, dtype=acc).to(x_BHSD.dtype)
+    blocks = sizes_M.shape[0]
+    if size := _tile(starts_M, sizes_M):
+        whole, first = blocks - int(sizes_M[-1] < size), int(starts_M[0])
+        means = _mean(x_BHSD[:, :, first : first + whole * size].unflatten(2, (whole, size)))
+        if whole == blocks:
+            return means
+        last = int(starts_M[-1])
+        return torch.cat([means, _mean(x_BHSD[:, :, last : last + int(sizes_M[-1])]).unsqueeze(2)], 2)
     out = x_BHSD.new_zeros(batch, heads, blocks, dim)
     for _, index, tokens in _groups(starts_M, sizes_M):
-        out[:, :, index] = x_BHSD[:, :, tokens].mean(3, dtype=acc).to(x_BHSD.dtype)
+        out[:, :, index] = _mean(x_BHSD[:, :, tokens])
     return out
 
 
 def backward(grad_BHMD: Tensor, starts_M: Tensor, sizes_M: Tensor, length: int) -> Tensor:
     """Each token of a block receives the block's gradient divided by its size; tokens of no block receive 0."""
     batch, heads, blocks, dim = grad_BHMD.shape
+    share = grad_BHMD / sizes_M.clamp(min=1).unsqueeze(-1)
     grad_x = grad_BHMD.new_zeros(batch, heads, length, dim)
-    size = _uniform(starts_M, sizes_M)
-    if size:
-        first = int(starts_M[0])
-        grad_x[:, :, first : first + blocks * size].unflatten(2, (blocks, size)).copy_((grad_BHMD / size).unsqueeze(3))
+    if size := _tile(starts_M, sizes_M):
+        whole, first, last = blocks - int(sizes_M[-1] < size), int(starts_M[0]), int(starts_M[-1])
+        grad_x[:, :, first : first + whole * size].unflatten(2, (whole, size)).copy_(share[:, :, :whole].unsqueeze(3))
+        grad_x[:, :, last : last + int(sizes_M[-1])].copy_(share[:, :, -1:])
         return grad_x
     for size, index, tokens in _groups(starts_M, sizes_M):
-        share = (grad_BHMD[:, :, index] / size).unsqueeze(3).expand(-1, -1, -1, size, -1)
-        grad_x[:, :, tokens] = share
+        grad_x[:, :, tokens] = share[:, :, index].unsqueeze(3).expand(-1, -1, -1, size, -1)
     return grad_x

@@ -6,9 +6,9 @@ from torch import Tensor
 
 def permute(x_BHSD: Tensor, index_BHS: Tensor) -> Tensor:
     batch, heads, length, dim = x_BHSD.shape
-    b, h = torch.arange(batch)[:, None, None], torch.arange(heads)[:, None]
+    lead = torch.arange(batch * heads).view(batch, heads, 1)
     if x_BHSD.transpose(1, 2).is_contiguous():
-        rows, number = x_BHSD.transpose(1, 2).reshape(-1, dim), (b * length + index_BHS) * heads + h
+        rows, number = x_BHSD.transpose(1, 2).reshape(-1, dim), (lead // heads * length + index_BHS) * heads + lead % heads
     else:
-        rows, number = x_BHSD.reshape(-1, dim), (b * heads + h) * length + index_BHS
+        rows, number = x_BHSD.reshape(-1, dim), lead * length + index_BHS
     return rows.index_select(0, number.flatten()).view(x_BHSD.shape)

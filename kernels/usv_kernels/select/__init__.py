@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import FLOAT_DTYPES, require
+from .._checks import FLOAT_DTYPES, looks_at_values, require
 from .._impl import check_float, require_triton, resolve
 from ..selection import BlockSelection
 from . import cpu, reference
@@ -128,8 +128,10 @@ def _prepare(scores: Tensor, kv_sizes: Tensor) -> Tensor:
         f"{expected[0]} or {expected[1]}",
     )
     require(kv_sizes.device == scores.device, "kv_sizes", f"device {kv_sizes.device}", f"{scores.device}")
-    empty = (kv_sizes == 0).unsqueeze(-2) if kv_sizes.dim() == 3 else kv_sizes == 0
-    return scores.detach().masked_fill(empty, float("-inf"))
+    empty = kv_sizes == 0
+    if looks_at_values(kv_sizes, debug=False) and not empty.any():
+        return scores.detach()  # on a CPU: most layouts have none, and the copy took a tenth of the selection
+    return scores.detach().masked_fill(empty.unsqueeze(-2) if empty.dim() == 3 else empty, float("-inf"))
 
 
 @torch.library.custom_op("usv_kernels::select", mutates_args=())
@@ -142,14 +144,9 @@ def _select(
         from . import triton as backend
 
         return backend.select(scores, rows, p, capacity)
-    if p <= 1.0:
-        mask = reference.top_p_mask(scores, p, floor)
-    elif impl == "cpu" and fixed and scores.dtype != torch.float64:
-        return cpu.top_k(scores, fixed, capacity)
-    else:
-        mask = reference.top_k_mask(scores, rows)
-    if impl == "cpu":
-        return cpu.compact(mask, capacity)
+    if impl == "cpu" and scores.dtype != torch.float64:
+        return cpu.top_k(scores, rows, fixed, capacity) if p > 1.0 else cpu.top_p(scores, p, floor, capacity)
+    mask = reference.top_k_mask(scores, rows) if p > 1.0 else reference.top_p_mask(scores, p, floor)
     counts = mask.sum(-1)
     order = torch.argsort(~mask, dim=-1, stable=True)[..., :capacity]
     unused = torch.arange(capacity, device=order.device) >= counts[..., None]

