@@ -18,7 +18,7 @@ from usv.config import DataConfig, LoggerConfig, ModelConfig, OptimConfig, Polic
 STEPS = 8
 
 
-def settings(model, shards, folder, policy="gumbel", steps=STEPS, **runtime) -> TrainConfig:
+def settings(model, shards, folder, policy="gumbel", steps=STEPS, precision="fp32", **runtime) -> TrainConfig:
     """A run's settings."""
     return TrainConfig(
         output_dir=str(folder), seed=3,
@@ -26,7 +26,7 @@ def settings(model, shards, folder, policy="gumbel", steps=STEPS, **runtime) -> 
         policy=PolicyConfig(policy, budget=0.8, bins=2, warm_down=[0.0, 0.4], freeze_at=0.6),
         data=DataConfig(str(shards), drop_text=0.2, validation_clips=2),
         optim=OptimConfig(steps=steps, batch_size=2, lr=1e-3, warmup=2),
-        runtime=RuntimeConfig(precision="fp32", checkpoint_seconds=1e9, **runtime),
+        runtime=RuntimeConfig(precision=precision, checkpoint_seconds=1e9, **runtime),
         logger=LoggerConfig("none", every=1, validate_every=4),
     )  # fmt: skip
 

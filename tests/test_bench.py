@@ -168,7 +168,9 @@ def students(tmp_path, tiny_wan):
     return folders
 
 
-def test_forward(monkeypatch, tmp_path, tiny_wan, students):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward(monkeypatch, tmp_path, tiny_wan, students, dtype):
+    monkeypatch.setattr(memory, "best_place", lambda: (dtype, "cpu"))  # bf16 is what it would be on a GPU
     report = run(monkeypatch, tmp_path, "forward", "--model", str(tiny_wan), *ARGUMENTS, "--ckpt", f"mine={students['all']}",
                  "--density", "0.25", "--merge", "0", "0.5", "--batch-size", "2", "--repeats", "3")  # fmt: skip
     sides = report["sides"]

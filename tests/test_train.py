@@ -15,6 +15,7 @@ import av
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from runs import ROOT, STEPS, interrupt, program, same
 from safetensors.torch import load_file
@@ -62,6 +63,18 @@ def test_a_run_trains_validates_and_leaves_a_student(make, watched, tmp_path):
     with av.open(str(videos[0])) as container:
         frames = [f for f in container.decode(video=0)]
     assert len(frames) == tiny.FRAMES and (frames[0].width, frames[0].height) == (4 * tiny.SIZE, 2 * tiny.SIZE)
+
+
+def test_bf16_trains_as_fp32_does(make, watched, tmp_path):
+    """What runtime.precision=auto takes on a CPU that multiplies bf16, on any CPU: the whole run, its validation and its videos."""
+    exact, _, _ = watched(make(tmp_path / "fp32"))
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process, it thinks
+    seen, weights, _ = watched(make(tmp_path / "bf16", precision="bf16"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert all(x.dtype == torch.float32 for x in weights.values())
+    for step, (loss, _) in exact.items():
+        assert seen[step][0] == pytest.approx(loss, rel=0.1) and seen[step][0] != loss
+    assert len(list((tmp_path / "bf16" / "validation").glob("*.mp4"))) == 6
 
 
 @pytest.mark.parametrize("policy, stop", [("gumbel", 2), ("gumbel", 6), ("entropy", 3), ("static", 3)])

@@ -209,11 +209,11 @@ class ShardDataset:
             x, text, info = self.sample(index)
             if dropped[index]:
                 text, info = self.empty, {**info, "caption": ""}
-            latents.append(x)
+            latents.append(x.float())  # before they are stacked: autocast to bf16 on a CPU refuses to stack fp16
             texts.append(text)
             infos.append(info)
             numbers.append(index)
-        batch = {"latents": torch.stack(latents).float(), "captions": [info["caption"] for info in infos]}
+        batch = {"latents": torch.stack(latents), "captions": [info["caption"] for info in infos]}
         if self.text_dim is not None:
             batch["text"] = torch.stack([_pad(text, self.text_length) for text in texts])
         batch["index"] = torch.tensor(numbers)

@@ -73,7 +73,8 @@ def pipeline_sides(
     """Dense first, then one side a checkpoint, then every density with every merged fraction."""
     base = SparseWan(pipe.transformer, Tile(*model.tile)).to(pipe.device).eval()
     shape = latent_shape(pipe, model)
-    inputs = Inputs.random(shape, batch_size, model.max_sequence_length, base.config.text_dim, next(base.parameters()))
+    weight = base.transformer.patch_embedding.weight  # diffusers keeps others in fp32 whatever the model's dtype
+    inputs = Inputs.random(shape, batch_size, model.max_sequence_length, base.config.text_dim, weight)
     sides = [Side("dense", base, (TIMESTEP,), (None,))]
     for name, path in checkpoints.items():
         sides.append(Side.of(name, load_student(path, pipe.transformer)))

@@ -93,7 +93,8 @@ class SparseWan(nn.Module):
         self.sequence_group: SequenceGroup | None = None
         config = transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
-        self.gates = nn.ModuleList(nn.Linear(dim, config.num_attention_heads) for _ in transformer.blocks)
+        kind = {"dtype": transformer.dtype, "device": transformer.device}
+        self.gates = nn.ModuleList(nn.Linear(dim, config.num_attention_heads, **kind) for _ in transformer.blocks)
         for gate in self.gates:
             nn.init.zeros_(gate.weight)
             nn.init.zeros_(gate.bias)
