@@ -7,9 +7,13 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def require(condition: bool, name: str, got, expected: str) -> None:
-    """Raises a ValueError `name: got ..., expected ...` unless the condition holds."""
+def require(condition: bool, name: str, got, expected) -> None:
+    """Raises a ValueError `name: got ..., expected ...` unless the condition holds.
+
+    A text that names a size is given as a function: written in advance it would stop torch.compile where the size is symbolic.
+    """
     if not condition:
+        got, expected = (x() if callable(x) else x for x in (got, expected))
         raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
@@ -48,7 +52,7 @@ def check_attention(q, k, v, selection, key_bias, block_gate) -> None:
         require(tensor.dtype == q.dtype, name, tensor.dtype, f"q's dtype {q.dtype}")
     lists = selection.kv_indices
     fits = tuple(lists.shape[:2]) == (batch, heads) and lists.shape[3] > 0
-    require(fits, "selection.kv_indices", f"shape {tuple(lists.shape)}", f"({batch}, {heads}, M, K), B and H of q, K at least 1")
+    require(fits, "selection.kv_indices", f"shape {tuple(lists.shape)}", lambda: f"({batch}, {heads}, M, K), B and H of q, K at least 1")
     given = [("k", k), ("v", v), ("selection", lists)]
     if key_bias is not None:
         per_head = key_bias.shape[1] if key_bias.dim() == 3 and key_bias.shape[1] in (1, heads) else heads

@@ -18,13 +18,17 @@ _announced: set[tuple[str, str]] = set()
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def resolve(op: str, impl: str, x: Tensor, available: tuple[str, ...]) -> str:
-    """The implementation to run `op` with for `x`; `available` holds the op's own ones."""
+def resolve(op: str, impl: str, x: Tensor, available: tuple[str, ...], limit: tuple | None = None) -> str:
+    """The implementation to run `op` with for `x`; `available` holds the op's own ones.
+
+    limit: what `require` takes, a condition without which Triton's does not run: auto then takes another, an explicit choice is refused.
+    """
     require(impl in ("auto", *available), "impl", repr(impl), f"one of {('auto', *available)}")
     if impl == "auto":
         on_gpu = (
             x.device.type == "cuda"
             and "triton" in available
+            and (limit is None or limit[0])
             and (not x.is_floating_point() or x.dtype in TRITON_DTYPES)
         )
         on_cpu = x.device.type == "cpu" and "cpu" in available
@@ -33,6 +37,8 @@ def resolve(op: str, impl: str, x: Tensor, available: tuple[str, ...]) -> str:
             _announced.add((op, impl))
             logger.info("%s: impl=auto runs %s on %s", op, impl, x.device.type)
     require(impl != "cpu" or x.device.type == "cpu", "impl", "'cpu' with a tensor on " + x.device.type, "a CPU tensor")
+    if impl == "triton" and limit is not None:
+        require(*limit)
     if impl == "triton" and x.is_floating_point():
         require(x.dtype in TRITON_DTYPES, "impl", f"'triton' with {x.dtype}", "float32, float16 or bfloat16")
     return impl

@@ -6,6 +6,7 @@ elsewhere multiplies in fp32 with all of AVX-512, which MKL leaves unused on AMD
 """
 
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -16,22 +17,37 @@ def multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _switched(function: Callable, *arguments, **named):
-    """The function's result with fp32 products in oneDNN. The switch is the process's: other threads' products go there too."""
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        return function(*arguments, **named)
-    finally:
-        settings.fp32_precision = before
+class Switch:
+    """While a thread is inside, fp32 products run in oneDNN. The switch is the process's: those of other threads do too."""
+
+    def __init__(self):
+        self.lock, self.inside, self.before = threading.Lock(), 0, "none"
+
+    def __enter__(self):
+        with self.lock:
+            if self.inside == 0:
+                self.before = torch.backends.mkldnn.matmul.fp32_precision
+                if self.before == torch.backends.mkldnn.fp32_precision:
+                    self.before = "none"  # so it was inherited, and shall follow what it is inherited from
+                torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            self.inside += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                torch.backends.mkldnn.matmul.fp32_precision = self.before
+
+
+_onednn = Switch()
 
 
 @functools.cache
 def _rounds() -> bool:
     """Whether oneDNN rounds operands on this CPU: 1 + 2**-10 is 1 in bf16."""
-    x = torch.full((1, 64, 64), 1 + 2.0**-10)
-    return bool((_switched(torch.bmm, x, x) < 64.06).any())  # 64.125, or 64
+    x = torch.full((1, 64, 64), 1 + 2.0**-10, dtype=torch.float32, device="cpu")
+    with _onednn:
+        return bool((torch.bmm(x, x) < 64.06).any())  # 64.125, or 64
 
 
 @functools.cache
@@ -51,6 +67,9 @@ def fast_products(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(x, *arguments, **named):
-        return _switched(function, x, *arguments, **named) if in_onednn(x.dtype) else function(x, *arguments, **named)
+        if not in_onednn(x.dtype):
+            return function(x, *arguments, **named)
+        with _onednn:
+            return function(x, *arguments, **named)
 
     return run

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = [pytest.param("cpu", "cpu", id="cpu"), pytest.param("triton", DEVICE, id="triton")]
@@ -42,6 +43,18 @@ def assert_compiles(function, *inputs):
         grad = torch.randn_like(eager[0])
         for a, b in zip(gradients(eager[0], leaves, grad), gradients(compiled[0], leaves, grad), strict=True):
             assert torch.equal(a, b)
+
+
+def assert_compiles_once(function, calls):
+    """Compiled without graph breaks, calls of several sizes and counts give the eager results from at most two builds: the first
+    and one in which what varies is symbolic."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for inputs in calls:
+        for a, b in zip(function(*inputs), compiled(*inputs), strict=True):
+            assert torch.equal(a, b)
+    assert len(calls) >= 3 and counter.frame_count <= 2, f"{counter.frame_count} builds for {len(calls)} calls"
 
 
 def ragged_layout(sizes, device, gap=0):

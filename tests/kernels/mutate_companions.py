@@ -25,7 +25,7 @@ BUGS = [
     ("select", "triton", "key > threshold), allowed", "key >= threshold), allowed", "ties and triton"),
     ("select", "triton", "tl.where(x == 0.0, 0.0, x)", "x", "ties and triton"),
     ("select", "cpu", "<< 32) - np.arange", "<< 32) + np.arange", "ties and cpu"),
-    ("select", "cpu", " + np.float32(0.0)", "", "ties and cpu"),
+    ("select", "cpu", "np.float32(0.0), order", "np.float32(-0.0), order", "ties and cpu"),
     ("select", "cpu", "bits ^ ((bits >> 31) & HIGHEST)", "bits", "random and cpu"),
     ("select", "cpu", "where=np.isnan(scores)", "where=False", "nan and cpu"),
     ("select", "cpu", "listed & (keys > LOWEST << 32)", "listed & (keys == keys)", "nan and cpu"),

@@ -1,5 +1,7 @@
 """Who multiplies fp32 on the CPU: only where it is exact for the dtype, and nobody's settings are changed."""
 
+import threading
+
 import pytest
 import torch
 from attention_cases import assert_close, make_case, run
@@ -58,6 +60,50 @@ def test_the_setting_is_of_the_call_alone(cpu):
         with pytest.raises(AssertionError):
             look(torch.empty(0, dtype=dtype), fail=True)
         assert seen.pop() == during and setting() == before
+
+
+def test_overlapping_threads_leave_the_setting_as_it_was(cpu):
+    """The first to come in may go first: the last to leave restores."""
+    cpu("Intel Xeon", True, True, True)
+    entered, leave = threading.Barrier(3), [threading.Event(), threading.Event()]
+
+    @_products.fast_products
+    def stay(x, event):
+        entered.wait(10)
+        return event.wait(10)
+
+    before = setting()
+    threads = [threading.Thread(target=stay, args=(torch.empty(0, dtype=torch.bfloat16), event)) for event in leave]
+    for thread in threads:
+        thread.start()
+    entered.wait(10)
+    for thread, event, during in zip(threads, leave, ("bf16", before), strict=True):
+        assert setting() == "bf16"
+        event.set()
+        thread.join(10)
+        assert setting() == during
+
+
+def test_an_inherited_setting_is_still_inherited_afterwards(cpu):
+    cpu("Intel Xeon", True, True, True)
+    try:
+        torch.backends.mkldnn.fp32_precision = "tf32"
+        assert setting() == "tf32"
+        _products.fast_products(torch.neg)(torch.empty(0, dtype=torch.bfloat16))
+        torch.backends.mkldnn.fp32_precision = "ieee"
+        assert setting() == "ieee"
+    finally:
+        torch.backends.mkldnn.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_probe_is_fp32_whatever_the_default(dtype):
+    plain = _products._rounds.__wrapped__()
+    torch.set_default_dtype(dtype)
+    try:
+        assert _products._rounds.__wrapped__() == plain
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_what_is_multiplied_here_is_exact_to_fp32():

@@ -119,7 +119,7 @@ def tile_table(starts: Tensor, sizes: Tensor, tile: int, largest: int, length: i
 
 
 def _check(q: Tensor) -> None:
-    require(q.shape[-1] in HEAD_DIMS, "q", f"D = {q.shape[-1]}", f"D in {HEAD_DIMS} for impl='triton'")
+    require(q.shape[-1] in HEAD_DIMS, "q", lambda: f"D = {q.shape[-1]}", f"D in {HEAD_DIMS} for impl='triton'")
     require(q.dtype in DTYPES, "q", q.dtype, "float32, float16 or bfloat16 for impl='triton'")
     interpreted = type(forward_kernel).__name__ == "InterpretedFunction"
     require(q.device.type == "cuda" or interpreted, "q", f"a tensor on {q.device}",

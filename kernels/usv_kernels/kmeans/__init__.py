@@ -47,10 +47,9 @@ def kmeans(x: Tensor, k: int, iters: int, init: Tensor | None = None, impl: str 
     """
     check_float("x", x, 4, "(B, H, S, D)")
     batch, heads, length, dim = x.shape
-    require(1 <= k <= length, "k", k, f"an integer in 1..{length} (S)")
+    require(1 <= k <= length, "k", k, lambda: f"an integer in 1..{length} (S)")
     require(iters >= (0 if init is not None else 1), "iters", iters, "at least 1, or 0 with init")
-    impl = resolve("kmeans", impl, x, ("reference", "cpu", "triton"))
-    require(impl != "triton" or dim <= 128, "x", f"D = {dim}", "D <= 128 for impl='triton'")
+    impl = resolve("kmeans", impl, x, ("reference", "cpu", "triton"), (dim <= 128, "x", lambda: f"D = {dim}", "D <= 128 for impl='triton'"))
     x = x.detach()
     if init is None:
         init = x[:, :, torch.arange(k, device=x.device) * length // k]

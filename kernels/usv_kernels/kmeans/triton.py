@@ -75,9 +75,6 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, length, dim = x.shape
     clusters = centroids.shape[2]
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        # Triton's interpreter (3.7) multiplies the bits of bfloat16 as integers; float32 holds the same values.
-        x = x.float()
     # argmin |x - c|^2 = argmax x.(c - o) - (c - o).(c + o) / 2 for any o: with the mean centroid as o the terms that
     # are common to all clusters, and would swamp the differences between them, are gone before anything is rounded.
     offset = centroids.mean(2, keepdim=True)

@@ -57,16 +57,16 @@ def norm_rope(
     check_shape("freqs_sin", sin, tuple(cos.shape), "the shape of freqs_cos")
     dim = cos.shape[1]
     require(
-        dim % 2 == 0 and channels % dim == 0, "freqs_cos", f"D = {dim}", f"an even divisor of x's {channels} channels"
+        dim % 2 == 0 and channels % dim == 0, "freqs_cos", lambda: f"D = {dim}", lambda: f"an even divisor of x's {channels} channels"
     )
     if positions is None:
-        require(cos.shape[0] == length, "freqs_cos", f"{cos.shape[0]} rows", f"{length}, x's tokens, or give positions")
+        require(cos.shape[0] == length, "freqs_cos", lambda: f"{cos.shape[0]} rows", lambda: f"{length}, x's tokens, or give positions")
     else:
         check_shape("positions", positions, (batch, length), "(B, S) of x")
         check_integer("positions", positions, x.device)
         check_range("positions", positions, cos.shape[0], "T", debug)
-    impl = resolve("norm_rope", impl, x, ("reference", "cpu", "triton"))
-    require(impl != "triton" or channels <= 16384, "x", f"{channels} channels", "at most 16384 for impl='triton'")
+    limit = (channels <= 16384, "x", lambda: f"{channels} channels", "at most 16384 for impl='triton'")
+    impl = resolve("norm_rope", impl, x, ("reference", "cpu", "triton"), limit)
     # Of the doubled table only one copy of every angle is needed; diffusers reads the same columns.
     cos, sin = cos[:, 0::2].detach(), sin[:, 1::2].detach()
     if impl == "reference":

@@ -20,7 +20,7 @@ def _complex(x: Tensor, pairs: int) -> Tensor:
 def forward(x_BSC: Tensor, weight_C: Tensor, eps: float, cos_TP: Tensor, sin_TP: Tensor, positions_BS: Tensor | None):
     """(B, H, S, D) and rstd (B, S)."""
     acc, pairs = accumulator(x_BSC.dtype), cos_TP.shape[1]
-    x = x_BSC.to(acc)
+    x = x_BSC.to(acc).contiguous()  # complex numbers lie side by side
     rstd_BS = torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = (x * rstd_BS[..., None]).mul_(weight_C.to(acc))
     turned = _complex(normed, pairs).mul_(_turn(cos_TP, sin_TP, positions_BS, acc).unsqueeze(-2))

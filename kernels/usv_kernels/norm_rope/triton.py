@@ -75,7 +75,7 @@ def _backward_kernel(
 
 def _shape(x: Tensor, cos: Tensor) -> dict:
     block = triton.next_power_of_2(x.shape[2] // 2)
-    return {"PAIRS": cos.shape[1], "BLOCK_P": block, "num_warps": 4 if block <= 1024 else 8}
+    return {"PAIRS": cos.shape[1], "BLOCK_P": block, "num_warps": 4 if block <= 1024 else 8 if block <= 4096 else 16}
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

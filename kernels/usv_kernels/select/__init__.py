@@ -57,7 +57,7 @@ def select_top_k(
     batch, heads, blocks, num_kv = scores.shape
     fixed = isinstance(num_kept, int)
     if fixed:
-        require(1 <= num_kept <= num_kv, "num_kept", num_kept, f"an integer in 1..{num_kv}")
+        require(1 <= num_kept <= num_kv, "num_kept", num_kept, lambda: f"an integer in 1..{num_kv}")
     else:
         shapes = ((heads,), (batch, heads, blocks))
         require(
@@ -70,8 +70,8 @@ def select_top_k(
         require(num_kept.device == scores.device, "num_kept", f"device {num_kept.device}", f"{scores.device}")
     capacity = (num_kept if fixed else num_kv) if capacity is None else capacity
     least = num_kept if fixed else 1
-    require(least <= capacity <= num_kv, "capacity", capacity, f"an integer in {least}..{num_kv}")
-    impl = resolve("select_top_k", impl, scores, ("reference", "cpu", "triton"))
+    require(least <= capacity <= num_kv, "capacity", capacity, lambda: f"an integer in {least}..{num_kv}")
+    impl = resolve("select_top_k", impl, scores, ("reference", "cpu", "triton"), _limit(num_kv))
     if fixed:
         rows = torch.full((batch, heads, blocks), num_kept, dtype=torch.int32, device=scores.device)
     else:
@@ -110,10 +110,14 @@ def select_top_p(
     num_kv = scores.shape[-1]
     # Rounding first keeps 0.07 * 100 = 7.000000000000001 from becoming 8.
     least = max(1, math.ceil(round(floor * num_kv, 9)))
-    impl = resolve("select_top_p", impl, scores, ("reference", "cpu", "triton"))
+    impl = resolve("select_top_p", impl, scores, ("reference", "cpu", "triton"), _limit(num_kv))
     rows = torch.full(scores.shape[:3], least, dtype=torch.int32, device=scores.device)
     counts, lists = _select(scores, rows, 0, float(p), least, num_kv, impl)
     return BlockSelection(counts, lists, q_starts, q_sizes, kv_starts, kv_sizes, q_max, kv_max)
+
+
+def _limit(num_kv: int) -> tuple:
+    return num_kv <= 8192, "scores", lambda: f"N = {num_kv}", "at most 8192 for impl='triton'"
 
 
 def _prepare(scores: Tensor, kv_sizes: Tensor) -> Tensor:

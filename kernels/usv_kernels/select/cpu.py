@@ -15,7 +15,7 @@ LOWEST = ~0x7F800000  # of -inf
 
 def _keys(scores_BHMN: Tensor) -> np.ndarray:
     """(B, H, M, N) int64, rank * 2**32 - block; scores are fp32 or shorter."""
-    scores = scores_BHMN.float().numpy() + np.float32(0.0)  # -0 becomes 0
+    scores = np.add(scores_BHMN.float().numpy(), np.float32(0.0), order="C")  # -0 becomes 0
     bits = scores.view(np.int32)
     # The bits of a float sort as an integer if those below the sign are inverted where the sign is set.
     rank = bits ^ ((bits >> 31) & HIGHEST)

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .._device import on_its_device
 
-MAX_BLOCKS = 8192
-
 
 @triton.jit
 def _ordered(x):
@@ -45,7 +43,11 @@ def _select_kernel(
         # Finite also where every block is forbidden, so that no inf - inf and no 0 / 0 is ever formed.
         top = tl.maximum(tl.max(score, 0), -3.0e38)
         mass = tl.where(allowed, tl.exp(tl.where(allowed, score, top) - top), 0.0)
-        mass = mass / tl.maximum(tl.sum(mass, 0), 1e-30)
+        total = tl.sum(mass, 0)
+        # A score of NaN or +inf leaves no mass to compare: such a row keeps its least number of blocks.
+        defined = total == total
+        mass = tl.where(defined, mass / tl.maximum(total, 1e-30), 0.0)
+        p = tl.where(defined | (p > 1.0), p, 0.0)
     least = tl.minimum(tl.load(rows_ptr + row), tl.sum(allowed.to(tl.int32), 0))
 
     # Bit 31 is the sign: all of the non-negative keys lie above all of the negative ones.
@@ -77,8 +79,6 @@ def _select_kernel(
 def select(scores: Tensor, rows: Tensor, p: float, capacity: int) -> tuple[Tensor, Tensor]:
     """Top-p where p <= 1 (1 keeps every block that is not forbidden), top-k otherwise; rows are the least counts."""
     num_kv = scores.shape[-1]
-    if num_kv > MAX_BLOCKS:
-        raise ValueError(f"scores: got N = {num_kv}, expected at most {MAX_BLOCKS} for impl='triton'")
     counts = torch.empty(scores.shape[:3], dtype=torch.int32, device=scores.device)
     lists = torch.empty(*scores.shape[:3], capacity, dtype=torch.int32, device=scores.device)
     if counts.numel():

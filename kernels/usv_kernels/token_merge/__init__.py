@@ -65,7 +65,8 @@ def match(descriptor: Tensor, layout: MergeLayout, impl: str = "auto") -> MergeM
     batch, _, channels = descriptor.shape
     check_shape("descriptor", descriptor, (batch, layout.num_tokens, channels), "(B, S of the layout, C)")
     require(layout.dst.device == descriptor.device, "layout", f"device {layout.dst.device}", f"{descriptor.device}")
-    impl = resolve("token_merge", impl, descriptor, IMPLS)
+    limit = (layout.max_tile <= 256, "layout", lambda: f"tiles of {layout.max_tile} tokens", "at most 256 for impl='triton'")
+    impl = resolve("token_merge", impl, descriptor, IMPLS, limit)
     tensors = (layout.dst, layout.tile_starts, layout.tile_sizes, layout.num_merged, layout.kept_starts)
     return MergeMap(layout, *_match(descriptor.detach(), *tensors, layout.num_kept_tokens, layout.max_tile, impl))
 
@@ -100,10 +101,10 @@ def gather_kept(x: Tensor, merge_map: MergeMap) -> Tensor:
         x.dim() >= 2 and x.shape[0] in (1, index.shape[0]),
         "x",
         f"shape {tuple(x.shape)}",
-        f"({index.shape[0]} or 1, S, ...)",
+        lambda: f"({index.shape[0]} or 1, S, ...)",
     )
     tokens = merge_map.layout.num_tokens
-    require(x.shape[1] == tokens, "x", f"shape {tuple(x.shape)}", f"(B or 1, {tokens}, ...), S of the layout")
+    require(x.shape[1] == tokens, "x", f"shape {tuple(x.shape)}", lambda: f"(B or 1, {tokens}, ...), S of the layout")
     batch = torch.arange(index.shape[0], device=index.device)[:, None] if x.shape[0] > 1 else 0
     return x[batch, index]
 

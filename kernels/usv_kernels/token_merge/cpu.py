@@ -14,9 +14,9 @@ def _flat(index: Tensor, rows: int) -> Tensor:
 
 def take_rows(x_BSC: Tensor, index: Tensor) -> Tensor:
     """x[b, index[b]] for index (B, K). Copying whole rows is far faster than gather with an expanded index."""
-    batch, length, _ = x_BSC.shape
-    rows = x_BSC.reshape(batch * length, -1).index_select(0, _flat(index, length))
-    return rows.view(*index.shape, -1)
+    batch, length, channels = x_BSC.shape
+    rows = x_BSC.reshape(batch * length, channels).index_select(0, _flat(index, length))
+    return rows.view(*index.shape, channels)
 
 
 def match(
@@ -44,9 +44,9 @@ def match(
 
 def _merged(kept_index: Tensor, length: int) -> Tensor:
     """(B, S - S_kept) ascending positions of the tokens that are not kept."""
-    batch = kept_index.shape[0]
+    batch, kept = kept_index.shape
     gone = torch.ones(batch, length, dtype=torch.bool).scatter_(1, kept_index, False)
-    return gone.nonzero()[:, 1].view(batch, -1)
+    return gone.nonzero()[:, 1].view(batch, length - kept)
 
 
 def merge(x_BSC: Tensor, kept_index: Tensor, token_slot: Tensor, sizes: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class MergeLayout:
         shared = cells.tolist() if cells.dim() == 2 else None
         own = None if shared is not None else cells.tolist()
         largest, total = max(sizes, default=0), sum(sizes)
-        dst, members = list(range(total)), [[-1] * max(cells.shape[-1] - 1, 1) for _ in range(total)]
+        width = max(cells.shape[-1] - 1, 1)
+        dst, members = list(range(total)), [[-1] * width for _ in range(total)]
         counts, start = [], 0
         for tile, size in enumerate(sizes):
             num_src = _fill_tile(shared if shared is not None else own[tile], start, size, dst, members)
@@ -84,7 +85,7 @@ class MergeLayout:
         kept_t = size_t - count_t
         return cls(
             dst=torch.tensor(dst, dtype=torch.int64, device=device),
-            members=torch.tensor(members, dtype=torch.int64, device=device).reshape(total, -1),
+            members=torch.tensor(members, dtype=torch.int64, device=device).reshape(total, width),
             tile_starts=size_t.cumsum(0, dtype=torch.int32) - size_t,
             tile_sizes=size_t,
             num_merged=count_t,

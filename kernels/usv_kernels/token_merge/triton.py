@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .._device import on_its_device
 
-MAX_TILE = 256
 BLOCK_R = 4
 
 
@@ -100,8 +99,6 @@ def _take_kernel(x_ptr, index_ptr, out_ptr, rows, length, channels, BLOCK_R: tl.
 
 @on_its_device
 def match(descriptor, dst, tile_starts, tile_sizes, num_merged, kept_starts, num_kept: int, max_tile: int):
-    if max_tile > MAX_TILE:
-        raise ValueError(f"layout: got tiles of {max_tile} tokens, expected at most {MAX_TILE} for impl='triton'")
     batch, length, channels = descriptor.shape
     kept_index = torch.empty(batch, num_kept, dtype=torch.int64, device=descriptor.device)
     sizes = torch.empty(batch, num_kept, dtype=torch.int32, device=descriptor.device)
