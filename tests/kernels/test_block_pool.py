@@ -67,6 +67,16 @@ def test_random_layouts(impl, device, sizes, gap, dim):
         check(impl, device, torch.float32, 1.0, sizes, gap, dim, batch=1, heads=2)
 
 
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("sizes", [[8, 8, 0], [8, 8, 8], [8, 8, 3]])
+def test_equal_tiles_in_another_order_or_with_an_empty_one(impl, device, sizes):
+    starts, sizes, length = ragged_layout(sizes, device)
+    x = torch.randn(1, 2, length, 16, device=device)
+    for turn in (lambda t: t, lambda t: t.flip(0), lambda t: t.roll(1, 0)):
+        out = block_pool(x, turn(starts), turn(sizes), impl=impl)
+        torch.testing.assert_close(out, eager(x, turn(starts), turn(sizes)))
+
+
 def test_reference_gradient_in_float64():
     starts, sizes, length = ragged_layout([3, 0, 4], "cpu", 1)
     x = torch.randn(1, 2, length, 3, dtype=torch.float64, requires_grad=True)

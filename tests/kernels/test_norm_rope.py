@@ -124,6 +124,36 @@ def test_views_and_repetition(impl, device):
     assert torch.equal(out, norm_rope(x.contiguous(), weight, EPS, cos[0, :, 0], sin[0, :, 0], positions, impl=impl))
 
 
+@pytest.mark.parametrize(("impl", "device"), ALL)
+def test_any_strides(impl, device):
+    """Channels that do not lie side by side, and tables of different strides."""
+    torch.manual_seed(3)
+    x = torch.randn(2, 64, 7, device=device).transpose(1, 2).requires_grad_()
+    weight = torch.randn(64, device=device, requires_grad=True)
+    cos, sin = tables(7, 32, device)
+    sin = sin[0, :, 0].t().contiguous().t()[None, :, None]
+    plain = [t.detach().contiguous().requires_grad_() for t in (x, weight)]
+    out, expected = (norm_rope(*pair, EPS, cos, s, impl=impl) for pair, s in (((x, weight), sin), (plain, sin.contiguous())))
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for a, b in zip(gradients(out, (x, weight), grad), gradients(expected, plain, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_more_tokens_than_programs(monkeypatch):
+    """The Triton backward's programs take several tokens each, and their partial sums are added in the same order every time."""
+    from usv_kernels.norm_rope import triton as backend
+
+    torch.manual_seed(4)
+    monkeypatch.setattr(backend, "PROGRAMS", 4)
+    check("triton", DEVICE, torch.float32, 1.0, 2, 32, 9, True)
+    x, weight = torch.randn(2, 9, 64, device=DEVICE, requires_grad=True), torch.randn(64, device=DEVICE, requires_grad=True)
+    freqs, grad = tables(9, 32, DEVICE), torch.randn(2, 2, 9, 32, device=DEVICE)
+    runs = [gradients(norm_rope(x, weight, EPS, *freqs, impl="triton"), (x, weight), grad) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
 def test_gradcheck():
     x = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
@@ -164,6 +194,7 @@ def test_refusals():
         ((x, weight, EPS, cos, sin, torch.full((2, 5), 5)), "positions"),
         ((x, weight, EPS, cos, sin, torch.full((2, 5), -1)), "positions"),
         ((x, weight, EPS, cos, sin, None, "fast"), "impl"),
+        ((torch.ones(1, 5, 16400), torch.ones(16400), EPS, cos, sin, None, "triton"), "x"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: got .*, expected "):
             norm_rope(*bad)

@@ -66,6 +66,28 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(lambda x, impl=impl: permute(x, index, impl=impl), x)
 
 
+@pytest.mark.parametrize(("impl", "device"), ALL)
+def test_a_token_named_twice(impl, device):
+    """No permutation: found in debug mode, and elsewhere at least no memory outside the row is read for its gradient."""
+    x = torch.randn(1, 1, 6, 4, device=device, requires_grad=True)
+    index = torch.tensor([0, 1, 1, 3, 4, 5], device=device)
+    inverse = inverse_permutation(index)
+    assert inverse.min() >= 0 and inverse.max() < 6
+    grad = torch.autograd.grad(permute(x, index, impl=impl).sum(), x)[0]
+    assert torch.isfinite(grad).all()
+    if device == "cpu":
+        with pytest.raises(ValueError, match="^index: got .*, expected every token once"):
+            permute(x, index, impl=impl, debug=True)
+    assert torch.equal(permute(x, index.new_tensor([5, 4, 3, 2, 1, 0]), impl=impl, debug=True), x.flip(2))
+
+
+@pytest.mark.parametrize(("impl", "device"), ALL)
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 0, 5, 4), (1, 2, 0, 4), (1, 2, 5, 0)])
+def test_nothing_to_permute(impl, device, shape):
+    x = torch.randn(shape, device=device)
+    assert permute(x, torch.arange(shape[2], device=device), impl=impl).shape == shape
+
+
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 def test_registration(impl, device):
     x = torch.randn(2, 2, 9, 8, device=device, requires_grad=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import usv_kernels
 from torch._library.custom_ops import OPDEFS
+from usv_kernels import _impl
 
 HERE = Path(__file__).parent
 
@@ -38,6 +39,15 @@ def test_every_op_is_checked_and_every_operation_is_compiled():
         text = path.read_text()
         if "torch.library.opcheck(" in text and path.name != "test_registration.py":
             assert "assert_compiles(" in text or "fullgraph=True" in text, f"{path.name} compiles nothing"
+
+
+def test_auto_takes_another_where_triton_does_not_run():
+    """A shape beyond Triton's is refused where it was asked for and left to the reference where nobody asked."""
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, is_floating_point=lambda: True)
+    for within, expected in ((True, "triton"), (False, "reference")):
+        assert _impl.resolve("op", "auto", x, ("reference", "triton"), (within, "x", "much", "less")) == expected
+    with pytest.raises(ValueError, match="^x: got much, expected less"):
+        _impl.resolve("op", "triton", x, ("reference", "triton"), (False, "x", "much", "less"))
 
 
 LAUNCHERS = sorted(

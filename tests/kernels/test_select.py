@@ -40,7 +40,7 @@ def by_hand(scores, num_kept):
 
 
 @pytest.mark.parametrize(("impl", "device"), ALL)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_kept", [1, 3, 9])
 def test_top_k_with_ties(impl, device, dtype, num_kept, poisoned):
     torch.manual_seed(0)
@@ -103,6 +103,41 @@ def test_forbidden_empty_and_nan(impl, device):
     for nan in (float("nan"), -float("nan")):  # of either sign
         equal[..., 40] = nan  # the others are still a tie, for the lower indices
         assert_rows(select_top_k(equal, 5, *layout(equal), impl=impl), [[[[0, 1, 2, 3, 40]]]])
+
+
+@pytest.mark.parametrize(("impl", "device"), ALL)
+def test_counts_above_the_capacity(impl, device):
+    """As many as there are slots, never more: attention would read past the list."""
+    scores = torch.randn(1, 2, 3, 8, device=device)
+    rows = torch.tensor([[[2, 5, 100]] * 2], device=device)
+    selection = select_top_k(scores, rows, *layout(scores), capacity=3, impl=impl)
+    assert selection.kv_num_blocks.tolist() == [[[2, 3, 3]] * 2]
+    expected = [[[ranked(row)[:n] for row, n in zip(head, (2, 3, 3), strict=True)] for head in batch] for batch in scores.tolist()]
+    assert_rows(selection, expected)
+
+
+@pytest.mark.parametrize(("impl", "device"), ALL)
+@pytest.mark.parametrize("columns", [600, 5000])
+def test_many_blocks(impl, device, columns):
+    """Rows that a Triton program holds with four warps, and with eight; runs are equal."""
+    torch.manual_seed(5)
+    scores = torch.randn(1, 1, 2, columns, device=device)
+    scores[..., ::7] = 0.5
+    selection = select_top_k(scores, columns // 3, *layout(scores), impl=impl)
+    assert_rows(selection, by_hand(scores, columns // 3))
+    assert torch.equal(select_top_k(scores, columns // 3, *layout(scores), impl=impl).kv_indices, selection.kv_indices)
+    assert_top_p(scores, 0.7, 1, select_top_p(scores, 0.7, 0.0, *layout(scores), impl=impl))
+
+
+@pytest.mark.parametrize(("impl", "device"), ALL)
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), INF])
+def test_scores_without_a_mass(impl, device, value):
+    """Softmax of a row with NaN or +inf says nothing: the row keeps its floor, led by that block, or all of them for p = 1."""
+    scores = torch.tensor([[0.0, 1.0, 2.0, value, 0.5, -INF], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]], device=device)[None, None]
+    for p, floor, first in ((0.5, 0.0, [3]), (0.5, 0.5, [1, 2, 3]), (1.0, 0.0, [0, 1, 2, 3, 4])):
+        mask = select_top_p(scores, p, floor, *layout(scores), impl=impl).to_mask()[0, 0]
+        assert mask[0].nonzero().flatten().tolist() == first, (p, floor)
+        assert mask[1, 0] and (p < 1.0 or mask[1].all())
 
 
 def assert_top_p(scores, p, floor, selection):
@@ -175,6 +210,9 @@ def test_registration(impl, device):
     rows = torch.full((1, 1, 2), 2, dtype=torch.int32, device=device)
     torch.library.opcheck(_select, (scores, rows, 2, 2.0, 0, 2, impl))
     torch.library.opcheck(_select, (scores, rows, 0, 0.5, 2, 6, impl))
+    turned = torch.randn(2, 5, 3, 6, device=device).transpose(1, 2)  # heads and rows lie the other way round
+    for fixed, p, capacity in ((2, 2.0, 2), (0, 2.0, 4), (0, 0.5, 6)):
+        torch.library.opcheck(_select, (turned, torch.full((2, 3, 5), 2, dtype=torch.int32, device=device), fixed, p, 1, capacity, impl))
 
     where = layout(scores)
 
@@ -188,7 +226,7 @@ def test_registration(impl, device):
 
 def test_refusals():
     scores = torch.randn(1, 2, 3, 4)
-    where = layout(scores)
+    where, wide = layout(scores), torch.zeros(1, 1, 1, 8193)
     for call, name in (
         (lambda: select_top_k(scores[0], 1, *where), "scores"),
         (lambda: select_top_k(scores.int(), 1, *where), "scores"),
@@ -204,6 +242,8 @@ def test_refusals():
         (lambda: select_top_p(scores, 1.1, 0.0, *where), "p"),
         (lambda: select_top_p(scores, 0.5, -0.1, *where), "floor"),
         (lambda: select_top_p(scores, 0.5, 0.1, *where, impl="flex"), "impl"),
+        (lambda: select_top_k(wide, 1, *layout(wide), impl="triton"), "scores"),
+        (lambda: select_top_p(wide, 0.5, 0.1, *layout(wide), impl="triton"), "scores"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: got .*, expected "):
             call()

@@ -142,6 +142,35 @@ def test_identities_are_exact(impl, device, dtype):
     assert torch.equal(merged, gather_kept(x, merge_map)) and torch.equal(unmerge(merged, merge_map, impl=impl), x)
 
 
+@pytest.mark.parametrize(("impl", "device"), ALL)
+def test_more_channels_than_a_program_holds(impl, device):
+    """Wan 2.1 has 1,536; a Triton program takes 1,024. And the same bits again."""
+    torch.manual_seed(3)
+    merge_map = match(torch.randn(1, 16, 16, device=device), MergeLayout.build(CELLS, [8, 8], 4, device), impl="reference")
+    x = torch.randn(1, 16, 1100, device=device, requires_grad=True)
+    merged = merge(x, merge_map, impl=impl)
+    torch.testing.assert_close(merged, eager_merge(x, merge_map))
+    spread = unmerge(merged, merge_map, impl=impl)
+    assert torch.equal(spread, eager_unmerge(merged, merge_map))
+    grad = torch.randn_like(spread)
+    expected = gradients(eager_unmerge(eager_merge(x, merge_map), merge_map), x, grad)[0]
+    found = gradients(spread, x, grad)[0]
+    torch.testing.assert_close(found, expected)
+    again = unmerge(merge(x, merge_map, impl=impl), merge_map, impl=impl)
+    assert torch.equal(again, spread) and torch.equal(gradients(again, x, grad)[0], found)
+
+
+@pytest.mark.parametrize(("impl", "device"), ALL)
+def test_no_clip_and_no_token(impl, device):
+    layout = MergeLayout.build(CELLS, [8, 8], 3, device)
+    empty = match(torch.randn(0, 16, 4, device=device), layout, impl=impl)
+    x = torch.randn(0, 16, 6, device=device, requires_grad=True)
+    spread = unmerge(merge(x, empty, impl=impl), empty, impl=impl)
+    assert spread.shape == (0, 16, 6) and gradients(spread, x, spread.detach())[0].shape == (0, 16, 6)
+    nothing = MergeLayout.build(CELLS, [], 0, device)
+    assert nothing.num_tokens == 0 and nothing.members.shape == (0, 3)
+
+
 def test_gradcheck():
     merge_map = match(torch.randn(2, 13, 5), MergeLayout.build(CELLS, [8, 5], [4, 1]))
     x = torch.randn(2, 13, 2, dtype=torch.float64, requires_grad=True)
