@@ -38,17 +38,22 @@ def quantiles(samples: list[float]) -> dict:
 def measure(functions: dict, device: str, budget: float) -> dict:
     """Times all functions alternately until the budget in seconds is spent, at least 3 times each, after a warm-up.
 
-    On a GPU a sample is the mean of enough calls in a row for 5 ms: the first one's launches would otherwise be timed, not its work.
+    On a GPU a sample is the mean of enough calls in a row for 5 ms, begun while the GPU is held busy: launches would otherwise be timed,
+    not work. `host_ms` is how long the host takes to launch a call; where that is longer than the call, the host is what was timed.
     """
-    calls = dict.fromkeys(functions, 1)
+    calls, hosts = dict.fromkeys(functions, 1), dict.fromkeys(functions)
 
-    def once(function, count: int = 1) -> float:
+    def once(name: str, count: int = 1) -> float:
+        function = functions[name]
         if device == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(2_000_000)  # cycles, about a millisecond
+            launched = time.perf_counter()
             begin.record()
             for _ in range(count):
                 function()
             end.record()
+            hosts[name] = 1e3 * (time.perf_counter() - launched) / count
             torch.cuda.synchronize()
             return begin.elapsed_time(end) / 1e3 / count
         begin = time.perf_counter()
@@ -56,15 +61,15 @@ def measure(functions: dict, device: str, budget: float) -> dict:
         return time.perf_counter() - begin
 
     samples = {name: [] for name in functions}
-    for name, function in functions.items():
-        once(function)
+    for name in functions:
+        once(name)
         if device == "cuda":
-            calls[name] = min(50, max(1, round(5e-3 / once(function))))
+            calls[name] = min(50, max(1, round(5e-3 / once(name))))
     deadline = time.monotonic() + budget
     while len(next(iter(samples.values()))) < 3 or (time.monotonic() < deadline and len(next(iter(samples.values()))) < 100):
-        for name, function in functions.items():
-            samples[name].append(once(function, calls[name]))
-    return {name: quantiles(values) for name, values in samples.items()}
+        for name in functions:
+            samples[name].append(once(name, calls[name]))
+    return {name: quantiles(values) | ({"host_ms": hosts[name]} if device == "cuda" else {}) for name, values in samples.items()}
 
 
 def _git(*words: str) -> str | None:

@@ -19,8 +19,8 @@ import torch
 from .machine_code import amd_figures, nvidia_figures
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-# Largest query and key block the host knows (0: none), i.e. one tile a block, two tiles a block, the nested loop.
-LAYOUTS = {"tile 64": 64, "tile 128": 128, "clusters": 0}
+# Largest query and key block the host knows (0: none), i.e. one tile a block, two tiles a block, and twice the nested loop.
+LAYOUTS = {"tile 64": 64, "tile 128": 128, "tile 512": 512, "clusters": 0}
 
 
 def kernels():
@@ -71,9 +71,18 @@ def compile_nvidia(name, dim, dtype, layout, extras, arch: int) -> dict:
     ptx, figures = compiled.asm["ptx"], nvidia_figures(compiled, cfg.num_warps, arch)
     return {
         **described(name, dim, dtype, layout, extras, cfg), **figures, "warps_per_sm": figures["programs_per_sm"] * cfg.num_warps,
-        "wgmma": ptx.count("wgmma.mma_async"), "tcgen05": ptx.count("tcgen05.mma"), "mma_sync": ptx.count("mma.sync"),
+        "wgmma": ptx.count("wgmma.mma_async"), "tensor_work": wgmma_work(ptx, name, cfg, 1 << (dim - 1).bit_length()), "tcgen05": ptx.count("tcgen05.mma"), "mma_sync": ptx.count("mma.sync"),
         "loads_16_bytes": len(re.findall(r"cp\.async\.c[ag]\S* .*, 0x10", ptx)) + len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
     }  # fmt: skip
+
+
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # of a tile of queries and keys
+
+
+def wgmma_work(ptx: str, name: str, cfg, dim: int) -> float | None:
+    """Operations of a kernel's wgmma instructions over those of its products: above 1 warpgroups compute the same. None without."""
+    columns = [int(n) for n in re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k16", ptx)]
+    return 64 * 16 * sum(columns) * (cfg.num_warps // 4) / (PRODUCTS[name] * cfg.BM * cfg.BN * dim) if columns else None
 
 
 def compile_amd(name, dim, dtype, layout, extras) -> dict:
@@ -103,7 +112,7 @@ def variants():
     for target in (80, 90, 100):
         for name in main:
             for dim in (32, 64, 96, 128):
-                yield from ((name, dim, half, layout, extras, target) for layout in LAYOUTS for extras in (False, True))
+                yield from ((name, dim, half, layout, extras, target) for layout in LAYOUTS for extras in (False, True) if extras or layout != "tile 512")
                 yield from ((name, dim, torch.float16, "tile 64", True, target) for _ in (0,))
                 yield from ((name, dim, full, layout, True, target) for layout in ("tile 64", "clusters"))
         yield from ((name, dim, half, "tile 64", True, target) for name in ("delta", "gate_sum") for dim in (64, 128))

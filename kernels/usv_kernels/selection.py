@@ -160,21 +160,29 @@ def _consecutive(sizes: Tensor, device) -> tuple[Tensor, Tensor]:
 
 
 def inverted_lists(kv_num_blocks: Tensor, kv_indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
-    """For each key block the list entries that name it, as offsets into a sorted array: no atomics, no host sync.
+    """For each key block the list entries that name it, as offsets into one array: counted, not sorted; no atomics, no host sync.
 
     Args:
         kv_num_blocks: (B, H, M) int32. kv_indices: (B, H, M, K) int32. num_kv: N.
 
     Returns:
         offsets: (B, H, N + 1) int32 and entries: (B, H, M * K) int32. entries[offsets[n] : offsets[n + 1]] are the flat
-        positions m * K + slot, ascending, whose key block is n: both the query block and the slot of its gate.
+        positions m * K + slot, ascending, whose key block is n: both the query block and the slot of its gate. Entries from
+        offsets[N] on are not written.
     """
     batch, heads, num_q, capacity = kv_indices.shape
-    slots = torch.arange(capacity, device=kv_indices.device, dtype=torch.int32)
-    used = slots < kv_num_blocks.unsqueeze(-1)
-    keys = torch.where(used, kv_indices, num_kv).reshape(batch, heads, num_q * capacity)
-    # Stability makes the order of the entries, and with it every sum over them, the same in every run.
-    keys, entries = torch.sort(keys, dim=-1, stable=True)
-    bounds = torch.arange(num_kv + 1, device=keys.device, dtype=keys.dtype).expand(batch, heads, num_kv + 1).contiguous()
-    offsets = torch.searchsorted(keys, bounds, out_int32=True)
-    return offsets, entries.to(torch.int32)
+    device = kv_indices.device
+    used = torch.arange(capacity, device=device, dtype=torch.int32) < kv_num_blocks.unsqueeze(-1)
+    block = torch.where(used, kv_indices, num_kv).long()
+    # The place of an entry is known without sorting: behind those of earlier key blocks, and of earlier query blocks for its own.
+    pair = (block * num_q + torch.arange(num_q, device=device).unsqueeze(-1)).flatten(2)
+    listed = torch.zeros(batch, heads, (num_kv + 1) * num_q, dtype=torch.bool, device=device).scatter_(-1, pair, True)
+    rank = listed.view(batch, heads, num_kv + 1, num_q).cumsum(-1, dtype=torch.int32)
+    totals = rank[..., :num_kv, num_q - 1] if num_q else rank.new_zeros(batch, heads, num_kv)
+    offsets = torch.nn.functional.pad(totals.cumsum(-1, dtype=torch.int32), (1, 0))
+    place = offsets.gather(-1, block.flatten(2)) + rank.flatten(2).gather(-1, pair) - 1
+    last = num_q * capacity - 1  # free if any slot is unused
+    place = torch.where(used.flatten(2), place, last).long()
+    entries = torch.empty(batch, heads, num_q * capacity, dtype=torch.int32, device=device)
+    position = torch.arange(num_q * capacity, device=device, dtype=torch.int32)
+    return offsets, entries.scatter_(-1, place, position.expand_as(entries))

@@ -3,13 +3,14 @@
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import usv_kernels
 from attention_cases import GPU, assert_close, dense, make_case, run
 from usv_kernels import BlockSelection, block_sparse_attention
-from usv_kernels.block_sparse_attention import operator
+from usv_kernels.block_sparse_attention import flex, operator, triton_launch
 from usv_kernels.selection import inverted_lists
 
 
@@ -210,6 +211,42 @@ def test_compiled_flex_attention_agrees(last):
         block_sparse_attention(q, k, v, partial, impl="flex_compiled")
     with pytest.raises(ValueError, match="impl: got 'flex_compiled' with a bias or gates"):
         block_sparse_attention(q, k, v, selection, key_bias=torch.zeros(2, 1, k.shape[2]), impl="flex_compiled")
+
+
+def test_backward_tiles_for_small_blocks(monkeypatch):
+    """What FlexAttention's backward chooses from on a Hopper GPU, in this thread and in new ones, has a tile that divides 64."""
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(InductorChoices, "get_flex_attention_bwd_configs", InductorChoices.get_flex_attention_bwd_configs)
+
+    def sizes():
+        found = V.choices.get_flex_attention_bwd_configs(128, torch.bfloat16, "cuda")
+        return [{c.block_m1, c.block_n1, c.block_m2, c.block_n2} for c in found]
+
+    assert {64} not in sizes(), "torch has such a tile now: offer_small_tiles can go"
+    flex.offer_small_tiles()
+    with ThreadPoolExecutor(1) as pool:
+        assert {64} in sizes() and {64} in pool.submit(sizes).result()
+
+
+@pytest.mark.parametrize("shared", (True, False))
+def test_longest_lists_first(shared):
+    """Key tiles in falling order of their lists' lengths, head by head, none lost; spare programs keep their 0 rows."""
+    starts = torch.tensor([0, 16, 48], dtype=torch.int32)
+    sizes = torch.tensor([16, 32, 8], dtype=torch.int32)
+    layout = (starts, sizes) if shared else (starts.expand(1, 2, 3), sizes.expand(1, 2, 3))
+    block, start, rows, _ = triton_launch.tile_table(*layout, 16, 0, 56)
+    offsets = torch.tensor([[[0, 1, 6, 9], [0, 4, 5, 5]]], dtype=torch.int32)
+    ordered = triton_launch._longest_first(block, start, rows, offsets)
+    assert all(x.shape == (2, block.shape[1]) and x.is_contiguous() for x in ordered)
+    for head, lengths in enumerate(([1, 5, 3], [4, 1, 0])):
+        blocks = ordered[0][head].tolist()
+        assert [lengths[n] for n in blocks] == sorted((lengths[n] for n in block[0].tolist()), reverse=True)
+        tiles = sorted(zip(*(x[head].tolist() for x in ordered), strict=True))
+        assert tiles == sorted(zip(*(x[0].tolist() for x in (block, start, rows)), strict=True))
+        assert sorted(t[1:] for t in tiles if t[2]) == [(0, 16), (16, 16), (32, 16), (48, 8)]
 
 
 def test_selection_round_trips():

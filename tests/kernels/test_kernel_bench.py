@@ -3,11 +3,10 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from usv_kernels import bench, bench_memory
+from usv_kernels import bench, bench_gpu, bench_memory
 
 
 def test_cpu_report(tmp_path, monkeypatch):
@@ -29,27 +28,62 @@ def test_cpu_report(tmp_path, monkeypatch):
         assert row["share_of_attention"] == pytest.approx(total / median["attention"])
 
 
-def test_gpu_grid_without_a_gpu(monkeypatch):
-    """The loop of `--gpu` on the CPU, through the interpreter: rows in order, a cut is reported, a failing rival too."""
-    report = {"rows": [], "companions": [], "left_out": [], "failed": []}
-    bench.gpu_rows(report, [(128, 32, 8), (192, 32, 2)], 1, 0.0, time.monotonic() + 1e4, False, "cpu", "triton")
+def gpu_report():
+    return {part: [] for part in ("rows", "companions", "tiles", "left_out", "failed")}
+
+
+ON_CPU = {"device": "cpu", "impl": "triton"}
+
+
+def test_gpu_grid_without_a_gpu():
+    """The loop of `--gpu` on the CPU, through the interpreter: rows in order, a cut is reported."""
+    report = gpu_report()
+    bench_gpu.gpu_rows(report, 1, 0.0, 1e4, False, grid=[(128, 32, 8), (192, 32, 2)], **ON_CPU)
     assert [(r["S"], r["pass"]) for r in report["rows"]] == [
         (s, p) for s in (128, 192) for p in ("forward", "forward+backward")
     ]
-    assert [r["S"] for r in report["companions"]] == [128, 128] and not report["left_out"]
-    bench.gpu_rows(report, [(128, 32, 4)], 1, 0.0, time.monotonic() + bench.LAST_START - 1, False, "cpu", "triton")
+    assert all(0 < r["share_of_own_dense_rate"] for r in report["rows"])
+    assert [r["S"] for r in report["companions"]] == [128, 128] and not report["left_out"] and not report["failed"]
+    bench_gpu.gpu_rows(report, 1, 0.0, bench_gpu.LAST_START - 1, False, grid=[(128, 32, 4)], **ON_CPU)
     assert report["left_out"] == [[128, 32, 4]] and len(report["rows"]) == 4
+    assert {(s, d, r) for s in (8192, 32760, 75600) for d in (64, 128) for r in (2, 4, 8, 16, 32)} == set(bench_gpu.GRID)
+    assert bench_gpu.GRID[0] == (32760, 128, 8)
 
-    def broken(*_):
-        raise RuntimeError("an illegal memory access")
 
-    saved = []
-    monkeypatch.setattr(bench, "case", broken)
-    bench.gpu_rows(report, [(128, 32, 4)], 1, 0.0, time.monotonic() + 1e4, False, "cpu", "triton", lambda: saved.append(len(report["rows"])))
-    assert saved == [4] and report["failed"] == [{"shape": [128, 32, 4], "error": "RuntimeError: an illegal memory access"}]
-    assert {(s, d, r) for s in (8192, 32760, 75600) for d in (64, 128) for r in (2, 4, 8, 16, 32)} == set(
-        bench.GPU_GRID
-    )
+def test_a_shape_that_fails_loses_nothing_else(monkeypatch):
+    """What was measured before the failure is kept and saved; where the device no longer computes, the rest is not tried."""
+    case, broken = bench.case, []
+
+    def breaks(heads, length, *rest):
+        rows = case(heads, length, *rest)
+        yield next(rows)
+        if length == 192:
+            raise RuntimeError("an illegal memory access")
+        yield from rows
+
+    monkeypatch.setattr(bench, "case", breaks)
+    monkeypatch.setattr(bench_gpu, "works", lambda device: not broken)
+    grid, saved, report = [(128, 32, 2), (192, 32, 2), (64, 32, 2)], [], gpu_report()
+    bench_gpu.gpu_rows(report, 1, 0.0, 1e4, False, lambda: saved.append(len(report["rows"])), grid, **ON_CPU)
+    assert [r["S"] for r in report["rows"]] == [128, 128, 192, 64, 64] and saved[-1] == 5
+    assert report["failed"] == [{"shape": [192, 32, 2], "error": "RuntimeError: an illegal memory access"}] and not report["left_out"]
+    broken.append(True)
+    report = gpu_report()
+    bench_gpu.gpu_rows(report, 1, 0.0, 1e4, False, grid=grid, **ON_CPU)
+    assert [r["S"] for r in report["rows"]] == [128, 128, 192] and report["left_out"] == [[64, 32, 2]]
+
+
+def test_tiles_are_timed_and_held_to_the_default(monkeypatch):
+    from usv_kernels.block_sparse_attention import triton_launch
+
+    shapes = {("forward", 32): [(64, 64, 4, 3), (16, 32, 4, 2)], ("dq", 32): [(32, 64, 4, 2)], ("dkv", 32): [(16, 64, 4, 2)], ("dq", 64): [(1, 1, 1, 1)]}
+    monkeypatch.setattr(bench_gpu, "TILES", shapes)
+    seen, chosen = set(), triton_launch.config
+    monkeypatch.setattr(triton_launch, "_common", lambda q, cfg, plain=triton_launch._common: seen.add((cfg.BM, cfg.BN)) or plain(q, cfg))
+    rows = bench_gpu.tiles(1, 192, 32, 0.5, "cpu", 0.0)
+    assert [(r["kernel"], r["tile"]) for r in rows] == [(k, list(s)) for (k, d), each in shapes.items() for s in each if d == 32]
+    assert [r["default"] for r in rows] == [True, False, False, False] and seen >= {(16, 32), (32, 64), (16, 64)}
+    assert triton_launch.config is chosen
 
 
 def test_a_rival_that_fails_is_reported(monkeypatch):
@@ -57,19 +91,40 @@ def test_a_rival_that_fails_is_reported(monkeypatch):
         raise NotImplementedError("no such tile")
 
     monkeypatch.setattr(bench, "flex_call", lambda *_: broken)
-    row = bench.case(1, 128, 32, 0.5, 64, torch.float32, "cpu", "cpu", 0.0)[0]
-    assert row["flex_failed"] == "NotImplementedError: no such tile" and set(row["times"]) == {"sdpa_dense", "ours"}
+    row = next(bench.case(1, 128, 32, 0.5, 64, torch.float32, "cpu", "cpu", 0.0))
+    assert row["flex_failed"] == "NotImplementedError: no such tile" and set(row["times"]) == {"sdpa_dense", "ours", "ours_dense"}
 
 
 def test_a_rival_that_is_wrong_is_reported(monkeypatch):
     """FlexAttention with another mask: fast, and no answer to the same question."""
     monkeypatch.setattr(bench, "flex_call", lambda q, k, v, *_: lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
-    row = bench.case(1, 256, 32, 0.25, 64, torch.float32, "cpu", "cpu", 0.0)[0]
+    row = next(bench.case(1, 256, 32, 0.25, 64, torch.float32, "cpu", "cpu", 0.0))
     assert row["flex_failed"].startswith("off by") and "flex" not in row["times"]
 
 
+def test_a_rival_with_other_gradients_is_reported():
+    """The same output and a gradient that is not its own."""
+    x = torch.randn(3, 4)
+    functions = {"sdpa_dense": lambda: (x, x), "ours_dense": lambda: (x, 1.1 * x)}
+    assert bench.rivals(functions, torch.float32)["ours_dense"].startswith("off by 1.00e-01")
+    assert set(functions) == {"sdpa_dense"}
+
+
+@pytest.mark.parametrize("passes", bench.FLOPS)
+def test_what_is_timed(passes):
+    """Out, its gradients, or both; the forward behind a backward runs once."""
+    functions, _ = bench.candidates(1, 192, 32, 0.5, 64, torch.float32, "cpu", "cpu", passes, False)
+    calls = []
+    for name, function in functions.items():
+        first, again = function(), function()
+        calls.append([tuple(x.shape) for x in first])
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), name
+    count = {"forward": 1, "backward": 3, "forward+backward": 4}[passes]
+    assert calls == [[(1, 1, 192, 32)] * count] * 3
+
+
 def test_half_precision_is_compared_with_the_faster_dense(monkeypatch):
-    row = bench.case(1, 256, 32, 0.25, 64, torch.bfloat16, "cpu", "cpu", 0.0, flex=False)[0]
+    row = next(bench.case(1, 256, 32, 0.25, 64, torch.bfloat16, "cpu", "cpu", 0.0, flex=False))
     medians = {name: t["median_ms"] for name, t in row["times"].items()}
     fastest = min(medians["sdpa_dense"], medians["sdpa_dense_fp32"])
     assert medians[row["dense"]] == fastest and row["speedup_over_sdpa"] == fastest / medians["ours"]

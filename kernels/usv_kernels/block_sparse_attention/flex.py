@@ -5,6 +5,7 @@ inputs are refused there rather than silently detached.
 """
 
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -48,7 +49,26 @@ def _refuse_cpu_gradients(*tensors: Tensor | None) -> None:
 @cache
 def compiled():
     """FlexAttention's fused kernel; it compiles once a shape."""
+    if torch.cuda.is_available():
+        offer_small_tiles()
     return torch.compile(flex_attention, dynamic=False)
+
+
+def offer_small_tiles() -> None:
+    """Adds backward tiles of 64 to those that the compiler chooses from, in every thread of this process: autograd compiles in its own.
+
+    On Hopper it has only some of 128, and leaves out all that do not divide a block before it looks at kernel_options: a
+    backward for blocks of 64 would not compile (torch 2.11 to 2.13).
+    """
+    from torch._inductor.choices import InductorChoices
+
+    plain = InductorChoices.get_flex_attention_bwd_configs
+
+    def with_small_tiles(self, *arguments, **named):
+        small = SimpleNamespace(block_m1=64, block_n1=64, block_m2=64, block_n2=64, num_stages=2, num_warps=4)
+        return [*plain(self, *arguments, **named), small]
+
+    InductorChoices.get_flex_attention_bwd_configs = with_small_tiles
 
 
 def block_mask(selection: BlockSelection, block: int, q_len: int, kv_len: int) -> BlockMask:
@@ -83,6 +103,8 @@ def attend_compiled(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, 
 
 
 def kernel_options(q: Tensor, block: int) -> dict | None:
-    """On a GPU its own tiles (128 rows) would refuse blocks of 64, so tiles of the block's size, in both passes."""
+    """On a GPU its own tiles (128 rows) would refuse blocks of 64, so tiles of the block's size, in both passes; of 64 rows with the four
+    warps that share them (its own eight would compute them twice, `triton_launch`)."""
     names = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
-    return dict.fromkeys(names, block) if q.is_cuda else None
+    warps = {"fwd_num_warps": 4, "bwd_num_warps": 4} if block <= 64 else {}
+    return dict.fromkeys(names, block) | warps if q.is_cuda else None

@@ -132,10 +132,10 @@ def dkv_tile(dk, dv, dbias, k, v, column, q_base, grad_base, q_stride, grad_stri
     q = load_rows(q_base, q_stride, start + offset, size - offset, BM, D, DP)
     row = tl.arange(0, BM)
     lse = load_lse(lse_base, start + offset, size - offset, BM)
-    delta = tl.load(delta_base + start + offset + row, mask=row < size - offset, other=0.0)
     grad = load_rows(grad_base, grad_stride, start + offset, size - offset, BM, D, DP)
     p = probabilities(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, (column + gate)[:, None], lse[None, :])
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+    delta = tl.load(delta_base + start + offset + row, mask=row < size - offset, other=0.0)
     ds = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     if HAS_BIAS:
@@ -183,7 +183,10 @@ def dkv_kernel(
     bias_base = k_ptr
     if HAS_BIAS:
         bias_base = bias_ptr + batch * bias_stride_b + head * bias_stride_h
-    column = column_bias(bias_base, 0.0, start_k, 0, rows, HAS_BIAS, BN)
+    # No mask: a row past the block spoils nothing but its own sums, which are not stored.
+    column = tl.zeros([BN], tl.float32)
+    if HAS_BIAS:
+        column = tl.load(bias_base + start_k + tl.arange(0, BN), mask=tl.arange(0, BN) < rows, other=0.0)
     q_base = q_ptr + batch * q_stride_b + head * q_stride_h
     grad_base = grad_ptr + batch * grad_stride_b + head * grad_stride_h
     lse_base, delta_base = lse_ptr + bh * q_len, delta_ptr + bh * q_len

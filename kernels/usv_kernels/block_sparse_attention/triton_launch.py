@@ -45,54 +45,86 @@ def architecture(q: Tensor) -> int:
     return AMD if torch.version.hip else 10 * major + minor
 
 
-def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int, arch: int = 90) -> Config:
-    """The tile shape of `forward`, `dq` or `dkv`. Chosen so that nothing spills as compiled for sm_80, sm_90, sm_100 and
-    gfx942 (`python -m usv_kernels.compile_report`), not yet from timings."""
-    wide = dim > 64
-    nested = (q_max if kernel == "dkv" else kv_max) == 0
-    if dtype == torch.float32:
-        # fp32 products run on the scalar units: small tiles, and at D 128 more warps, keep the operands in registers.
-        bm, bn = (16, 16 if nested and kernel == "dq" else 32) if wide else (32, 32)
-        warps = 4 if not wide or bn == 16 or (nested and kernel == "forward") else 8
-        if kernel == "dkv" and nested and dim == 64:
-            warps = 8
-        pipelined = nested or kernel != "dq" if wide else kernel == "forward" and dim == 32
-        return Config(_tile(q_max, bm), _tile(kv_max, bn), warps, 2 if pipelined else 1)
-    bm, bn = _tile(q_max, 128 if kernel == "forward" and q_max > 64 else 64), _tile(kv_max, 64)
-    # Loops over blocks of unknown or several tiles need registers that the full tile would spill.
-    if kernel == "dkv" and (nested or (wide and q_max > 64)):
-        bm = min(bm, 32)
-    if kernel == "dq" and nested and wide:
-        bn = min(bn, 32)
-    warps = 8 if bm == 128 or (wide and (nested or kernel == "dkv" and bn == 64)) else 4
-    stages = 3 if kernel == "forward" and not nested else 2
-    if arch == AMD:
-        return _amd(kernel, dim, bm, bn, warps)
-    if 90 <= arch < 120:
-        return Config(bm, bn, warps, stages)
-    # Without the wgmma of Hopper or the tcgen05 of Blackwell both operands of a product come from registers.
-    if not wide and nested and kernel != "dkv" or kernel == "dq" and wide and kv_max > 64:
-        bn = min(bn, 32)
-    if kernel == "dq" and dim == 64 and not nested:
-        stages = 3
-    if kernel == "dkv" and dim == 64 and q_max <= 64:
-        bm = min(bm, 32)
-    return Config(bm, bn, warps, stages)
-
-
-def _amd(kernel: str, dim: int, bm: int, bn: int, warps: int) -> Config:
-    """CDNA: 512 registers a lane with four warps, 256 with eight; a pipeline's second stage lies in registers too."""
-    if kernel == "forward":
-        return Config(bm, min(bn, 32), warps if bm == 128 else 4, 2)
-    if dim <= 64:
-        return Config(bm, bn, warps, 2)
-    return Config(bm, min(bn, 32), 4, 1) if kernel == "dq" else Config(min(bm, 16), bn, 8, 2)
-
-
 def tiles_per_block(largest: int, tile: int) -> int:
     """Tiles in a block if the host knows it and they are few, else 0."""
     count = triton.cdiv(largest, tile)
     return count if 0 < count <= MAX_TILES else 0
+
+
+def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int, arch: int = 90) -> Config:
+    """The tile shape of `forward`, `dq` or `dkv`. Chosen so that nothing spills as compiled for sm_80, sm_90, sm_100 and gfx942
+    and no product is computed twice (`python -m usv_kernels.compile_report`), not yet from timings (`bench_tiles`)."""
+    loop = "q_max" if kernel == "dkv" else "kv_max"
+    walked, wide = {"q_max": q_max, "kv_max": kv_max}[loop], dim > 64
+    nested = tiles_per_block(walked, 64) == 0
+    if dtype == torch.float32:
+        chosen = _full(kernel, dim, nested, q_max, kv_max)
+    elif arch == AMD:
+        chosen = _cdna(kernel, wide, nested, q_max, kv_max)
+    elif 90 <= arch < 120:
+        chosen = _from_shared(kernel, wide, nested, q_max, kv_max, arch)
+    else:
+        chosen = _from_registers(kernel, dim, nested, q_max, kv_max)
+    tile = chosen.BM if kernel == "dkv" else chosen.BN
+    if not nested and tiles_per_block(walked, tile) == 0:  # too many of so small a tile: the nested loop, which needs more registers
+        return config(kernel, dim, dtype, **{"q_max": q_max, "kv_max": kv_max, loop: 0}, arch=arch)
+    return chosen
+
+
+def _full(kernel: str, dim: int, nested: bool, q_max: int, kv_max: int) -> Config:
+    """fp32 products run on the scalar units: small tiles, and at D 128 more warps, keep the operands in registers."""
+    wide = dim > 64
+    bm, bn = (16, 16 if nested and kernel == "dq" else 32) if wide else (32, 32)
+    warps = 4 if not wide or bn == 16 or (nested and kernel == "forward") else 8
+    if kernel == "dkv" and nested and dim == 64:
+        warps = 8
+    pipelined = nested or kernel != "dq" if wide else kernel == "forward" and dim == 32
+    return Config(_tile(q_max, bm), _tile(kv_max, bn), warps, 2 if pipelined else 1)
+
+
+def _half(kernel: str, q_max: int, kv_max: int) -> tuple[int, int]:
+    """Rows of queries and keys of a tile in half precision, before what a generation of GPUs makes smaller."""
+    return _tile(q_max, 128 if kernel == "forward" and q_max > 64 else 64), _tile(kv_max, 64)
+
+
+def _from_shared(kernel: str, wide: bool, nested: bool, q_max: int, kv_max: int, arch: int) -> Config:
+    """Hopper's wgmma and Blackwell's tcgen05 read operands from shared memory. On Hopper a warpgroup, four warps, takes 64 rows: eight
+    warps on fewer would compute the same product twice."""
+    bm, bn = _half(kernel, q_max, kv_max)
+    if nested and arch >= 100:  # more warps hold what would spill
+        narrow = min(bn, 32) if kernel == "dq" and wide else bn
+        return Config(min(bm, 32 if kernel == "dkv" else 64), narrow, 8 if wide else 4, 2)
+    if kernel == "forward":
+        return Config(bm, bn, 8 if bm == 128 else 4, 2 if nested else 3)
+    if not wide:
+        return Config(bm, bn, 4, 3)
+    # dQ, or dK and dV of 128 channels are held beside the scores: a full tile of those would spill, or a third stage leave one program.
+    if kernel == "dq":
+        return Config(bm, min(bn, 32), 4, 3) if nested else Config(bm, bn, 4, 2)
+    return Config(min(bm, 16 if nested else 32), bn, 4, 2)
+
+
+def _from_registers(kernel: str, dim: int, nested: bool, q_max: int, kv_max: int) -> Config:
+    """Ampere, Ada and consumer Blackwell: both operands of a product come from registers."""
+    wide, (bm, bn) = dim > 64, _half(kernel, q_max, kv_max)
+    if kernel == "dkv" and (nested or dim == 64 or (wide and q_max > 64)):
+        bm = min(bm, 32)
+    if kernel == "forward" and wide and nested:
+        bm = min(bm, 64)
+    warps = 8 if bm == 128 or (wide and (nested or kernel == "dkv" and bn == 64)) else 4
+    if kernel == "dq" and wide and (nested or kv_max > 64) or not wide and nested and kernel != "dkv":
+        bn = min(bn, 32)
+    stages = 3 if kernel == "forward" and not nested or kernel == "dq" and dim == 64 and not nested else 2
+    return Config(bm, bn, warps, stages)
+
+
+def _cdna(kernel: str, wide: bool, nested: bool, q_max: int, kv_max: int) -> Config:
+    """CDNA: 512 registers a lane with four warps, 256 with eight; a pipeline's second stage lies in registers too."""
+    bm, bn = _half(kernel, q_max, kv_max)
+    if kernel == "dkv":
+        return Config(min(bm, 16), bn, 8, 2) if wide else Config(min(bm, 32) if nested else bm, bn, 4, 2)
+    narrow = min(bn, 32) if wide or kernel == "forward" else bn
+    return Config(bm, narrow, 8 if bm == 128 else 4, 1 if wide and kernel == "dq" else 2)
 
 
 def tile_table(starts: Tensor, sizes: Tensor, tile: int, largest: int, length: int) -> tuple[Tensor, ...]:
@@ -184,6 +216,8 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
     tensors = _contiguous_lists(selection_tensors)
     q, k, v, out, grad_out = (_rows(x) for x in (q, k, v, out, grad_out))
     heads, kv_len = q.shape[1], k.shape[2]
+    # Before anything large is there: what building the lists holds for a moment is then no part of the peak.
+    inverted = inverted_lists(*tensors[:2], tensors[4].shape[-1])
     bias, *bias_strides = _bias(key_bias, heads)
     gate = None if block_gate is None else block_gate.float().contiguous()
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -194,7 +228,7 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
         delta = _delta(out, grad_out, grad_lse)
         inputs = (q, k, v, grad_out, lse, delta, bias, bias_strides, gate, tensors, scale, q_max, kv_max)
         _launch_dq(dq, dgate, *inputs)
-        _launch_dkv(dk, dv, dbias, *inputs)
+        _launch_dkv(dk, dv, dbias, *inverted, *inputs)
     if dbias is not None:
         dbias = (dbias.sum(1, keepdim=True) if key_bias.shape[1] != heads else dbias[:, :, :kv_len]).to(key_bias.dtype)
     return dq, dk, dv, dbias, None if dgate is None else dgate.to(block_gate.dtype)
@@ -233,17 +267,25 @@ def _launch_dq(dq, dgate, q, k, v, grad, lse, delta, bias, bias_strides, gate, t
                                                 (num_q + 1) * shared, BK=128)  # fmt: skip
 
 
-def _launch_dkv(dk, dv, dbias, q, k, v, grad, lse, delta, bias, bias_strides, gate, tensors, scale, q_max, kv_max) -> None:
+def _longest_first(block: Tensor, start: Tensor, rows: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+    """The table of key tiles of every head, those with the longest lists first: one that all queries list, begun last, would keep
+    the GPU waiting for a single program."""
+    lengths = offsets.diff(dim=-1).flatten(0, 1)
+    tables = [x.expand(len(lengths), -1) for x in (block, start, rows)]
+    order = lengths.gather(1, tables[0].long()).argsort(dim=1, descending=True, stable=True)
+    return tuple(x.gather(1, order) for x in tables)
+
+
+def _launch_dkv(dk, dv, dbias, offsets, entries, q, k, v, grad, lse, delta, bias, bias_strides, gate, tensors, scale, q_max, kv_max) -> None:
     counts, lists, q_starts, q_sizes, kv_starts, kv_sizes = tensors
     batch, heads, q_len, _ = q.shape
     num_q, capacity = lists.shape[2:]
     num_kv, kv_len = kv_starts.shape[-1], k.shape[2]
     cfg = config("dkv", q.shape[-1], q.dtype, q_max, kv_max, architecture(q))
-    offsets, entries = inverted_lists(counts, lists, num_kv)
-    block, start, rows, _ = tile_table(kv_starts, kv_sizes, cfg.BN, kv_max, kv_len)
+    block, start, rows = _longest_first(*tile_table(kv_starts, kv_sizes, cfg.BN, kv_max, kv_len)[:3], offsets)
     dkv_kernel[(block.shape[1], batch * heads)](
         q, k, v, grad, lse, delta, dk, dv, dbias, bias, gate, offsets, entries, q_starts, q_sizes, block, start, rows, scale,
-        heads, num_q, num_kv, capacity, q_len, kv_len, block.shape[1] if len(block) > 1 else 0, _layout_stride(q_starts),
+        heads, num_q, num_kv, capacity, q_len, kv_len, block.shape[1], _layout_stride(q_starts),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], *dk.stride()[:3], *bias_strides,
         HAS_BIAS=bias is not None, HAS_GATE=gate is not None, Q_TILES=tiles_per_block(q_max, cfg.BM), **_common(q, cfg),
     )  # fmt: skip
