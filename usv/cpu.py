@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-import sys
 from pathlib import Path
 
 import torch
 from usv_kernels import multiplies_bf16
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory instead of returning it to the kernel; True where that was possible.
-
-    Every activation above 128 KiB is otherwise a fresh mmap whose pages the kernel zeroes at first touch: on a 2-core
-    virtual machine a training step of Wan-mini took 230 ms a clip with this and 420–1880 ms without (docs/log.md).
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl and others
-        return False
-    return all(mallopt(option, value) for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 28)))
+from usv_kernels.host_memory import keep_freed_memory as keep_freed_memory
 
 
 def use_all_cores(threads: int | None = None) -> int:

@@ -6,7 +6,6 @@ allocates them. On a GPU it is the allocator's own peak.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import resource
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 
 from . import block_sparse_attention
 from .bench_timing import random_selection
+from .host_memory import give_back_freed_memory
 
 SIDES = ("sdpa_dense", "ours")
 PASSES = (False, True)  # with the backward?
@@ -41,12 +41,6 @@ def resident_peak() -> int:
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
-
-
-def give_back_freed_memory() -> None:
-    """Return what is freed so far to the kernel, where glibc can: memory used again would otherwise not be seen to rise."""
-    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def cpu_peak(function: Callable[[], None]) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import WanPipeline
-from usv_kernels.bench_memory import give_back_freed_memory
+from usv_kernels.host_memory import give_back_freed_memory
 
 from usv.bench.measure import environment, peak_bytes, reset_peak
 from usv.config import ModelConfig

@@ -3,15 +3,20 @@
 import torch
 from torch import Tensor
 
+from .._checks import check_blocks
 from .._impl import accumulator
 
 
-def _tile(starts_M: Tensor, sizes_M: Tensor) -> int:
-    """The common size of consecutive blocks, of which the last may be smaller, else 0; none may be empty."""
+def _tile(starts_M: Tensor, sizes_M: Tensor, length: int) -> int:
+    """The common size of consecutive blocks, of which the last may be smaller, else 0; none may be empty. ValueError for blocks
+    outside 0..length."""
     starts, sizes = starts_M.tolist(), sizes_M.tolist()
     size = sizes[0] if sizes else 0
     regular = 0 < sizes[-1] <= size and sizes.count(size) + (sizes[-1] < size) == len(sizes) if size > 0 else False
-    return size if regular and starts == list(range(starts[0], starts[0] + size * len(starts), size)) else 0
+    regular = regular and starts == list(range(starts[0], starts[0] + size * len(starts), size))
+    if not regular or starts[0] < 0 or starts[-1] + sizes[-1] > length:
+        check_blocks("sizes", starts_M, sizes_M, length)
+    return size if regular else 0
 
 
 def _groups(starts_M: Tensor, sizes_M: Tensor):
@@ -32,9 +37,9 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def forward(x_BHSD: Tensor, starts_M: Tensor, sizes_M: Tensor) -> Tensor:
-    batch, heads, _, dim = x_BHSD.shape
+    batch, heads, length, dim = x_BHSD.shape
     blocks = sizes_M.shape[0]
-    if size := _tile(starts_M, sizes_M):
+    if size := _tile(starts_M, sizes_M, length):
         whole, first = blocks - int(sizes_M[-1] < size), int(starts_M[0])
         means = _mean(x_BHSD[:, :, first : first + whole * size].unflatten(2, (whole, size)))
         if whole == blocks:
@@ -52,7 +57,7 @@ def backward(grad_BHMD: Tensor, starts_M: Tensor, sizes_M: Tensor, length: int) 
     batch, heads, blocks, dim = grad_BHMD.shape
     share = grad_BHMD / sizes_M.clamp(min=1).unsqueeze(-1)
     grad_x = grad_BHMD.new_zeros(batch, heads, length, dim)
-    if size := _tile(starts_M, sizes_M):
+    if size := _tile(starts_M, sizes_M, length):
         whole, first, last = blocks - int(sizes_M[-1] < size), int(starts_M[0]), int(starts_M[-1])
         grad_x[:, :, first : first + whole * size].unflatten(2, (whole, size)).copy_(share[:, :, :whole].unsqueeze(3))
         grad_x[:, :, last : last + int(sizes_M[-1])].copy_(share[:, :, -1:])

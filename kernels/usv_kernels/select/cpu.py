@@ -9,31 +9,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HIGHEST = 2**31 - 1  # rank of NaN
-LOWEST = ~0x7F800000  # of -inf
+# An fp32 score leaves the lowest 29 bits of an fp64 number free: they hold the index.
+INDEX = 2**29 - 1
+HIGHEST = (2**63 - 1) & ~INDEX  # key of NaN, before its index
+LOWEST = int(np.float64(-np.inf).view(np.int64)) ^ HIGHEST  # of -inf
 
 
 def _keys(scores_BHMN: Tensor) -> np.ndarray:
-    """(B, H, M, N) int64, rank * 2**32 - block; scores are fp32 or shorter."""
-    scores = np.add(scores_BHMN.float().numpy(), np.float32(0.0), order="C")  # -0 becomes 0
-    bits = scores.view(np.int32)
+    """(B, H, M, N) int64, rank - block; scores are fp32 or shorter."""
+    scores = np.add(scores_BHMN.double().numpy(), 0.0, order="C")  # -0 becomes 0
+    bits = scores.view(np.int64)
     # The bits of a float sort as an integer if those below the sign are inverted where the sign is set.
-    rank = bits ^ ((bits >> 31) & HIGHEST)
+    rank = bits ^ ((bits >> 63) & HIGHEST)
     np.copyto(rank, HIGHEST, where=np.isnan(scores))
-    return (rank.astype(np.int64) << 32) - np.arange(scores.shape[-1])
+    rank -= np.arange(scores.shape[-1])
+    return rank
 
 
 def _blocks(keys: np.ndarray) -> np.ndarray:
-    return -keys & (2**32 - 1)
+    return -keys & INDEX
 
 
-def _lists(keys: np.ndarray, listed: np.ndarray, blocks: int, capacity: int) -> tuple[Tensor, Tensor]:
-    """Counts (B, H, M) and ascending lists (B, H, M, capacity) of the blocks of the keys that are listed and not of -inf."""
-    listed = listed & (keys > LOWEST << 32)
-    if keys.shape[-1] == capacity and listed.all():
+def _lists(keys: np.ndarray, listed: np.ndarray | None, blocks: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Counts (B, H, M) and ascending lists (B, H, M, capacity) of the blocks of the keys that are listed (None: all) and not of -inf."""
+    allowed = keys > LOWEST
+    if listed is None and keys.shape[-1] == capacity and allowed.all():
         index = _blocks(keys).astype(np.int32)
         index.sort(-1)
         return torch.full(index.shape[:-1], capacity, dtype=torch.int32), torch.from_numpy(index)
+    listed = allowed if listed is None else allowed & listed
     index = np.where(listed, _blocks(keys), blocks)
     index.sort(-1)
     lists = np.zeros((*index.shape[:-1], capacity), np.int32)
@@ -47,7 +51,7 @@ def top_k(scores_BHMN: Tensor, rows_BHM: Tensor, fixed: int, capacity: int) -> t
     keys, blocks = _keys(scores_BHMN), scores_BHMN.shape[-1]
     if fixed:
         keys = np.partition(keys, blocks - fixed, axis=-1)[..., blocks - fixed :]
-        return _lists(keys, np.ones((), bool), blocks, capacity)
+        return _lists(keys, None, blocks, capacity)
     keys.sort(-1)
     return _lists(keys, np.arange(blocks) >= blocks - rows_BHM.numpy()[..., None], blocks, capacity)
 
