@@ -8,7 +8,7 @@ from attention_cases import GPU, NAMES, assert_close, assert_same_bits, dense, m
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from usv_kernels import BlockSelection, block_sparse_attention
-from usv_kernels.block_sparse_attention import cpu_plan
+from usv_kernels.block_sparse_attention import cpu, cpu_plan
 
 IMPLS = ("reference", "cpu", "triton")
 LAYOUTS = {
@@ -74,6 +74,26 @@ def test_heads_summed_apart_on_the_cpu(monkeypatch, batches, uniform, dtype):
     for sizes in ([16] * 5, [16] * 4 + [7], [16, 7, 16, 9, 16]):
         case = make_case([16] * 6, sizes, mask=mask, bias_heads=2, dtype=dtype)
         assert_close(run(case, "cpu", dtype), case, dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("qk_scale", (1.0, 16.0))
+@pytest.mark.parametrize("layout", ("uniform", "tiles", "partial", "clusters"))
+def test_long_lists_in_pieces_on_the_cpu(monkeypatch, layout, qk_scale, dtype):
+    """Pieces of 32 tokens, the last one shorter, and some that hold only closed keys: the first of a list, and all of one."""
+    monkeypatch.setattr(cpu_plan, "PIECE_ELEMENTS", 16 * 32)
+    kv_sizes = {"partial": [16] * 6 + [7], "clusters": [13, 0, 66, 2, 40]}.get(layout, [16] * 7)
+    mask = torch.ones(2, 2, 4, 7, dtype=torch.bool) if layout == "uniform" else None
+    case = make_case([9, 70, 1, 16] if layout == "clusters" else [16] * 4, kv_sizes, mask=mask, bias_heads=2, qk_scale=qk_scale,
+                     dtype=dtype, density=0.8, per_head=layout == "clusters")  # fmt: skip
+    case.tensors[3][:, 0, :40] = float("-inf")
+    case.tensors[3][1, 1] = float("-inf")
+    assert_close(run(case, "cpu", dtype), case, dtype)
+    narrow = []
+    pieces = cpu_plan.pieces
+    monkeypatch.setattr(cpu, "pieces", lambda *a: (narrow.append(piece.shape[2]) or piece for piece in pieces(*a)))
+    assert_same_bits(run(case, "cpu", dtype), run(case, "cpu", dtype))
+    assert max(narrow) <= 32
 
 
 def rows_of_two(num_q: int, num_kv: int, uniform: bool) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._products import fast_products
-from .cpu_plan import Batch, Layout, make_batch, make_plan
+from .cpu_plan import Batch, Layout, make_batch, make_plan, pieces
 
 LOG2E = math.log2(math.e)
 
@@ -93,7 +93,7 @@ def _column_bias(b: Batch, layout: Layout, bias_units: dict[int, Tensor] | None,
     if bias_units is not None:
         column = bias_units[b.kv_unit].index_select(0, b.kv_index).view(n, length)
     if gate is not None:
-        values = gate[b.lists, : b.slots]
+        values = gate[b.lists, b.first_slot : b.first_slot + b.slots]
         values = values.repeat_interleave(layout.kv_tile, 1) if b.slot is None else values.gather(1, b.slot)
         column = values if column is None else column + values
     if b.invalid is not None:
@@ -134,6 +134,19 @@ def _exponents_fit(q: Tensor, k: Tensor, bias: Tensor | None, gate: Tensor | Non
     return bound <= 40.0
 
 
+def _subtract_top(s: Tensor, top: Tensor, total: Tensor, o_npD: Tensor, begun: bool) -> None:
+    """s becomes (s - top) * log2(e), top the largest logit of each row so far; what was summed under a lower one shrinks with it."""
+    if begun:
+        before = top.clone()
+        torch.maximum(top, s.amax(-1, keepdim=True), out=top)
+        shrink = before.sub_(top).mul_(LOG2E).exp2_().nan_to_num_(0.0)  # NaN of a row that has met no key yet: nothing is summed
+        total.mul_(shrink)
+        o_npD.mul_(shrink)
+    else:
+        torch.amax(s, -1, keepdim=True, out=top)
+    s.sub_(top.masked_fill(top == float("-inf"), 0.0)).mul_(LOG2E)
+
+
 @fast_products
 def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0, kv_max: int = 0) -> tuple[Tensor, Tensor]:
     """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) in fp32 (fp64 for fp64 input). Reads the sizes: needs no bounds."""
@@ -151,26 +164,32 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
     scratch = Scratch(dtype)
     for first, last in (batch for part in layout.parts for batch in part.batches):
         b = make_batch(layout, first, last)
-        n, p, length = b.shape
+        n, p, _ = b.shape
         q_npD = scratch.take("q", q_units, b.q_index, n, p, dim)
-        k_nLD = scratch.take("k", k_units[b.kv_unit], b.kv_index, n, length, dim)
-        column = _column_bias(b, layout, bias, gate, dtype)
-        if column is not None and not shifted:
-            column = column * unit
-        s = _scores(q_npD, k_nLD, column, scale * unit, scratch("s", n, p, length))
+        top, total = (scratch.place(name, x, b.q_index, n, p, 1) for name, x in (("top", tops), ("total", totals)))
+        o_npD = scratch("o", n, p, dim)
+        for i, piece in enumerate(pieces(b, layout.kv_tile)):
+            length = piece.shape[2]
+            k_nLD = scratch.take("k", k_units[b.kv_unit], piece.kv_index, n, length, dim)
+            column = _column_bias(piece, layout, bias, gate, dtype)
+            if column is not None and not shifted:
+                column = column * unit
+            s = _scores(q_npD, k_nLD, column, scale * unit, scratch("s", n, p, length))
+            if shifted:
+                _subtract_top(s, top, total, o_npD, begun=i > 0)
+            torch.exp2(s, out=s)
+            # K is no longer needed: V takes its buffer, which is still in cache.
+            v_nLD = scratch.take("k", v_units[b.kv_unit], piece.kv_index, n, length, dim)
+            if i == 0:
+                torch.sum(s, -1, keepdim=True, out=total)
+                torch.bmm(s, v_nLD, out=o_npD)
+            else:
+                total.add_(torch.sum(s, -1, keepdim=True))
+                o_npD.baddbmm_(s, v_nLD)
         if shifted:
-            top = torch.amax(s, -1, keepdim=True, out=scratch.place("top", tops, b.q_index, n, p, 1))
-            if column is not None:
-                top.masked_fill_(top == float("-inf"), 0.0)
-            s.sub_(top).mul_(LOG2E)
-            _put(tops, b, top)
-        torch.exp2(s, out=s)
-        total = torch.sum(s, -1, keepdim=True, out=scratch.place("total", totals, b.q_index, n, p, 1))
-        # K is no longer needed: V takes its buffer, which is still in cache.
-        v_nLD = scratch.take("k", v_units[b.kv_unit], b.kv_index, n, length, dim)
-        o_npD = torch.bmm(s, v_nLD, out=scratch("o", n, p, dim))
+            _put(tops, b, top.masked_fill_(top == float("-inf"), 0.0))
         divisor = total if column is None else torch.where(total == 0, 1.0, total)
-        o_npD = torch.div(o_npD, divisor, out=scratch.place("o", out, b.q_index, n, p, dim))
+        o_npD = torch.div(o_npD, divisor, out=scratch.place("out", out, b.q_index, n, p, dim))
         _put(out, b, o_npD)
         _put(totals, b, total)
     return out.view(q.shape), tops.add_(totals.log_()).view(q.shape[:3])
@@ -203,29 +222,32 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
         dk_tiles, dv_tiles = (x.view(-1, layout.kv_tile * dim) for x in (dk_part, dv_part))
         for first, last in part.batches:
             b = make_batch(layout, first, last)
-            n, p, length = b.shape
-            here = b.sum_index - part.heads.start * (whole // layout.kv_tile)
+            n, p, _ = b.shape
             q_npD = scratch.take("q", q_units, b.q_index, n, p, dim)
             go_npD = scratch.take("go", go_units, b.q_index, n, p, dim)
             lse_np1 = scratch.take("lse", lse_units, b.q_index, n, p, 1)
             delta_np1 = scratch.take("delta", delta_units, b.q_index, n, p, 1)
             if b.q_invalid is not None:
                 lse_np1 = lse_np1.masked_fill(b.q_invalid.unsqueeze(-1), float("inf"))
-            k_nLD = scratch.take("k", k_units[b.kv_unit], b.kv_index, n, length, dim)
-            s = _scores(q_npD, k_nLD, _column_bias(b, layout, bias, gate, dtype), scale, scratch("s", n, p, length))
-            torch.exp2(s.sub_(lse_np1).mul_(LOG2E), out=s)
-            # V and both gradients of the listed tokens take turns in one buffer.
-            dv_nLD = torch.bmm(s.transpose(1, 2), go_npD, out=scratch("v", n, length, dim))
-            dv_tiles.index_add_(0, here, dv_nLD.view(-1, layout.kv_tile * dim))
-            v_nLD = scratch.take("v", v_units[b.kv_unit], b.kv_index, n, length, dim)
-            ds = torch.bmm(go_npD, v_nLD.transpose(1, 2), out=scratch("ds", n, p, length)).sub_(delta_np1).mul_(s)
-            if bias is not None or gate is not None:
-                _add_column_gradient(ds.sum(1), b, layout, dbias, dgate)
-            dq_npD = torch.bmm(ds, k_nLD, out=scratch("o", n, p, dim))
+            dq_npD = scratch("o", n, p, dim)
+            for i, piece in enumerate(pieces(b, layout.kv_tile)):
+                length = piece.shape[2]
+                here = piece.sum_index - part.heads.start * (whole // layout.kv_tile)
+                k_nLD = scratch.take("k", k_units[b.kv_unit], piece.kv_index, n, length, dim)
+                s = _scores(q_npD, k_nLD, _column_bias(piece, layout, bias, gate, dtype), scale, scratch("s", n, p, length))
+                torch.exp2(s.sub_(lse_np1).mul_(LOG2E), out=s)
+                # V and both gradients of the listed tokens take turns in one buffer.
+                dv_nLD = torch.bmm(s.transpose(1, 2), go_npD, out=scratch("v", n, length, dim))
+                dv_tiles.index_add_(0, here, dv_nLD.view(-1, layout.kv_tile * dim))
+                v_nLD = scratch.take("v", v_units[b.kv_unit], piece.kv_index, n, length, dim)
+                ds = torch.bmm(go_npD, v_nLD.transpose(1, 2), out=scratch("ds", n, p, length)).sub_(delta_np1).mul_(s)
+                if bias is not None or gate is not None:
+                    _add_column_gradient(ds.sum(1), piece, layout, dbias, dgate)
+                dq_npD = torch.bmm(ds, k_nLD, out=dq_npD) if i == 0 else dq_npD.baddbmm_(ds, k_nLD)
+                dk_nLD = torch.bmm(ds.transpose(1, 2), q_npD, out=scratch("v", n, length, dim))
+                dk_tiles.index_add_(0, here, dk_nLD.view(-1, layout.kv_tile * dim))
             dq_npD = torch.mul(dq_npD, scale, out=scratch.place("dq", dq, b.q_index, n, p, dim))
             _put(dq, b, dq_npD)
-            dk_nLD = torch.bmm(ds.transpose(1, 2), q_npD, out=scratch("v", n, length, dim))
-            dk_tiles.index_add_(0, here, dk_nLD.view(-1, layout.kv_tile * dim))
         torch.mul(dk_part[:, :kv_len], scale, out=dk_here)
         if dv_part is not dv_here:
             dv_here.copy_(dv_part[:, :kv_len])
@@ -255,4 +277,4 @@ def _add_column_gradient(column: Tensor, b: Batch, layout: Layout, dbias: Tensor
             slots = column.view(n, b.slots, layout.kv_tile).sum(-1)
         else:
             slots = torch.zeros(n, b.slots, dtype=column.dtype).scatter_add_(1, b.slot, column)
-        dgate[:, : b.slots].index_add_(0, b.lists, slots)
+        dgate[:, b.first_slot : b.first_slot + b.slots].index_add_(0, b.lists, slots)
