@@ -111,11 +111,11 @@ def write(folder: Path, config: InferConfig, texts: list[str], seeds: list[int],
     report = {"commit": commit(), "ckpt": config.ckpt, "ckpt_low": config.ckpt_low, "model": config.model.path, "methods": {}, "videos": []}
     rows = []
     for name, (result, executed) in methods.items():
-        seconds = {stage: round(value, 3) for stage, value in result.seconds.items()}
+        seconds = {stage: round(value, 6) for stage, value in result.seconds.items()}
         count = len(texts)
         report["methods"][name] = {
             "videos": count, "seconds": seconds, "forwards_per_video": result.forwards, **executed,
-            "denoise_seconds_per_video": round(result.seconds["denoise"] / count, 4),
+            "denoise_seconds_per_video": round(result.seconds["denoise"] / count, 6),
         }  # fmt: skip
         for index, (text, seed) in enumerate(zip(texts, seeds)):
             stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]

@@ -137,8 +137,8 @@ def row_of(name: str, wanted: float, options: dict, record: PatternRecord, gener
         "method": name, "wanted": wanted, "options": options, "executed": report["sparse_density"],
         "matched": abs(report["sparse_density"] / wanted - 1) <= TOLERANCE, "density_with_warm_up": round(record.mean_density(), 4),
         "recall": report["recall"], "attention_calls": report["attention_calls"],
-        "seconds": {stage: round(value / clips, 4) for stage, value in seconds.items()}
-        | {"warm_up_attention": round(dense / clips, 4), "total": round((generation.seconds["denoise"] - measuring) / clips, 4)},
+        "seconds": {stage: round(value / clips, 6) for stage, value in seconds.items()}
+        | {"warm_up_attention": round(dense / clips, 6), "total": round((generation.seconds["denoise"] - measuring) / clips, 6)},
     }  # fmt: skip
 
 

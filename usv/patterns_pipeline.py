@@ -128,8 +128,8 @@ def calls_report(calls: list[CallStats]) -> dict:
     return {
         "sparse_density": round(_mean([call.density for call in sparse], 1.0), 4),
         "recall": None if recall is None else round(recall, 4),
-        "pattern_seconds": {stage: round(seconds, 3) for stage, seconds in stage_seconds(calls).items()},
-        "dense_attention_seconds": round(sum(call.seconds["attention"] for call in calls if call.dense), 3),
+        "pattern_seconds": {stage: round(seconds, 6) for stage, seconds in stage_seconds(calls).items()},
+        "dense_attention_seconds": round(sum(call.seconds["attention"] for call in calls if call.dense), 6),
         "attention_calls": {"dense": len(calls) - len(sparse), "sparse": len(sparse)},
     }
 

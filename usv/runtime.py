@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -240,6 +241,8 @@ class Engine:
         self.config, self.ranks, self.model = config, ranks, model
         self.zero = config.runtime.name.startswith("zero")
         self.bf16 = precision(config) == "bf16"
+        # of the fp32 weights of diffusers' norms under a CPU's autocast: not the fastest way, and right
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         self.trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = make_optimizer(config, self.trained)
         if self.zero:
