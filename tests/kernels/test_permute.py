@@ -52,6 +52,23 @@ def test_random_shapes(impl, device, batch, heads, length, dim):
     assert torch.equal(permute(x, index, impl=impl), by_hand(x, index))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_long_rows_on_a_cpu(shared, dtype):
+    """A head at a time: rows, gradient, and values outside, which the gather itself finds."""
+    x = torch.randn(2, 2, 4096, 8, requires_grad=True)
+    index = random_index(2, 2, 4096, "cpu").to(dtype)
+    index = index[0, 0] if shared else index
+    out = permute(x, index, impl="cpu")
+    assert torch.equal(out, by_hand(x, index))
+    assert torch.equal(torch.autograd.grad(out, x, out)[0], x)
+    for outside in (-1, 4096):
+        bad = index.clone()
+        bad.view(-1, 4096)[-1, 7] = outside
+        with pytest.raises(ValueError, match=rf"^index: got \[{outside}.*\], expected values in 0..4095"):
+            permute(x, bad, impl="cpu")
+
+
 def test_inverse():
     index = random_index(2, 3, 50, DEVICE)
     position = torch.arange(50, device=DEVICE).expand(2, 3, 50)

@@ -7,16 +7,16 @@ from .._checks import check_blocks
 from .._impl import accumulator
 
 
-def _tile(starts_M: Tensor, sizes_M: Tensor, length: int) -> int:
-    """The common size of consecutive blocks, of which the last may be smaller, else 0; none may be empty. ValueError for blocks
-    outside 0..length."""
+def _tiles(starts_M: Tensor, sizes_M: Tensor, length: int) -> tuple[int, int, int, int] | None:
+    """First token, common size and number of consecutive blocks, and the size of one smaller block after them (0: there is none);
+    None for any other layout. ValueError for blocks outside 0..length."""
     starts, sizes = starts_M.tolist(), sizes_M.tolist()
-    size = sizes[0] if sizes else 0
-    regular = 0 < sizes[-1] <= size and sizes.count(size) + (sizes[-1] < size) == len(sizes) if size > 0 else False
-    regular = regular and starts == list(range(starts[0], starts[0] + size * len(starts), size))
-    if not regular or starts[0] < 0 or starts[-1] + sizes[-1] > length:
+    blocks, size, rest = len(sizes), sizes[0] if sizes else 0, sizes[-1] if sizes else 0
+    whole = blocks - (rest < size)
+    regular = 0 < rest <= size and sizes.count(size) == whole and starts == list(range(starts[0], starts[0] + size * blocks, size))
+    if not regular or starts[0] < 0 or starts[-1] + rest > length:
         check_blocks("sizes", starts_M, sizes_M, length)
-    return size if regular else 0
+    return (starts[0], size, whole, rest if whole < blocks else 0) if regular else None
 
 
 def _groups(starts_M: Tensor, sizes_M: Tensor):
@@ -38,15 +38,13 @@ def _mean(x: Tensor) -> Tensor:
 
 def forward(x_BHSD: Tensor, starts_M: Tensor, sizes_M: Tensor) -> Tensor:
     batch, heads, length, dim = x_BHSD.shape
-    blocks = sizes_M.shape[0]
-    if size := _tile(starts_M, sizes_M, length):
-        whole, first = blocks - int(sizes_M[-1] < size), int(starts_M[0])
-        means = _mean(x_BHSD[:, :, first : first + whole * size].unflatten(2, (whole, size)))
-        if whole == blocks:
+    if tiles := _tiles(starts_M, sizes_M, length):
+        first, size, whole, rest = tiles
+        means = _mean(x_BHSD.narrow(2, first, whole * size).unflatten(2, (whole, size)))
+        if not rest:
             return means
-        last = int(starts_M[-1])
-        return torch.cat([means, _mean(x_BHSD[:, :, last : last + int(sizes_M[-1])]).unsqueeze(2)], 2)
-    out = x_BHSD.new_zeros(batch, heads, blocks, dim)
+        return torch.cat([means, _mean(x_BHSD.narrow(2, first + whole * size, rest)).unsqueeze(2)], 2)
+    out = x_BHSD.new_zeros(batch, heads, sizes_M.shape[0], dim)
     for _, index, tokens in _groups(starts_M, sizes_M):
         out[:, :, index] = _mean(x_BHSD[:, :, tokens])
     return out
@@ -54,13 +52,13 @@ def forward(x_BHSD: Tensor, starts_M: Tensor, sizes_M: Tensor) -> Tensor:
 
 def backward(grad_BHMD: Tensor, starts_M: Tensor, sizes_M: Tensor, length: int) -> Tensor:
     """Each token of a block receives the block's gradient divided by its size; tokens of no block receive 0."""
-    batch, heads, blocks, dim = grad_BHMD.shape
+    batch, heads, _, dim = grad_BHMD.shape
     share = grad_BHMD / sizes_M.clamp(min=1).unsqueeze(-1)
     grad_x = grad_BHMD.new_zeros(batch, heads, length, dim)
-    if size := _tile(starts_M, sizes_M, length):
-        whole, first, last = blocks - int(sizes_M[-1] < size), int(starts_M[0]), int(starts_M[-1])
-        grad_x[:, :, first : first + whole * size].unflatten(2, (whole, size)).copy_(share[:, :, :whole].unsqueeze(3))
-        grad_x[:, :, last : last + int(sizes_M[-1])].copy_(share[:, :, -1:])
+    if tiles := _tiles(starts_M, sizes_M, length):
+        first, size, whole, rest = tiles
+        grad_x.narrow(2, first, whole * size).unflatten(2, (whole, size)).copy_(share[:, :, :whole].unsqueeze(3))
+        grad_x.narrow(2, first + whole * size, rest).copy_(share[:, :, -1:])
         return grad_x
     for size, index, tokens in _groups(starts_M, sizes_M):
         grad_x[:, :, tokens] = share[:, :, index].unsqueeze(3).expand(-1, -1, -1, size, -1)
