@@ -11,6 +11,7 @@ and distribution matching; what is refused is in tests/test_usv_wan.py. On one p
 
 import faulthandler
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -52,7 +53,7 @@ def settings(model, shards, folder, runtime, steps=STEPS, **more) -> TrainConfig
         policy=PolicyConfig("gumbel", budget=0.8, bins=2, warm_down=[0.0, 0.4], freeze_at=0.7),
         data=DataConfig(str(shards), drop_text=0.2, validation_clips=2),
         optim=OptimConfig(steps=steps, batch_size=4, lr=LR, warmup=2, weight_decay=0.01),
-        runtime=RuntimeConfig(name=runtime, precision="fp32", **{"checkpoint_seconds": 1e9, "zero3_persist": 200, **more}),
+        runtime=RuntimeConfig(name=runtime, **{"precision": "fp32", "checkpoint_seconds": 1e9, "zero3_persist": 200, **more}),
         logger=LoggerConfig("none", every=1, validate_every=100, videos=False),
     )  # fmt: skip
 
@@ -156,6 +157,16 @@ def test_checkpointing_on_two_ranks_changes_nothing(world, reference, runtime):
     """Under zero3 the recomputed forward gathers the weights it needs again."""
     config = world(f"checkpointing_{runtime}", runtime, gradient_checkpointing=True)
     assert_same(config, run(2, config), reference)
+
+
+@pytest.mark.parametrize("runtime", ["ddp", "zero2", "zero3"])
+def test_two_ranks_in_bf16_end_with_videos(world, runtime):
+    """The whole of a run, validation's videos with their text encoder included, as on machines that multiply bf16."""
+    config = world(f"bf16_{runtime}", runtime, steps=2, precision="bf16")
+    config.logger.videos = True
+    losses = run(2, config)
+    assert all(math.isfinite(x) for pair in losses.values() for x in pair)
+    assert len(list(Path(config.output_dir, "validation").glob("step000002_*_student.mp4"))) == 2
 
 
 def adapted(world, name, runtime, **more):

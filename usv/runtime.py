@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from diffusers import WanPipeline, WanTransformer3DModel
+from transformers.integrations import unset_hf_deepspeed_config
 
 from usv.config import SettingError, TrainConfig
 from usv.cpu import fast_dtype
@@ -153,6 +154,8 @@ def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
         deepspeed_plugin=plugin,
         kwargs_handlers=[patience],
     )
+    if plugin:  # else transformers would partition the text encoder of a pipeline loaded later, which no engine gathers
+        unset_hf_deepspeed_config()
     joined = dist.is_initialized()  # accelerate misreports DeepSpeed's processes on a CPU as one
     rank, world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     return accelerator, Ranks(rank, world, accelerator.device, _sequence_group(rank, world, sharing))
