@@ -7,7 +7,7 @@ import torch
 
 from . import bench, block_sparse_attention
 from .bench_companions import companions
-from .bench_timing import measure, random_selection
+from .bench_timing import measure, random_selection, relative_error
 
 # The shape of the stated goal first, so that a slow machine's cut falls on the others: (S, D, 1 / density).
 GRID = [(s, d, r) for r in (8, 4, 16, 2, 32) for s in (32760, 8192, 75600) for d in (128, 64)]
@@ -71,8 +71,8 @@ def tile(kernel: str, shape: tuple[int, int, int, int]):
 
 
 def tiles(heads: int, length: int, dim: int, density: float, device: str, budget: float) -> list[dict]:
-    """Milliseconds of the pass that a kernel is part of, for each of its `TILES`, in one alternating run a kernel; the first gradient
-    of each is held to the default's."""
+    """Milliseconds of the pass that a kernel is part of, for each of its `TILES`, in one alternating run a kernel; what each
+    computes is held to the default's."""
     from .block_sparse_attention import triton_launch
 
     q, k, v, grad = (torch.randn(1, heads, length, dim, device=device, dtype=torch.bfloat16) for _ in range(4))
@@ -97,8 +97,7 @@ def tiles(heads: int, length: int, dim: int, density: float, device: str, budget
         usual = forward() if kernel == "forward" else backward()
         for shape in shapes:
             for a, b in zip(run(kernel, shape), usual, strict=True):
-                error = float((a.double() - b.double()).norm() / b.double().norm())
-                if not error < 2 * bench.GATES[torch.bfloat16]:
+                if not (error := relative_error(a, b)) < 2 * bench.GATES[torch.bfloat16]:
                     raise RuntimeError(f"{kernel} with the tile {shape} is off by {error:.2e}")
         times = measure({shape: lambda shape=shape: run(kernel, shape) for shape in shapes}, device, budget)
         arch = triton_launch.architecture(q)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: random block lists, alternating timing, quantiles, and the environment a figure belongs to."""
+"""What the benchmarks share: random block lists, errors, alternating timing, quantiles, and the environment a figure belongs to."""
 
 import platform
 import subprocess
@@ -26,6 +26,12 @@ def random_selection(heads: int, length: int, block: int, density: float, device
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(keep, -1).indices, True)
     sizes = tiles(length, block)
     return BlockSelection.from_mask(mask, sizes, sizes, capacity=keep)
+
+
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over the norm of `exact`, in fp64."""
+    exact = exact.double()
+    return float((value.double() - exact).norm() / exact.norm())
 
 
 def quantiles(samples: list[float]) -> dict:

@@ -108,6 +108,8 @@ def test_a_rival_with_other_gradients_is_reported():
     functions = {"sdpa_dense": lambda: (x, x), "ours_dense": lambda: (x, 1.1 * x)}
     assert bench.rivals(functions, torch.float32)["ours_dense"].startswith("off by 1.00e-01")
     assert set(functions) == {"sdpa_dense"}
+    functions = {"sdpa_dense": lambda: (x, x), "ours_dense": lambda: (x, x * float("nan"))}
+    assert "ours_dense" in bench.rivals(functions, torch.float32)
 
 
 @pytest.mark.parametrize("passes", bench.FLOPS)
