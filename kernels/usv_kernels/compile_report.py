@@ -33,13 +33,14 @@ def kernels():
 
 def source(name: str, dim: int, dtype: torch.dtype, layout: str, extras: bool, arch: int):
     """ASTSource and tile shape of one variant, typed as `triton_launch` calls it; extras: with key bias and block gates."""
+    import triton
     from triton.compiler import ASTSource
 
     from .block_sparse_attention import triton_launch as launch
 
     function, largest = kernels()[name], LAYOUTS[layout]
     cfg = launch.config(name, dim, dtype, largest, largest, arch) if name in ("forward", "dq", "dkv") else launch.Config(64, 64, 4, 3)
-    constants = {"BM": cfg.BM, "BN": cfg.BN, "D": dim, "DP": 1 << (dim - 1).bit_length(), "HAS_BIAS": extras,
+    constants = {"BM": cfg.BM, "BN": cfg.BN, "D": dim, "DP": triton.next_power_of_2(dim), "HAS_BIAS": extras,
                  "HAS_GATE": extras, "HAS_GRAD_LSE": extras, "BK": 128,
                  "KV_TILES": launch.tiles_per_block(largest, cfg.BN), "Q_TILES": launch.tiles_per_block(largest, cfg.BM)}  # fmt: skip
     operands = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
@@ -71,7 +72,8 @@ def compile_nvidia(name, dim, dtype, layout, extras, arch: int) -> dict:
     ptx, figures = compiled.asm["ptx"], nvidia_figures(compiled, cfg.num_warps, arch)
     return {
         **described(name, dim, dtype, layout, extras, cfg), **figures, "warps_per_sm": figures["programs_per_sm"] * cfg.num_warps,
-        "wgmma": ptx.count("wgmma.mma_async"), "tensor_work": wgmma_work(ptx, name, cfg, 1 << (dim - 1).bit_length()), "tcgen05": ptx.count("tcgen05.mma"), "mma_sync": ptx.count("mma.sync"),
+        "wgmma": ptx.count("wgmma.mma_async"), "tensor_work": wgmma_work(ptx, name, cfg, triton.next_power_of_2(dim)),
+        "tcgen05": ptx.count("tcgen05.mma"), "mma_sync": ptx.count("mma.sync"),
         "loads_16_bytes": len(re.findall(r"cp\.async\.c[ag]\S* .*, 0x10", ptx)) + len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
     }  # fmt: skip
 

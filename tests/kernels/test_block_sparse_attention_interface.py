@@ -11,7 +11,7 @@ import usv_kernels
 from attention_cases import GPU, assert_close, dense, make_case, run
 from usv_kernels import BlockSelection, block_sparse_attention
 from usv_kernels.block_sparse_attention import flex, operator, triton_launch
-from usv_kernels.selection import inverted_lists
+from usv_kernels.selection import inverted_lists, regular_tile
 
 
 def arguments(**changes):
@@ -271,6 +271,19 @@ def test_bounds_are_known_only_where_one_tile_fits():
         return BlockSelection.from_mask(torch.ones(1, 1, len(sizes), 1).bool(), sizes, torch.tensor([1])).q_max
 
     assert [bound(x) for x in ([128, 128, 5], [48, 24, 12], [128, 5, 128], [0, 300])] == [128, 48, 0, 0]
+
+
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.skipif(not GPU, reason="no GPU"))))
+def test_regular_tiles(device):
+    """Equal tiles from 0 to the end, the last one smaller or not, the same in every head; nothing else."""
+    def tile(sizes, length, starts=None):
+        sizes = torch.tensor(sizes, device=device)
+        return regular_tile(sizes.cumsum(-1) - sizes if starts is None else torch.tensor(starts, device=device), sizes, length)
+
+    assert [tile(s, n) for s, n in (([16, 16], 32), ([16, 16, 9], 41), ([7], 7), ([[8, 8, 3], [8, 8, 3]], 19))] == [16, 16, 7, 8]
+    assert [tile(s, n) for s, n in (([], 0), ([0], 0), ([16, 16], 33), ([16, 9, 16], 41), ([16, 16, 0], 32), ([9, 16], 25))] == [0] * 6
+    assert tile([16, 9, 16], 48, starts=[0, 16, 32]) == 0 and tile([[8, 8, 3], [8, 7, 4]], 19) == 0
+    assert tile([8, 8], 17, starts=[1, 9]) == 0 and tile([8, 8], 16, starts=[8, 0]) == 0
 
 
 def test_inverted_lists_are_sorted_and_complete():

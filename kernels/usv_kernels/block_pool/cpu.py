@@ -5,18 +5,7 @@ from torch import Tensor
 
 from .._checks import check_blocks
 from .._impl import accumulator
-
-
-def _tiles(starts_M: Tensor, sizes_M: Tensor, length: int) -> tuple[int, int, int, int] | None:
-    """First token, common size and number of consecutive blocks, and the size of one smaller block after them (0: there is none);
-    None for any other layout. ValueError for blocks outside 0..length."""
-    starts, sizes = starts_M.tolist(), sizes_M.tolist()
-    blocks, size, rest = len(sizes), sizes[0] if sizes else 0, sizes[-1] if sizes else 0
-    whole = blocks - (rest < size)
-    regular = 0 < rest <= size and sizes.count(size) == whole and starts == list(range(starts[0], starts[0] + size * blocks, size))
-    if not regular or starts[0] < 0 or starts[-1] + rest > length:
-        check_blocks("sizes", starts_M, sizes_M, length)
-    return (starts[0], size, whole, rest if whole < blocks else 0) if regular else None
+from ..selection import regular_tile
 
 
 def _groups(starts_M: Tensor, sizes_M: Tensor):
@@ -37,13 +26,13 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def forward(x_BHSD: Tensor, starts_M: Tensor, sizes_M: Tensor) -> Tensor:
+    """ValueError for blocks outside 0..S."""
     batch, heads, length, dim = x_BHSD.shape
-    if tiles := _tiles(starts_M, sizes_M, length):
-        first, size, whole, rest = tiles
-        means = _mean(x_BHSD.narrow(2, first, whole * size).unflatten(2, (whole, size)))
-        if not rest:
-            return means
-        return torch.cat([means, _mean(x_BHSD.narrow(2, first + whole * size, rest)).unsqueeze(2)], 2)
+    if tile := regular_tile(starts_M, sizes_M, length):
+        whole, rest = divmod(length, tile)
+        means = _mean(x_BHSD.narrow(2, 0, whole * tile).unflatten(2, (whole, tile)))
+        return torch.cat([means, _mean(x_BHSD[:, :, -rest:]).unsqueeze(2)], 2) if rest else means
+    check_blocks("sizes", starts_M, sizes_M, length)
     out = x_BHSD.new_zeros(batch, heads, sizes_M.shape[0], dim)
     for _, index, tokens in _groups(starts_M, sizes_M):
         out[:, :, index] = _mean(x_BHSD[:, :, tokens])
@@ -55,10 +44,10 @@ def backward(grad_BHMD: Tensor, starts_M: Tensor, sizes_M: Tensor, length: int) 
     batch, heads, _, dim = grad_BHMD.shape
     share = grad_BHMD / sizes_M.clamp(min=1).unsqueeze(-1)
     grad_x = grad_BHMD.new_zeros(batch, heads, length, dim)
-    if tiles := _tiles(starts_M, sizes_M, length):
-        first, size, whole, rest = tiles
-        grad_x.narrow(2, first, whole * size).unflatten(2, (whole, size)).copy_(share[:, :, :whole].unsqueeze(3))
-        grad_x.narrow(2, first + whole * size, rest).copy_(share[:, :, -1:])
+    if tile := regular_tile(starts_M, sizes_M, length):
+        whole, rest = divmod(length, tile)
+        grad_x.narrow(2, 0, whole * tile).unflatten(2, (whole, tile)).copy_(share[:, :, :whole].unsqueeze(3))
+        grad_x.narrow(2, whole * tile, rest).copy_(share[:, :, -1:])
         return grad_x
     for size, index, tokens in _groups(starts_M, sizes_M):
         grad_x[:, :, tokens] = share[:, :, index].unsqueeze(3).expand(-1, -1, -1, size, -1)

@@ -53,7 +53,7 @@ def tiles_per_block(largest: int, tile: int) -> int:
 
 def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int, arch: int = 90) -> Config:
     """The tile shape of `forward`, `dq` or `dkv`. Chosen so that nothing spills as compiled for sm_80, sm_90, sm_100 and gfx942
-    and no product is computed twice (`python -m usv_kernels.compile_report`), not yet from timings (`bench_tiles`)."""
+    and no product is computed twice (`python -m usv_kernels.compile_report`), not yet from timings (`bench_gpu.tiles`)."""
     loop = "q_max" if kernel == "dkv" else "kv_max"
     walked, wide = {"q_max": q_max, "kv_max": kv_max}[loop], dim > 64
     nested = tiles_per_block(walked, 64) == 0

@@ -22,7 +22,7 @@ def permute(x_BHSD: Tensor, index_BHS: Tensor) -> Tensor:
 
 
 def _by_head(x_BHSD: Tensor, index_BHS: Tensor) -> Tensor:
-    """Long rows: the gather finds values outside itself, so index is read once and never rewritten."""
+    """For heads so long that a call for each costs little: the gather finds values outside itself, so index is read once and never rewritten."""
     out = torch.empty_like(x_BHSD)
     try:
         for source, order, target in zip(x_BHSD.flatten(0, 1).unbind(), index_BHS.flatten(0, 1).unbind(), out.flatten(0, 1).unbind()):
