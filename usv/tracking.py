@@ -71,7 +71,7 @@ class Tracker:
         import numpy
         from matplotlib import pyplot
 
-        figure, axis = pyplot.subplots(figsize=(4, 3))
+        figure, axis = pyplot.subplots(figsize=(4, 3), constrained_layout=True)
         picture = axis.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=1)
         axis.set_xlabel(columns)
         axis.set_ylabel(rows)
