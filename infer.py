@@ -23,14 +23,14 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 import usv
-from usv.build import prepare_folder
-from usv.checkpoint import read_config
 from usv.config import InferConfig, SettingError, check_overrides, config_groups, typed
 from usv.cpu import keep_freed_memory
-from usv.generate import Generation, best_place, generate, load_pipeline
 from usv.patterns.planned import HOW_MUCH
-from usv.patterns_pipeline import calls_report
-from usv.training import commit
+from usv.sampling.checkpoint import read_config
+from usv.sampling.generate import Generation, best_place, generate, load_pipeline
+from usv.sampling.patterns import calls_report
+from usv.training.build import prepare_folder
+from usv.training.run import commit
 from usv.video import contact_sheet, write_mp4
 
 ROOT = Path(__file__).resolve().parent

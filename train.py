@@ -24,18 +24,19 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from usv import distill, flow, matching
-from usv.build import build
+from usv import flow
 from usv.config import SettingError, TrainConfig, check_overrides, check_train, config_groups, typed
 from usv.cpu import keep_freed_memory, use_all_cores
-from usv.dry_run import report
 from usv.models.wan import Probe
-from usv.plan import bin_of
-from usv.run_state import resume, save
-from usv.runtime import RankError, launched, lost_ranks, start
-from usv.tracking import Silent, Tracker
-from usv.training import Run, budget_at, log_step, temperature_at
-from usv.validation import validate
+from usv.objectives import distill, matching
+from usv.sparse.plan import bin_of
+from usv.training.build import build
+from usv.training.dry_run import report
+from usv.training.ranks import RankError, launched, lost_ranks, start
+from usv.training.resume import resume, save
+from usv.training.run import Run, budget_at, log_step, temperature_at
+from usv.training.tracking import Silent, Tracker
+from usv.training.validation import validate
 
 ROOT = Path(__file__).resolve().parent
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
@@ -145,7 +146,7 @@ def trajectory(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: tor
 
 
 def target(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, decisions, generator: torch.Generator) -> torch.Tensor:
-    """The velocity that the student is to give at (x_t, sigma), by `distill.name` (usv/distill.py)."""
+    """The velocity that the student is to give at (x_t, sigma), by `distill.name` (usv/objectives/distill.py)."""
     d, shift = run.config.distill, run.config.model.flow_shift
     wanted = run.taught(text)(x_t, 1000 * sigma)
     if d.name == "consistency":

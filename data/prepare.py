@@ -5,7 +5,7 @@
 
 plan.json fixes which clip goes to which shard before anything is encoded, and a shard appears by one rename: kill the
 program at any moment and run the same command again, and it writes what is missing, to the same bytes. What cannot be
-used is left out and listed in skipped.jsonl. index.json, written last, is what usv.data.ShardDataset reads.
+used is left out and listed in skipped.jsonl. index.json, written last, is what usv.training.data.ShardDataset reads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from encoder import Encoder, check_model, check_size, model_defaults  # noqa: E4
 from shard_plan import Job, Settings, load_plan, make_jobs  # noqa: E402
 
 from usv.cpu import keep_freed_memory  # noqa: E402
-from usv.data import FORMAT, model_identity  # noqa: E402
+from usv.training.data import FORMAT, model_identity  # noqa: E402
 
 BATCH_PIXELS = 8 * 9 * 96 * 96  # clips encoded together: 8 of Wan-mini's take 42 ms each on one core, one alone 77 ms
 

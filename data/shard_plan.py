@@ -15,7 +15,7 @@ import torch
 import videos
 from tqdm import tqdm
 
-from usv.data import model_identity
+from usv.training.data import model_identity
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train as program  # noqa: E402
-from usv.checkpoint import read_config  # noqa: E402
 from usv.config import DataConfig, LoggerConfig, ModelConfig, OptimConfig, PolicyConfig, RuntimeConfig, TrainConfig  # noqa: E402
+from usv.sampling.checkpoint import read_config  # noqa: E402
 
 STEPS = 8
 

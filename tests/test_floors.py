@@ -10,20 +10,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# module (or package) of usv -> floor; a package's modules share its floor
+# module or wing of usv -> floor; a wing's modules share its floor
 FLOORS = {
-    "cpu": 1, "grid": 1, "flow": 1, "plan": 1, "cost": 1, "config": 1,
-    "policy": 2, "patterns": 2,
-    "attention": 3, "sequence_parallel": 3,
-    "models": 4, "lora": 5,
-    "distill": 5, "data": 5, "buckets": 5, "checkpoint": 5, "metrics": 5, "video": 5,
-    "sampler": 5, "remote": 1, "optim": 5, "matching": 5,
-    "pipeline": 6, "patterns_pipeline": 6, "generate": 6,
-    "compare_patterns": 7, "compare_report": 7, "matched_density": 7,
-    "training": 7, "build": 7, "validation": 7, "dry_run": 7, "runtime": 7, "run_state": 7, "export": 7, "tracking": 7, "evaluate": 7, "compare_policies": 7, "oracle": 7, "oracle_steps": 7, "bench": 7, "report": 7, "peers": 7,
+    "cpu": 1, "flow": 1, "video": 1, "config": 1, "metrics": 1,
+    "sparse": 2,
+    "policy": 3, "patterns": 3, "models": 3,
+    "sampling": 4,
+    "objectives": 5,
+    "training": 6,
+    "evaluation": 7,
 }  # fmt: skip
 ROOF = 7
+PROGRAM = ROOF + 1
+COMMANDS = {"bench", "compare_patterns", "compare_policies", "evaluate", "export", "oracle", "peers", "report"}  # python -m usv.NAME
 RUNTIME = {"accelerate", "deepspeed", "hydra", "trackio", "wandb"}
+RUNTIME_FLOOR = FLOORS["training"]
 SOURCES = sorted([*(ROOT / "usv").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "train.py", ROOT / "infer.py"])
 
 
@@ -40,6 +41,12 @@ def imports(path):
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
+def dotted_of(path):
+    """usv/policy/gumbel.py -> usv.policy.gumbel; a package's __init__ is the package."""
+    parts = path.relative_to(ROOT / "kernels" if "kernels" in path.parts else ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def room(dotted):
     """usv.policy.gumbel -> policy; usv -> None; others -> None."""
     parts = dotted.split(".")
@@ -51,16 +58,41 @@ def floor_of(path):
     if relative.parts[0] == "kernels":
         return 0
     if relative.parts[0] != "usv":
-        return ROOF + 1  # programs
-    if relative.name == "__init__.py" and len(relative.parts) == 2:
-        return ROOF - 1  # usv/__init__.py hands out usv.pipeline
-    return FLOORS[relative.with_suffix("").parts[1]]
+        return PROGRAM
+    name = relative.with_suffix("").parts[1]
+    if name == "__init__":
+        return FLOORS["sampling"]  # usv/__init__.py hands out usv.sampling.enable
+    return PROGRAM if name in COMMANDS else FLOORS[name]
+
+
+def circle(edges):
+    """The names of a circle in {name: names it imports}, [] where there is none."""
+    done, trail = set(), []
+
+    def visit(name):
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        trail.append(name)
+        found = next(filter(None, map(visit, sorted(edges.get(name, ())))), [])
+        trail.pop()
+        done.add(name)
+        return found
+
+    return next(filter(None, map(visit, sorted(edges))), [])
+
+
+def module_edges(paths):
+    """{module: modules it imports}, of these files, imports inside functions counted; usv itself only hands out names."""
+    names = {dotted_of(path) for path in paths} - {"usv"}
+    return {dotted_of(path): {name for name in imports(path) if name in names} - {dotted_of(path)} for path in paths if dotted_of(path) in names}
 
 
 def test_every_room_has_a_floor():
     rooms = {p.stem if p.is_file() else p.name for p in (ROOT / "usv").iterdir() if p.name != "__pycache__"}
     rooms = {name for name in rooms if name != "__init__"}
-    assert rooms <= set(FLOORS), f"say on which floor: {sorted(rooms - set(FLOORS))}"
+    assert rooms == set(FLOORS) | COMMANDS, f"say on which floor: {sorted(rooms ^ (set(FLOORS) | COMMANDS))}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -70,43 +102,50 @@ def test_imports_go_down(path):
         if name.split(".")[0] in {"train", "infer", "tests", "data"}:
             pytest.fail(f"{path}: imports the program or folder {name}")
         target = room(name)
+        assert target not in COMMANDS, f"{path}: imports the command {name}"
         if floor == 0:
             assert name.split(".")[0] != "usv", f"{path}: a kernel imports {name}"
         elif target in FLOORS:
-            assert FLOORS[target] <= min(floor, ROOF), f"{path} (floor {floor}) imports {name} (floor {FLOORS[target]})"
+            assert FLOORS[target] <= floor, f"{path} (floor {floor}) imports {name} (floor {FLOORS[target]})"
+
+
+def test_nothing_but_commands_imports_the_roof():
+    for path in SOURCES:
+        inside = path.relative_to(ROOT).parts[:2] == ("usv", "evaluation") or path.stem in COMMANDS
+        assert inside or "evaluation" not in set(map(room, imports(path))), f"{path} imports usv.evaluation"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_the_roof_knows_the_runtime(path):
-    if floor_of(path) >= ROOF:
+def test_only_training_and_programs_know_the_runtime(path):
+    if floor_of(path) >= RUNTIME_FLOOR:
         return
     found = {name.split(".")[0] for name in imports(path)} & RUNTIME
-    assert not found, f"{path}: imports {sorted(found)}, which belongs on the roof"
+    assert not found, f"{path}: imports {sorted(found)}, which belongs to training"
 
 
 def test_the_floor_test_sees_what_it_must():
     """The parser finds lazy, relative and from-imports; a wrong import would be noticed."""
-    assert "usv.pipeline" in set(imports(ROOT / "usv" / "__init__.py"))  # inside a function
+    assert "usv.sampling.enable" in set(imports(ROOT / "usv" / "__init__.py"))  # inside a function
     assert "usv_kernels._checks" in set(imports(ROOT / "kernels" / "usv_kernels" / "_impl.py"))  # relative
-    assert "accelerate" in set(imports(ROOT / "usv" / "runtime.py"))
-    assert floor_of(ROOT / "usv" / "policy" / "gumbel.py") == 2 < FLOORS["training"]
+    assert "accelerate" in set(imports(ROOT / "usv" / "training" / "ranks.py"))
+    assert floor_of(ROOT / "usv" / "policy" / "gumbel.py") == 3 < FLOORS["training"]
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"] and circle({"a": {"b", "c"}, "b": {"c"}}) == []
+    edges = module_edges(SOURCES)
+    assert "usv.training.run" in edges["usv.training.build"] and "usv.flow" in edges["usv.sparse.plan"]
 
 
-def test_rooms_of_one_floor_do_not_import_in_circles():
+def test_wings_do_not_import_in_circles():
+    """Of one floor too: policy, patterns and models know nothing of each other both ways."""
     edges = {}
     for path in SOURCES:
-        if path.relative_to(ROOT).parts[0] == "usv" and path.parent != ROOT / "usv" or path.stem == "__init__" or "usv" not in path.parts[-2:]:
-            continue
-        edges[path.stem] = {room(name) for name in imports(path)} & set(FLOORS) - {path.stem}
+        if (name := room(dotted_of(path))) in FLOORS:
+            edges.setdefault(name, set()).update({room(found) for found in imports(path)} & set(FLOORS) - {name})
+    assert len(edges) == len(FLOORS) and not circle(edges), f"circle: {' -> '.join(circle(edges))}"
 
-    def visit(name, trail):
-        assert name not in trail, f"circle: {' -> '.join([*trail, name])}"
-        for following in edges.get(name, ()):
-            visit(following, [*trail, name])
 
-    assert len(edges) >= 10
-    for name in edges:
-        visit(name, [])
+def test_modules_do_not_import_in_circles():
+    found = circle(module_edges([path for path in SOURCES if "kernels" not in path.parts]))
+    assert not found, f"circle: {' -> '.join(found)}"
 
 
 def test_files_stay_readable():
@@ -126,7 +165,7 @@ sys.meta_path.insert(0, Block())
 import usv, usv_kernels
 assert "torch" in sys.modules and "diffusers" not in sys.modules, "import usv alone must not load diffusers"
 import torch, usv.models.wan as wan
-from usv.attention import sparse_attention
+from usv.sparse.attention import sparse_attention
 starts, sizes = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([4, 4], dtype=torch.int32)
 q = torch.randn(1, 1, 8, 16)
 out, _ = sparse_attention(q, q, q, starts, sizes, 1)

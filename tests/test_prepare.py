@@ -24,7 +24,7 @@ import shards  # noqa: E402
 import videos  # noqa: E402
 import wan_mini_parts as parts  # noqa: E402
 
-from usv.data import DataError, ShardDataset  # noqa: E402
+from usv.training.data import DataError, ShardDataset  # noqa: E402
 
 SIZE, FRAMES, FPS = 32, 5, 8
 ARGS = ["--height", "32", "--width", "32", "--num-frames", "5", "--fps", "8", "--max-sequence-length", "16"]

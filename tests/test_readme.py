@@ -72,6 +72,8 @@ def test_commands_are_accepted_by_their_programs():
         if "-m" in command and (module := command[command.index("-m") + 1]).startswith("usv"):
             source = (ROOT / "kernels" if module.startswith("usv_kernels") else ROOT) / module.replace(".", "/")
             source = next(p for p in (source.with_suffix(".py"), source / "__main__.py") if p.exists())
+            if behind := re.search(r"^from (usv[\w.]+) import main$", source.read_text(), re.M):  # an entry of two lines
+                source = (ROOT / behind[1].replace(".", "/")).with_suffix(".py")
             options(command, source)
         for script in (w for w in command if w.startswith("data/") and w.endswith(".py")):
             options(command, ROOT / script)
@@ -143,8 +145,8 @@ def test_named_files_are_committed():
 
 def test_the_tables_are_what_was_measured():
     """Every figure of both tables comes from the committed JSON, through the function that prints it."""
-    from usv.evaluate import markdown
-    from usv.peers.__main__ import markdown as peers
+    from usv.evaluation.evaluate import markdown
+    from usv.evaluation.peers.__main__ import markdown as peers
 
     report, others = (json.loads((ROOT / "data" / "results" / f"{name}.json").read_text()) for name in ("usv_mini", "peers"))
     assert markdown(report) in text() and peers(others) in text()

@@ -11,7 +11,7 @@ __all__ = list(_PUBLIC)
 def __getattr__(name: str):
     # diffusers takes seconds to import: `import usv` alone, or a metric, should not pay for it
     if name in _PUBLIC:
-        from usv import pipeline
+        from usv.sampling import enable as pipeline
 
         return getattr(pipeline, name)
     raise AttributeError(f"module 'usv' has no attribute {name!r}")

@@ -117,7 +117,7 @@ class AttentionConfig:
 
 @dataclass
 class DistillConfig:
-    """What the student learns (usv/distill.py).
+    """What the student learns (usv/objectives/distill.py).
 
     name: velocity (the teacher's guided velocity; sampled like the teacher) | consistency (where the flow ends; few steps) |
     trajectory (where the flow of a guide ends, from what the student's own rollouts meet; few steps). guide: a student's folder,

@@ -7,10 +7,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from usv_kernels.token_merge import match
 
-from usv.grid import Tile, TokenGrid, tile_layout
 from usv.models import wan
 from usv.models.wan import Probe, SparseWan, _merge_layout
-from usv.plan import Rung
+from usv.sparse.grid import Tile, TokenGrid, tile_layout
+from usv.sparse.plan import Rung
 
 LAYERS, TILE = 2, Tile(2, 2, 2)
 SIDES = {"aligned": (4, 8, 8), "partial": (3, 10, 6)}  # latents; tokens (4, 4, 4) and (3, 5, 3)
@@ -69,7 +69,7 @@ def test_plan_none_is_diffusers(transformer, sparse, kind, per_token):
 def full_density(monkeypatch, kind):
     """Make `FULL` keep every block and merge nothing, so that the sparse code runs where the result is known."""
     from usv.models import wan
-    from usv.plan import LayerPlan
+    from usv.sparse.plan import LayerPlan
 
     monkeypatch.setattr(wan, "layer_plan", lambda rung, blocks: LayerPlan(blocks, 0.0) if rung == FULL else None)
 
@@ -278,7 +278,7 @@ def test_shapes_that_do_not_fit_are_refused(sparse):
 
 def test_pipeline_in_inference_mode_then_training(sparse):
     """Cached layouts and tables made under inference_mode must serve a backward."""
-    from usv.grid import tile_layout as cached
+    from usv.sparse.grid import tile_layout as cached
 
     cached.cache_clear()
     _merge_layout.cache_clear()

@@ -2,9 +2,9 @@ import pytest
 import torch
 from pattern_reference import masked_attention, qkv
 
-from usv.grid import TokenGrid
 from usv.patterns import SVG, SVG2, PatternState, Radial, SlidingTile, Text, TileTopK, attend, make_pattern
 from usv.patterns.protocol import Clock, is_dense, join_text, plan_recall
+from usv.sparse.grid import TokenGrid
 
 NO_WARM_UP = {"dense_layers": 0.0, "dense_steps": 0.0}
 GRID = TokenGrid(4, 5, 6)

@@ -10,15 +10,15 @@ from pattern_reference import qkv
 
 import infer
 import usv
-from usv.checkpoint import CheckpointError, Student, save_student
 from usv.config import AttentionConfig, InferConfig, ModelConfig, check_overrides, config_groups, typed
-from usv.generate import load_pipeline
-from usv.grid import Tile, TokenGrid
 from usv.models.wan import SparseWan
 from usv.patterns import SVG2
 from usv.patterns.planned import PlannedPattern, planned_pattern
 from usv.patterns.protocol import Clock, PatternState, attend, plan_recall
-from usv.plan import LayerPlan, Rung, SparsityPlan, timestep_bins
+from usv.sampling.checkpoint import CheckpointError, Student, save_student
+from usv.sampling.generate import load_pipeline
+from usv.sparse.grid import Tile, TokenGrid
+from usv.sparse.plan import LayerPlan, Rung, SparsityPlan, timestep_bins
 
 GRID, TILE = TokenGrid(5, 4, 4), Tile(*tiny.TILE)  # 80 tokens in 8 tiles
 CLUSTERS = {"q_clusters": 12, "k_clusters": 32}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 
-from usv.grid import TokenGrid
 from usv.patterns import SVG, SVG2, Radial, SlidingTile
 from usv.patterns.processors import attach, token_grid
+from usv.sparse.grid import TokenGrid
 
 NO_WARM_UP = {"dense_layers": 0.0, "dense_steps": 0.0}
 FULL = [SVG(density=1.0, block=8, **NO_WARM_UP), SVG2(top_p=1.0, q_clusters=5, k_clusters=9, **NO_WARM_UP)]

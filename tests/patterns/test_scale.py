@@ -10,10 +10,10 @@ import torch
 from pattern_reference import qkv
 from usv_kernels import inverse_permutation, permute
 
-from usv.grid import TokenGrid
 from usv.patterns import SVG, SVG2, PatternState, Radial, SlidingTile, Text, TileTopK, attend
 from usv.patterns.protocol import Clock, executed_pairs, join_text
 from usv.patterns.svg import token_major_order
+from usv.sparse.grid import TokenGrid
 
 NO_WARM_UP = {"dense_layers": 0.0, "dense_steps": 0.0}
 WAN_480P, WAN_720P, HUNYUAN = TokenGrid(21, 30, 52), TokenGrid(21, 45, 80), TokenGrid(33, 45, 80)

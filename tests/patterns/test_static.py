@@ -5,10 +5,10 @@ import pytest
 import torch
 from pattern_reference import masked_attention, qkv, spread, touched_blocks
 
-from usv.grid import TokenGrid
 from usv.patterns import PatternState, Radial, SlidingTile, TileTopK, attend
 from usv.patterns.protocol import block_sizes
 from usv.patterns.static import mask_density, radial_decay, radial_mask, sliding_mask, window_for_density
+from usv.sparse.grid import TokenGrid
 
 NO_WARM_UP = {"dense_layers": 0.0, "dense_steps": 0.0}
 GRID = TokenGrid(9, 3, 5)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from pattern_reference import masked_attention, qkv, spread, touched_blocks
 
-from usv.grid import TokenGrid
 from usv.patterns import SVG, PatternState, Text, attend
 from usv.patterns.svg import band_masks, band_width, classify, profile_errors, sample_rows, token_major_order
+from usv.sparse.grid import TokenGrid
 
 NO_WARM_UP = {"dense_layers": 0.0, "dense_steps": 0.0}
 GRID = TokenGrid(5, 4, 6)

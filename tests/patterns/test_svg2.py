@@ -3,9 +3,9 @@ import torch
 from pattern_reference import masked_attention, qkv
 from usv_kernels import Clusters
 
-from usv.grid import TokenGrid
 from usv.patterns import SVG, SVG2, PatternState, attend, executed_pairs, svg2
 from usv.patterns.protocol import Clock, plan_recall
+from usv.sparse.grid import TokenGrid
 
 NO_WARM_UP = {"dense_layers": 0.0, "dense_steps": 0.0}
 GRID = TokenGrid(3, 6, 8)

@@ -2,9 +2,9 @@
 
 import torch
 
-from usv.cost import ModelShape, rung_costs
-from usv.grid import Tile, TokenGrid, tile_layout
-from usv.plan import timestep_bins
+from usv.sparse.cost import ModelShape, rung_costs
+from usv.sparse.grid import Tile, TokenGrid, tile_layout
+from usv.sparse.plan import timestep_bins
 
 LAYERS, EDGES = 4, timestep_bins(3, 3.0)
 SHAPE = ModelShape(dim=128, num_heads=2, ffn_dim=448, num_layers=LAYERS, text_length=16)

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from usv import distill, flow
-from usv.generate import load_pipeline
-from usv.grid import Tile
+from usv import flow
 from usv.models.wan import Probe, SparseWan
-from usv.plan import Rung
+from usv.objectives import distill
+from usv.sampling.generate import load_pipeline
+from usv.sparse.grid import Tile
+from usv.sparse.plan import Rung
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES, CLIPS = 24, 2

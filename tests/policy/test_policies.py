@@ -6,11 +6,11 @@ import pytest
 import torch
 from policy_cases import COSTS, EDGES, LAYERS, LAYOUT, SHAPE, seeded
 
-from usv.cost import plan_cost
-from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, timestep_bins
 from usv.policy import AXES, Decisions, ProbeRequest
 from usv.policy.fixed import EntropyPolicy, StaticPolicy, uniform_plan
 from usv.policy.gumbel import GumbelPolicy
+from usv.sparse.cost import plan_cost
+from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, timestep_bins
 
 FLOOR = min(COSTS)
 BUDGETS = [FLOOR, FLOOR + 0.01, 0.2, 0.32, 0.5, 0.8, 1.0]

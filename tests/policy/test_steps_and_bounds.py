@@ -4,11 +4,11 @@ import pytest
 import torch
 from policy_cases import COSTS, EDGES, LAYERS, LAYOUT, SHAPE, seeded
 
-from usv.build import least_cost
 from usv.config import TrainConfig
-from usv.cost import plan_cost, rung_costs
-from usv.plan import DENSITY_LADDER, RUNGS, Rung, timestep_bins
 from usv.policy.gumbel import GumbelPolicy
+from usv.sparse.cost import plan_cost, rung_costs
+from usv.sparse.plan import DENSITY_LADDER, RUNGS, Rung, timestep_bins
+from usv.training.build import least_cost
 
 
 def test_a_step_that_was_never_probed_is_not_free_to_jump():

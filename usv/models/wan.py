@@ -3,10 +3,10 @@
     tokens --tile order--> [block under its rung] × L --inverse order--> velocity
 
 A layer at the first rung is diffusers' own block, so plan None is the teacher to rounding. A sparse layer runs the same weights
-through `usv.attention`; a merging layer runs the whole block on the merged tokens and unmerges its *update*, so every token
+through `usv.sparse.attention`; a merging layer runs the whole block on the merged tokens and unmerges its *update*, so every token
 keeps its own residual. Consecutive layers of one merge rung share one match: between them unmerging and merging again would
 give the same states, so the merged tokens stay merged until the run ends. With a `sequence_group` several processes share a
-sample, each with whole tiles of its tokens (`usv.sequence_parallel`); heads are exchanged around attention. Shape letters: B batch, S tokens, C width, H heads, D head width.
+sample, each with whole tiles of its tokens (`usv.sparse.sequence_parallel`); heads are exchanged around attention. Shape letters: B batch, S tokens, C width, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from usv_kernels import norm_rope
 from usv_kernels.selection import known_bound
 from usv_kernels.token_merge import MergeLayout, MergeMap, gather_kept, match, merge, unmerge
 
-from usv.attention import AttentionStats, Fine, sparse_attention
-from usv.grid import Tile, TileLayout, TokenGrid, tile_layout
-from usv.plan import LayerPlan, Rung, layer_plan, merged_tokens
-from usv.sequence_parallel import SequenceGroup, Shards, gather, lengths_of, shards_of, to_heads, to_tokens
+from usv.sparse.attention import AttentionStats, Fine, sparse_attention
+from usv.sparse.grid import Tile, TileLayout, TokenGrid, tile_layout
+from usv.sparse.plan import LayerPlan, Rung, layer_plan, merged_tokens
+from usv.sparse.sequence_parallel import SequenceGroup, Shards, gather, lengths_of, shards_of, to_heads, to_tokens
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from functools import partial
 
 from torch import Tensor
 
-from usv.grid import Tile, TokenGrid, tile_layout
 from usv.patterns import SVG2, Pattern, make_pattern
 from usv.patterns.processors import PatternRun, Progress
 from usv.patterns.protocol import CallStats, attend, require
-from usv.plan import SparsityPlan
+from usv.sparse.grid import Tile, TokenGrid, tile_layout
+from usv.sparse.plan import SparsityPlan
 
 # Settings of the patterns that say how much, or where it is dense; a plan says both.
 HOW_MUCH = ("density", "top_p", "floor", "num_kept", "decay", "window", "dense_layers", "dense_steps")

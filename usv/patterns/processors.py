@@ -15,8 +15,8 @@ from diffusers import CogVideoXTransformer3DModel, HunyuanVideoTransformer3DMode
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from usv.grid import TokenGrid
 from usv.patterns.protocol import CallStats, Pattern, PatternState, Text, attend, require
+from usv.sparse.grid import TokenGrid
 
 # (step, number of steps, the schedule itself: another object means another video) at a timestep
 Progress = Callable[[Tensor], tuple[int, int, object]]

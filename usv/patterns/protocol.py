@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from usv_kernels import BlockSelection, block_sparse_attention, inverse_permutation, permute
 
-from usv.grid import TokenGrid
+from usv.sparse.grid import TokenGrid
 
 # "measure" counts density and recall: no part of the method
 STAGES = ("profile", "cluster", "select", "permute", "attention", "measure")

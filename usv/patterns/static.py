@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from usv_kernels import BlockSelection
 
-from usv.grid import Tile, TokenGrid, tile_layout
 from usv.patterns.protocol import Clock, PatternPlan, PatternState, Text, block_sizes, check_warm_up, require
+from usv.sparse.grid import Tile, TokenGrid, tile_layout
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from usv_kernels import BlockSelection, inverse_permutation
 
-from usv.grid import TokenGrid
 from usv.patterns.protocol import Clock, PatternPlan, PatternState, Text, block_sizes, check_warm_up, require
+from usv.sparse.grid import TokenGrid
 
 
 @dataclass(frozen=True)

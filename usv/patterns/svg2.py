@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from usv_kernels import BlockSelection, Clusters, kmeans, select_top_k, select_top_p
 
-from usv.grid import TokenGrid
 from usv.patterns.protocol import Clock, PatternPlan, PatternState, Text, check_warm_up, require
+from usv.sparse.grid import TokenGrid
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from usv_kernels import block_pool, select_top_k
 
-from usv.grid import Tile, TokenGrid, tile_layout
 from usv.patterns.protocol import Clock, PatternPlan, PatternState, Text, check_warm_up, require
+from usv.sparse.grid import Tile, TokenGrid, tile_layout
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from usv.plan import DENSITY_LADDER, MERGE_LADDER, Rung, SparsityPlan
+from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, Rung, SparsityPlan
 
 AXES = {"density": len(DENSITY_LADDER), "merge": len(MERGE_LADDER)}
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, SparsityPlan
 from usv.policy import AXES, Decisions, allowed
+from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, SparsityPlan
 
 
 def uniform_plan(

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from usv.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, SparsityPlan
 from usv.policy import AXES, Decisions, ProbeRequest, knapsack
+from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, SparsityPlan
 
 
 class GumbelPolicy(nn.Module):

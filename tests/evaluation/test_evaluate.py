@@ -1,0 +1,47 @@
+"""What students are asked in an evaluation, and which of them are held to the dense model's own videos."""
+
+import tiny
+import torch
+
+from usv.config import ModelConfig
+from usv.evaluation import evaluate
+from usv.evaluation.evaluate import camera_motion, requests
+from usv.models.wan import SparseWan
+from usv.sampling.checkpoint import Student, save_student
+from usv.sparse.grid import Tile
+from usv.sparse.plan import Rung, SparsityPlan, timestep_bins
+
+
+def test_every_subject_with_every_motion():
+    """120 captions, no two alike; twice as many ask each twice; a few still ask for all subjects and all motions."""
+    world = camera_motion()
+    prompts, subjects, motions = requests(120)
+    assert len({*prompts}) == len({*zip(subjects, motions)}) == len(world.SUBJECTS) * len(world.MOTIONS) == 120
+    assert prompts == [world.caption(s, m) for s, m in zip(subjects, motions)]
+    assert sorted(requests(240)[0]) == sorted(prompts * 2)
+    few = requests(16)
+    assert {*few[1]} == set(range(15)) and {*few[2]} == set(range(8))
+
+
+def test_only_the_teachers_steps_have_a_dense_twin(tiny_wan, tmp_path, monkeypatch):
+    """A student that takes the teacher's steps is held to the dense videos of the same noise; one of fewer steps is not."""
+    sparse = SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
+    plan, size = SparsityPlan.uniform(Rung(2, 2), timestep_bins(2, 3.0), 2), {"height": tiny.SIZE, "width": tiny.SIZE, "num_frames": tiny.FRAMES}
+    samplings = {"same": {"num_inference_steps": 3}, "few": {"num_inference_steps": 2, "student_timesteps": [1000.0, 750.0]}, "fewer": {"num_inference_steps": 2}}
+    for name, sampling in samplings.items():
+        save_student(tmp_path / name, Student(sparse, plan, {**size, "max_sequence_length": tiny.TEXT, **sampling}))
+    asked = []
+
+    def quality(videos, subjects, motions, reference, twins=None, **_):
+        asked.append((videos, twins))
+        return {"subject_accuracy": 0.5} | ({} if twins is None else {"psnr": float("inf")})
+
+    monkeypatch.setattr(evaluate, "real_clips", lambda model, count: (torch.zeros(1, 3, 3, 8, 8), [0]))
+    for name in ("build_prototypes", "features"):
+        monkeypatch.setattr(evaluate, name, lambda *a: None)
+    monkeypatch.setattr(evaluate, "evaluate_videos", quality)
+    model = ModelConfig(path=str(tiny_wan), max_sequence_length=tiny.TEXT, tile=list(tiny.TILE), num_inference_steps=3, **size)
+    report = evaluate.evaluate(model, {name: str(tmp_path / name) for name in samplings}, clips=2, batch_size=2)
+    (dense, none), (same, twins), (few, missing), (_, other) = asked
+    assert none is None and missing is None and other is None and torch.equal(twins, dense) and not torch.equal(same, dense) and few.shape == dense.shape
+    assert report["methods"]["same"]["psnr"] is None and "psnr" not in report["methods"]["few"], "JSON has no infinity"

@@ -1,0 +1,96 @@
+"""Do learned plans pay? The same student under the learned, the uniform and the entropy plan of one cost, several seeds each.
+
+    python -m usv.compare_policies --steps 100 --seeds 3 --out data/results/policies_wan_mini.json
+    python -m usv.compare_policies --steps 100 -- policy.budget=0.3 optim.batch_size=4          # settings of train.py for all
+
+Each cell is one run of train.py (resumed when it was cut off); compared is the held-out velocity error of its last validation
+at the decoded plan, plain and weighted as the loss weighs it, with the plan's real cost beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from usv.training.run import commit
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICIES = ("gumbel", "static", "entropy")
+
+
+def run(policy: str, seed: int, steps: int, folder: Path, settings: list[str], threads: int) -> dict:
+    """Train one student and return what its last validation logged. Raises CalledProcessError when training fails."""
+    words = [f"policy={policy}", f"seed={seed}", f"optim.steps={steps}", f"output_dir={folder}"]
+    words += ["logger=none", "logger.videos=false", f"logger.validate_every={steps}"]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *words, *settings], cwd=ROOT, check=True, env=env)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line.get("step") == steps and "validation/velocity_error" in line][-1]
+    keys = ("velocity_error", "weighted_error", "plan_cost", "plan_density", "plan_merged")
+    return {key: round(last[f"validation/{key}"], 6) for key in keys}
+
+
+def summarise(cells: dict[str, list[dict]]) -> dict[str, dict]:
+    """Mean and standard deviation over seeds; wins: in how many seeds the learned plan is better."""
+    rows = {}
+    for policy, runs in cells.items():
+        errors = [r["velocity_error"] for r in runs]
+        rows[policy] = {
+            "velocity_error_mean": round(statistics.mean(errors), 6),
+            "velocity_error_std": round(statistics.stdev(errors), 6) if len(errors) > 1 else None,
+            "weighted_error_mean": round(statistics.mean(r["weighted_error"] for r in runs), 6),
+            "plan_cost_mean": round(statistics.mean(r["plan_cost"] for r in runs), 6),
+            "learned_is_better_in": sum(a["velocity_error"] < b["velocity_error"] for a, b in zip(cells["gumbel"], runs)),
+            "learned_is_better_weighted_in": sum(a["weighted_error"] < b["weighted_error"] for a, b in zip(cells["gumbel"], runs)),
+        }
+    return rows
+
+
+def table(rows: dict[str, dict]) -> str:
+    lines = [f"{'policy':10}{'velocity error':>16}{'± seeds':>10}{'weighted':>10}{'cost':>8}{'learned better in':>20}{'weighted':>10}"]
+    for policy, row in rows.items():
+        spread = "–" if row["velocity_error_std"] is None else f"{row['velocity_error_std']:.4f}"
+        better = ("", "") if policy == "gumbel" else (row["learned_is_better_in"], row["learned_is_better_weighted_in"])
+        lines.append(
+            f"{policy:10}{row['velocity_error_mean']:>16.4f}{spread:>10}{row['weighted_error_mean']:>10.4f}{row['plan_cost_mean']:>8.3f}"
+            f"{better[0]!s:>20}{better[1]!s:>10}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at one time, which share the cores")
+    parser.add_argument("--runs", type=Path, default=Path("outputs/policies"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("settings", nargs="*", help="settings of train.py, after --")
+    args = parser.parse_args()
+    cells: dict[str, list[dict]] = {policy: [] for policy in POLICIES}
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    pool = ThreadPoolExecutor(args.jobs)
+    runs = {
+        (seed, policy): pool.submit(run, policy, seed, args.steps, (args.runs / f"{policy}-{seed}").resolve(), args.settings, threads)
+        for seed in range(args.seeds)  # seed by seed: cut off, the comparison is still a fair one
+        for policy in POLICIES
+    }
+    try:
+        for seed in range(args.seeds):
+            for policy in POLICIES:
+                cells[policy].append(runs[seed, policy].result())
+            rows = summarise(cells)
+            print(table(rows), flush=True)
+            if args.out is not None:
+                command = "python -m usv.compare_policies " + " ".join(sys.argv[1:])
+                report = {"commit": commit(), "command": command, "seeds": seed + 1, "rows": rows, "runs": cells}
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
+    finally:
+        pool.shutdown(cancel_futures=True)  # one that failed ends the comparison

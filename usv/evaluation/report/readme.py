@@ -1,0 +1,30 @@
+"""The README's tables, made from results: each replaces the table that begins with the same line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from usv.evaluation import evaluate
+from usv.evaluation.bench import denoise
+from usv.evaluation.peers import __main__ as peers
+from usv.evaluation.report.inputs import Inputs, axes_of
+
+TABLES = {"usv_mini.json": evaluate.markdown, "peers.json": peers.markdown}  # in data/results
+
+
+def tables(inputs: Inputs) -> list[str]:
+    """The tables of the results that a README shows, as Markdown."""
+    reports = inputs.results["comparison"].items()
+    found = [TABLES[Path(file).name](report) for file, report in reports if Path(file).name in TABLES]
+    return found + [denoise.markdown(times, quality) for times, quality in axes_of(inputs)]
+
+
+def refreshed(text: str, table: str) -> str:
+    """`text` with the rows of `table` in place of those under the same heading; unchanged where there is no such heading."""
+    lines, heading = text.split("\n"), table.split("\n")[0]
+    if heading not in lines:
+        return text
+    begin = end = lines.index(heading)
+    while end < len(lines) and lines[end].startswith("|"):
+        end += 1
+    return "\n".join([*lines[:begin], *table.split("\n"), *lines[end:]])

@@ -1,0 +1,156 @@
+"""Adapters: the student as low-rank updates of a frozen base, which with the adapters off is the teacher, with others the critic.
+
+    y = W x + (alpha / rank) · B A x,     A (rank, in) random, B (out, rank) zero at first: training starts at the teacher
+
+One copy of the weights serves all, in the precision they were loaded in; adapters and coarse gates are fp32. Source: LoRA
+(arXiv 2106.09685), by peft's layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from usv.models.wan import SparseWan
+from usv.sparse.grid import Tile
+
+NAME, CRITIC = "default", "critic"  # of the adapters among peft's; diffusers' files leave the first out
+
+
+def adapt(transformer, tile: Tile, rank: int, alpha: float, targets: Sequence[str]) -> SparseWan:
+    """The transformer, frozen, with trainable adapters on the layers whose names end in one of `targets`, and coarse gates.
+
+    ValueError where no layer matches.
+    """
+    names = [
+        n
+        for n, m in transformer.named_modules()
+        if isinstance(m, torch.nn.Linear) and n.endswith(tuple("." + t for t in targets))
+    ]
+    names = [n for n in names if n.startswith("blocks.")]
+    if not names:
+        raise ValueError(
+            f"lora.targets: got {list(targets)}, which no layer of the blocks ends in; accepted: e.g. to_q, to_v, ffn.net.2"
+        )
+    transformer.requires_grad_(False)
+    _add(transformer, NAME, rank, alpha, names)
+    return SparseWan(transformer, tile)
+
+
+def _add(transformer, name: str, rank: int, alpha: float, targets: Sequence[str]) -> dict[str, torch.nn.Parameter]:
+    """Trainable fp32 adapters of one name, in force from now on; their parameters by name."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)
+    transformer.add_adapter(config, adapter_name=name)
+    added = {n: p for n, p in transformer.named_parameters() if ".lora_" in n and f".{name}." in n}
+    for parameter in added.values():
+        parameter.data = parameter.data.float()
+    return added
+
+
+def _layers(transformer) -> dict[str, torch.nn.Module]:
+    return {n: m for n, m in transformer.named_modules() if hasattr(m, "lora_A") and hasattr(m, "enable_adapters")}
+
+
+@contextmanager
+def base_only(transformer) -> Iterator[None]:
+    """The transformer without its adapters; harmless where it has none."""
+    layers = _layers(transformer).values()
+    for layer in layers:
+        layer._disable_adapters = True  # peft's own switch also drops requires_grad, which a graph in flight must keep
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+class Teacher:
+    """The frozen base behind a student's adapters, called as a dense SparseWan is."""
+
+    def __init__(self, student: SparseWan):
+        self.student, self.tile = student, student.tile
+
+    @torch.no_grad()
+    def __call__(self, latents, timestep, text):
+        with base_only(self.student.transformer):
+            return self.student(latents, timestep, text)
+
+
+class Branch:
+    """A network of its own on a student's frozen base, by adapters of its own: the critic, dense.
+
+    Called, and its graph run backward, inside `active()` only: under gradient checkpointing the backward runs layers again.
+
+    Args:
+        student: made by `adapt`; its adapters stay in force outside `active()`, and trainable throughout.
+        rank, alpha: of the adapters, which lie on the layers of the student's.
+    """
+
+    def __init__(self, student: SparseWan, rank: int, alpha: float):
+        self.student, self.layers = student, _layers(student.transformer)
+        learning = [p for p in student.transformer.parameters() if p.requires_grad]
+        self.weights = _add(student.transformer, CRITIC, rank, alpha, list(self.layers))
+        self._use(NAME)
+        for parameter in learning:  # peft lets only the latest adapters learn
+            parameter.requires_grad_(True)
+
+    def _use(self, name: str) -> None:
+        for layer in self.layers.values():
+            layer._active_adapter = [name]  # as above: the switch that leaves requires_grad alone
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        self._use(CRITIC)
+        try:
+            yield
+        finally:
+            self._use(NAME)
+
+    def __call__(self, latents, timestep, text):
+        return self.student(latents, timestep, text)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.weights.values())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach() for name, parameter in self.weights.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """KeyError for adapters of another kind."""
+        for name, parameter in self.weights.items():
+            parameter.copy_(state[name])
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of a state dict belongs to the student's adapters."""
+    return ".lora_" in name and f".{CRITIC}." not in name
+
+
+def merged(state: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """A state dict with adapters as one without: W + scale · B A in fp32, under the names that the base has alone."""
+    out = {}
+    for name, value in state.items():
+        if ".lora_" not in name:
+            out[name.replace(".base_layer.", ".")] = value
+    for name in (n for n in state if ".lora_A." in n and is_adapter(n)):
+        layer = name.split(".lora_A.")[0]
+        low, high = state[name], state[name.replace(".lora_A.", ".lora_B.")]
+        out[f"{layer}.weight"] = out[f"{layer}.weight"].float() + scale * (high.float() @ low.float())
+    return out
+
+
+def diffusers_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapters of a SparseWan's state dict as diffusers names them: transformer.blocks.0.attn1.to_q.lora_A.weight."""
+    return {name.replace(f".{NAME}.", "."): value for name, value in state.items() if is_adapter(name)}
+
+
+def from_diffusers_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inverse of `diffusers_names`; other tensors keep their names."""
+    return {
+        n.replace(".lora_A.", f".lora_A.{NAME}.").replace(".lora_B.", f".lora_B.{NAME}."): v for n, v in tensors.items()
+    }

@@ -1,0 +1,1 @@
+"""What the student is trained towards: velocity, consistency, trajectory, distribution."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to videos: enabling a pipeline, the sampler, generation, export."""

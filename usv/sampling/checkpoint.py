@@ -1,0 +1,251 @@
+"""A student on disk: config.json (model shape, plan, sampler) and student.safetensors (weights and gates), nothing pickled.
+
+A folder is written beside its name and renamed when complete. Loading refuses what was made for another model or grid. Which
+weights stand there, config.json says: all of them; adapters, merged into the model when loaded ("lora"); or only the gates,
+the rest being the exported pipeline's own transformer ("fingerprint", usv/sampling/export.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from usv.models import lora
+from usv.models.wan import SparseWan
+from usv.sparse.grid import Tile
+from usv.sparse.plan import SparsityPlan
+
+FORMAT = "usv-student-1"
+SHAPE_KEYS = (
+    "patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim",
+    "ffn_dim", "num_layers",
+)  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+@dataclass
+class Student:
+    """A sparse network, the plan it runs, and how it is sampled (height, width, num_frames, num_inference_steps, …).
+
+    policy: what its gates had learned (`run_state.policy_tables`). lora: rank, alpha, targets of `adapters` (a state dict of theirs), which `model`
+    has merged in; None where all weights were trained.
+    """
+
+    model: SparseWan
+    plan: SparsityPlan
+    sampling: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    policy: dict = field(default_factory=dict)
+    lora: dict | None = None
+    adapters: dict | None = None
+
+    def executed_plan(self) -> SparsityPlan:
+        """The plan's rows at the timesteps that are sampled: of a few-step student its own, else all."""
+        return self.plan.sampled(self.sampling.get("student_timesteps") or ())
+
+
+def atomic_folder(path: Path, write) -> None:
+    """Fill a temporary sibling by `write(folder)`, then put it in the place of `path`; the old one stands until then."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settle(path)
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        write(fresh)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(fresh, path)
+    finally:
+        settle(path)
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(path: Path) -> None:
+    """Put the old folder back where a kill or an error came between the two renames of `atomic_folder`."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+
+
+def save_student(path: str | Path, student: Student) -> None:
+    """Write a student folder."""
+    state, record = student.model.state_dict(), record_of(student)
+    if student.adapters is not None:
+        record["lora"] = student.lora
+        gates = {name: value for name, value in state.items() if name.startswith("gates.")}
+        state = {**gates, **lora.diffusers_names(student.adapters)}
+
+    def write(folder: Path) -> None:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        save_file(tensors, folder / "student.safetensors")
+        (folder / "config.json").write_text(json.dumps(record, indent=1))
+
+    atomic_folder(Path(path), write)
+
+
+def record_of(student: Student) -> dict:
+    """config.json of a student."""
+    config = dict(student.model.config)
+    return {
+        "format": FORMAT,
+        "transformer": {key: config[key] for key in SHAPE_KEYS},
+        "tile": [student.model.tile.t, student.model.tile.h, student.model.tile.w],
+        "plan": student.plan.to_dict(),
+        "sampling": student.sampling,
+        "training": student.training,
+        "policy": student.policy,
+    }
+
+
+def read_config(path: str | Path) -> dict:
+    """config.json of a student folder. CheckpointError where it is missing or something else."""
+    path = Path(path)
+    settle(path)
+    if (path / "usv" / "config.json").exists():  # a pipeline folder of usv.export
+        path = path / "usv"
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such checkpoint; give a folder written by train.py, e.g. ckpt=outputs/usv_mini/student"
+        )
+    file = path / "config.json"
+    if not file.exists():
+        inner = sorted(p.parent.name for p in path.glob("*/config.json"))
+        hint = f"; it contains {', '.join(inner)}" if inner else ""
+        raise CheckpointError(f"{path}: not a student folder (no config.json){hint}; give one written by train.py")
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not readable ({error}); the checkpoint is damaged, use another") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        record = record if isinstance(record, dict) else {}
+        raise CheckpointError(
+            f"{path}: a {record.get('_class_name', 'foreign')} folder with format {record.get('format')!r}, expected "
+            f"{FORMAT!r}; give a student folder written by train.py"
+        )
+    missing = [key for key in ("transformer", "tile", "plan", "sampling", "training") if key not in record]
+    if missing:
+        raise CheckpointError(f"{file}: lacks {', '.join(missing)}; the checkpoint is damaged, use another")
+    return record
+
+
+def named(entries: list[str]) -> dict[str, str]:
+    """[name=]path arguments; the default name is the folder's, or the run's that it lies in. ValueError for a name given twice."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, _, path = entry.rpartition("=")
+        folder = Path(path.partition("@")[0]).resolve()
+        name = name or (folder.parent if folder.name == "student" else folder).name
+        if name in found:
+            raise ValueError(f"students: got the name {name!r} twice, accepted: one name a student, as in other=FOLDER")
+        found[name] = path
+    return found
+
+
+def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
+    """A student for the model `base` belongs to. CheckpointError when shapes differ or a file is damaged."""
+    path, record = Path(path), read_config(path)
+    path = path / "usv" if (path / "usv" / "config.json").exists() else path
+    wanted = {key: _plain(dict(base.config)[key]) for key in SHAPE_KEYS}
+    differing = [
+        f"{k}: {record['transformer'].get(k)} against {v}"
+        for k, v in wanted.items()
+        if record["transformer"].get(k) != v
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path}: made for another model ({'; '.join(differing)}, checkpoint against model); load it beside the model "
+            "it was trained from, or train one for this model"
+        )
+    if record.get("fingerprint") and not _matches(record["fingerprint"], base):
+        raise CheckpointError(
+            f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; load "
+            f"WanPipeline.from_pretrained({str(path.parent)!r}) first"
+        )
+    transformer = WanTransformer3DModel.from_config(base.config)
+    try:
+        plan, tile = SparsityPlan.from_dict(record["plan"]), Tile(*record["tile"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}/config.json: no usable plan or tile ({error}); use another checkpoint") from None
+    if plan.num_layers != len(transformer.blocks):
+        raise CheckpointError(
+            f"{path}/config.json: a plan of {plan.num_layers} layers for a model of {len(transformer.blocks)}; use another checkpoint"
+        )
+    model, adapters = SparseWan(transformer, tile), None
+    try:
+        tensors = load_file(path / "student.safetensors")
+        if record.get("lora") or record.get("fingerprint"):  # the rest is the model's own
+            tensors = {
+                **{f"transformer.{name}": value for name, value in base.state_dict().items()},
+                **lora.from_diffusers_names(tensors),
+            }
+        if record.get("lora"):
+            adapters = {name: value for name, value in tensors.items() if lora.is_adapter(name)}
+            tensors = lora.merged(tensors, record["lora"]["alpha"] / record["lora"]["rank"])
+        model.load_state_dict(tensors)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}/student.safetensors: damaged or incomplete ({error}); use another checkpoint"
+        ) from None
+    kinds = {name.replace(".base_layer.", "."): p.dtype for name, p in base.named_parameters()}
+    for name, p in transformer.named_parameters():  # a bf16 model keeps some parts in fp32
+        p.data = p.data.to(kinds[name])
+    model.gates.to(base.dtype)
+    model = model.to(device=base.device).eval().requires_grad_(False)
+    return Student(model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters)
+
+
+def fingerprint(transformer: WanTransformer3DModel) -> dict[str, list[float]]:
+    """A few weights of the first and last block, by which an exported student knows its pipeline."""
+    state = transformer.state_dict()
+    names = [
+        f"blocks.{i}.{layer}.weight" for i in (0, len(transformer.blocks) - 1) for layer in ("attn1.to_q", "ffn.net.2")
+    ]
+    return {name: state[name].flatten()[:64].float().tolist() for name in names}
+
+
+def _matches(wanted: dict[str, list[float]], transformer: WanTransformer3DModel) -> bool:
+    """Whether a transformer, perhaps loaded in bf16 (2⁻⁹ relative), has these weights."""
+    found = fingerprint(transformer) if all(f"{name}" in transformer.state_dict() for name in wanted) else {}
+    return all(
+        name in found and torch.allclose(torch.tensor(found[name]), torch.tensor(values), rtol=2**-8, atol=1e-8)
+        for name, values in wanted.items()
+    )
+
+
+def check_grid(student_sampling: dict, height: int, width: int, num_frames: int) -> None:
+    """Refuse to run at another size than the student was trained for. CheckpointError."""
+    trained = tuple(student_sampling.get(k) for k in ("height", "width", "num_frames"))
+    if None not in trained and trained != (height, width, num_frames):
+        raise CheckpointError(
+            f"the student was trained at height, width, num_frames = {trained}, got {(height, width, num_frames)}; its plan "
+            "counts blocks of that grid: ask for that size, or train at this one"
+        )
+
+
+def _plain(value):
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def save_file_atomic(path: Path, obj) -> None:
+    """torch.save to a temporary name, then rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        torch.save(obj, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,160 @@
+"""A trained student as a folder that stock diffusers loads:
+
+    python -m usv.export --ckpt outputs/usv_wan/student --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out exported
+    python -m usv.export --ckpt outputs/usv_wan/student --model … --out exported_lora --lora
+
+    exported/        WanPipeline.from_pretrained(exported), then usv.enable(pipe, exported)
+      transformer/ vae/ text_encoder/ …     plain diffusers; the student's weights, adapters merged
+      usv/config.json                       plan, policy tables, tile, sampler;  usv/student.safetensors  the coarse gates
+    exported_lora/   pipe.load_lora_weights(exported_lora); pipe.fuse_lora(); pipe.unload_lora_weights(); usv.enable(pipe, exported_lora)
+      pytorch_lora_weights.safetensors      the student's own adapters, or with --rank the best low-rank part of its update
+      usv/…                                 as above
+
+Without usv.enable both run the student's weights densely. A LoRA cut from a fully trained student is an approximation; how much
+of the update it holds is printed and kept in usv/config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from usv.config import LoraConfig, SettingError
+from usv.models import lora
+from usv.sampling.checkpoint import (
+    CheckpointError,
+    Student,
+    atomic_folder,
+    fingerprint,
+    load_student,
+    read_config,
+    record_of,
+)
+from usv.sampling.generate import load_pipeline
+
+
+def write_usv(folder: Path, student: Student, transformer, **more) -> None:
+    """usv/: everything of the student that a diffusers folder has no place for."""
+    folder.mkdir()
+    gates = {n: v.detach().cpu().contiguous() for n, v in student.model.state_dict().items() if n.startswith("gates.")}
+    save_file(gates, folder / "student.safetensors")
+    record = {**record_of(student), "fingerprint": fingerprint(transformer), **more}
+    (folder / "config.json").write_text(json.dumps(record, indent=1))
+
+
+def refuse_expert(ckpt: str | Path) -> None:
+    """CheckpointError for a student of one of two experts, and for what is no student."""
+    if expert := read_config(ckpt)["sampling"].get("expert"):
+        raise CheckpointError(f"{ckpt}: a student of one of two experts ({expert}) is not exported; usv.enable(pipe, (HIGH, LOW)) runs both")
+
+
+def export(ckpt: str | Path, model: str, out: Path, dtype: torch.dtype | None = None) -> Path:
+    """A whole pipeline folder with the student's weights. Raises CheckpointError, SettingError, OSError.
+
+    dtype: of the transformer's weights; None keeps fp32.
+    """
+    refuse_expert(ckpt)
+    pipe = load_pipeline(model)
+    student = load_student(ckpt, pipe.transformer)
+    pipe.transformer = student.model.transformer
+    if dtype is not None:
+        pipe.transformer.to(dtype)
+
+    def write(folder: Path) -> None:
+        pipe.save_pretrained(folder)
+        write_usv(folder / "usv", student, pipe.transformer)
+
+    atomic_folder(out, write)
+    return out
+
+
+def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None) -> float:
+    """A diffusers LoRA folder; returns the share of the update's squared norm that it holds (1 for a student of adapters).
+
+    rank: for a student without adapters, of the LoRA that is cut from its update.
+    """
+    refuse_expert(ckpt)
+    record = read_config(ckpt)
+    pipe = load_pipeline(model)
+    student = load_student(ckpt, pipe.transformer)
+    if record.get("lora"):
+        tensors = {n: v for n, v in load_file(Path(ckpt) / "student.safetensors").items() if lora.is_adapter(n)}
+        alpha, rank, held = record["lora"]["alpha"], record["lora"]["rank"], 1.0
+    elif rank is None:
+        raise SettingError(
+            "--rank: got none, and this student has no adapters; accepted: the rank of the LoRA to cut, e.g. --rank 64"
+        )
+    else:
+        tensors, held = cut(
+            pipe.transformer.state_dict(), student.model.transformer.state_dict(), LoraConfig().targets, rank
+        )
+        alpha = rank
+    scale = alpha / rank
+    if scale != 1.0:  # written into B, so that no reader needs to know alpha
+        tensors = {n: v * scale if ".lora_B." in n else v for n, v in tensors.items()}
+    state = {n.removeprefix("transformer."): v for n, v in pipe.transformer.state_dict().items()}
+    fused = lora.merged(
+        {**state, **lora.from_diffusers_names({n.removeprefix("transformer."): v for n, v in tensors.items()})}, 1.0
+    )
+    pipe.transformer.load_state_dict(fused)
+
+    def write(folder: Path) -> None:
+        save_file({n: v.contiguous() for n, v in tensors.items()}, folder / "pytorch_lora_weights.safetensors")
+        write_usv(folder / "usv", student, pipe.transformer, lora_holds=held)
+
+    atomic_folder(out, write)
+    return held
+
+
+def cut(base: dict, trained: dict, targets, rank: int) -> tuple[dict[str, torch.Tensor], float]:
+    """The best rank-`rank` part of every target's update, as diffusers LoRA tensors, and the share of ‖update‖² it holds.
+
+    The share counts all weights of the transformer: what changed outside the targets is lost.
+    """
+    tensors, kept, total = {}, 0.0, 0.0
+    for name, before in base.items():
+        update = trained[name].float() - before.float()
+        total += float(update.square().sum())
+        layer = name.removesuffix(".weight")
+        if not (
+            name.startswith("blocks.") and name.endswith(".weight") and layer.endswith(tuple("." + t for t in targets))
+        ):
+            continue
+        u, s, v = torch.linalg.svd(update, full_matrices=False)
+        root = s[:rank].sqrt()
+        tensors[f"transformer.{layer}.lora_A.weight"] = root[:, None] * v[:rank]
+        tensors[f"transformer.{layer}.lora_B.weight"] = u[:, :rank] * root
+        kept += float(s[:rank].square().sum())
+    return tensors, kept / total if total else 1.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="a student folder of train.py")
+    parser.add_argument("--model", default="data/wan-mini", help="the model it was trained from: folder or hub id")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the transformer"
+    )
+    parser.add_argument("--lora", action="store_true", help="write a diffusers LoRA instead of a whole pipeline")
+    parser.add_argument("--rank", type=int, help="with --lora, for a fully trained student")
+    args = parser.parse_args(argv)
+    try:
+        if args.lora:
+            held = export_lora(args.ckpt, args.model, args.out, args.rank)
+            print(f"{args.out}: a LoRA that holds {held:.1%} of the update. pipe.load_lora_weights({str(args.out)!r}); "
+                  f"pipe.fuse_lora(); pipe.unload_lora_weights(); usv.enable(pipe, {str(args.out)!r})")  # fmt: skip
+        else:
+            export(args.ckpt, args.model, args.out, getattr(torch, args.dtype))
+            print(
+                f"{args.out}: pipe = WanPipeline.from_pretrained({str(args.out)!r}); usv.enable(pipe, {str(args.out)!r})"
+            )
+    except (CheckpointError, SettingError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0

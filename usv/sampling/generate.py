@@ -1,0 +1,149 @@
+"""Prompts to videos through a WanPipeline, dense or enabled, with the time of each stage."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from diffusers import WanPipeline
+
+from usv.config import ModelConfig, SettingError
+from usv.sampling.enable import Enabled, frames_argument
+from usv.sampling.patterns import transformers_of
+from usv.sampling.sampler import with_shift
+
+# A codec that keeps every frame makes diffusers say, for each call, that it rounds a number of frames it does not change.
+logging.getLogger("diffusers.pipelines.wan.pipeline_wan").addFilter(lambda record: "divisible by 1." not in record.getMessage())
+
+
+@dataclass
+class Generation:
+    """videos (N, T, 3, H, W) float in [0, 1]; seconds by stage over all of them; forwards of one video."""
+
+    videos: torch.Tensor
+    seconds: dict[str, float]
+    forwards: int
+
+
+def best_place() -> tuple[torch.dtype, str]:
+    """dtype and device in which a model generates fastest here: bf16 on a GPU, fp32 on a CPU."""
+    return (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
+
+
+def load_pipeline(
+    path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", text: bool = True, expert: str | None = None
+) -> WanPipeline:
+    """A Wan-format folder or hub id as a WanPipeline; without `text` it has no text encoder and takes embeddings.
+
+    expert: high | low, of two transformers the one to load, as if it were the only one.
+
+    SettingError when it cannot be had.
+    """
+    without = {} if text else {"text_encoder": None, "tokenizer": None}
+    without |= {"high": {"transformer_2": None}, "low": {"transformer": None}, None: {}}[expert]
+    try:
+        pipe = WanPipeline.from_pretrained(path, dtype=dtype, **without)
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            f"model.path={path}: no Wan pipeline could be loaded ({str(error).splitlines()[0][:200]}); give a diffusers folder or a "
+            "reachable hub id, or use the embedded default model.path=data/wan-mini"
+        ) from None
+    if pipe.vae.dtype != torch.float32:
+        pipe.vae.to(torch.float32)
+    if expert == "low":
+        pipe.transformer, pipe.transformer_2 = pipe.transformer_2, None
+    if expert is not None:
+        pipe.register_to_config(boundary_ratio=None)
+    for transformer in transformers_of(pipe).values():
+        single_precision_rope(transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def single_precision_rope(transformer) -> None:
+    """fp64 tables would make every query and key of the dense model fp64."""
+    rope = transformer.rope
+    rope.freqs_cos, rope.freqs_sin = rope.freqs_cos.float(), rope.freqs_sin.float()
+
+
+@torch.no_grad()
+def generate(
+    pipe: WanPipeline,
+    model: ModelConfig,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int = 4,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    progress=None,
+    embeds: torch.Tensor | None = None,
+    empty: torch.Tensor | None = None,
+) -> Generation:
+    """One video for each (prompt, seed); the start noise depends on the seed alone, not on batching or method.
+
+    embeds (N, L, D) and empty (L, D): embeddings of the prompts and of the empty one, instead of asking the text encoder.
+    guidance_scale None: the model's own for a dense pipeline, 1 for an enabled one.
+    """
+    enabled = isinstance(getattr(pipe, "_usv", None), Enabled)  # a training-free pattern keeps the model's guidance
+    scale = guidance_scale if guidance_scale is not None else 1.0 if enabled else model.guidance_scale
+    steps = num_inference_steps or model.num_inference_steps
+    seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
+    videos = []
+    with nullcontext() if enabled else levels_of(pipe, model):  # a student has brought its own
+        for start in range(0, len(prompts), batch_size):
+            texts, numbers = list(prompts[start : start + batch_size]), seeds[start : start + batch_size]
+            begun = now()
+            if embeds is None:
+                positive, negative = pipe.encode_prompt(
+                    texts, "", scale > 1, max_sequence_length=model.max_sequence_length, device=pipe.device
+                )
+            else:
+                positive = embeds[start : start + batch_size].to(pipe.device, pipe.transformer.dtype)
+                negative = empty.to(positive).expand_as(positive) if scale > 1 else None
+            encoded = now()
+            latents = pipe(
+                prompt_embeds=positive, negative_prompt_embeds=negative, height=model.height, width=model.width,
+                num_frames=frames_argument(pipe, model.num_frames), num_inference_steps=steps, guidance_scale=scale,
+                generator=[torch.Generator().manual_seed(int(n)) for n in numbers], output_type="latent",
+                max_sequence_length=model.max_sequence_length,
+            ).frames  # fmt: skip
+            denoised = now()
+            videos.append(decode(pipe, latents).cpu())
+            seconds["text"] += encoded - begun
+            seconds["denoise"] += denoised - encoded
+            seconds["decode"] += now() - denoised
+            if progress is not None:
+                progress.update(len(texts))
+    return Generation(torch.cat(videos), seconds, steps * (2 if scale > 1 else 1))
+
+
+@contextmanager
+def levels_of(pipe: WanPipeline, model: ModelConfig) -> Iterator[None]:
+    """The pipeline with the flow shift of the settings, which its scheduler need not have."""
+    own = pipe.scheduler
+    pipe.scheduler = with_shift(own, model.flow_shift)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+def now() -> float:
+    """Seconds, after everything that was launched has ended: a stage's last kernels belong to it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def decode(pipe: WanPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents (B, C, T, h, w) -> (B, T, 3, H, W) in [0, 1], as WanPipeline does it."""
+    vae = pipe.vae
+    mean, std = (torch.tensor(x, device=latents.device).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+    video = vae.decode(latents.to(vae.dtype) * std + mean, return_dict=False)[0]
+    return (video.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+

@@ -1,0 +1,72 @@
+"""The cost model: FLOPs of one forward under a plan, from shapes alone.
+
+A block over S tokens of width d with L text tokens (multiply-add = 2 FLOPs):
+
+    self-attention   4·S²·d·density + 8·S·d²        cross-attention  4·S·d² + 4·L·d² + 4·S·L·d        FFN  4·S·d·d_ff
+
+Merged tokens leave S in everything that merging wraps, which is the whole block; attention then falls quadratically.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from usv.sparse.grid import TileLayout
+from usv.sparse.plan import RUNGS, LayerPlan, Rung, SparsityPlan, layer_plan, merged_tokens
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the cost depends on. dim d, num_heads, ffn_dim d_ff, num_layers, text_length L."""
+
+    dim: int
+    num_heads: int
+    ffn_dim: int
+    num_layers: int
+    text_length: int
+
+    @classmethod
+    def of(cls, config, text_length: int) -> ModelShape:
+        """From a WanTransformer3DModel config."""
+        dim = config.num_attention_heads * config.attention_head_dim
+        return cls(dim, config.num_attention_heads, config.ffn_dim, config.num_layers, text_length)
+
+
+def block_flops(shape: ModelShape, num_tokens: float, density: float = 1.0) -> dict[str, float]:
+    """FLOPs of one block by component, `num_tokens` being those left by merging."""
+    s, d, text = num_tokens, shape.dim, shape.text_length
+    return {
+        "attention": 4 * s * s * d * density,
+        "projections": 8 * s * d * d,
+        "cross_attention": 4 * s * d * d + 4 * text * d * d + 4 * s * text * d,
+        "ffn": 4 * s * d * shape.ffn_dim,
+    }
+
+
+def rung_flops(shape: ModelShape, layout: TileLayout, rung: Rung | LayerPlan) -> float:
+    """FLOPs of one block at a rung or LayerPlan, with the coarse branch that a sparse block adds."""
+    plan = layer_plan(rung, layout.num_blocks)
+    num_tokens = layout.grid.num_tokens - sum(merged_tokens(plan, layout))
+    density = 1.0 if plan is None else plan.num_kept / layout.num_blocks
+    flops = sum(block_flops(shape, num_tokens, density).values())
+    if plan is not None:
+        flops += 4 * layout.num_blocks**2 * shape.dim + 2 * num_tokens * shape.dim * shape.num_heads
+    return flops
+
+
+def rung_costs(shape: ModelShape, layout: TileLayout) -> list[float]:
+    """Cost of every rung of `plan.RUNGS` as a fraction of the dense block."""
+    dense = rung_flops(shape, layout, Rung())
+    return [rung_flops(shape, layout, rung) / dense for rung in RUNGS]
+
+
+def plan_cost(plan: SparsityPlan, shape: ModelShape, layout: TileLayout) -> float:
+    """FLOPs of a mean forward that runs under the plan, as a fraction of dense."""
+    costs = dict(zip(RUNGS, rung_costs(shape, layout)))
+    rungs = [rung for row in plan.running() for rung in row]
+    return sum(costs[rung] for rung in rungs) / len(rungs)
+
+
+def dense_flops(shape: ModelShape, num_tokens: int) -> float:
+    """FLOPs of all blocks of one dense forward."""
+    return shape.num_layers * sum(block_flops(shape, num_tokens).values())

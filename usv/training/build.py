@@ -1,0 +1,202 @@
+"""A training run put together from its settings: networks, costs, policy, data, and what another run's student lends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from usv import flow
+from usv.config import DistillConfig, SettingError, TrainConfig
+from usv.models import lora
+from usv.models.wan import SparseWan
+from usv.objectives.matching import Critic
+from usv.policy import allowed
+from usv.policy.fixed import EntropyPolicy, StaticPolicy
+from usv.policy.gumbel import GumbelPolicy
+from usv.sampling.checkpoint import Student, load_student
+from usv.sparse.cost import ModelShape, rung_costs
+from usv.sparse.grid import Tile, tile_layout
+from usv.sparse.plan import RUNGS, Rung, SparsityPlan, executed_densities, timestep_bins
+from usv.training.buckets import of_shape, open_shards
+from usv.training.data import ShardDataset, find_shards
+from usv.training.engine import Engine, frozen_pipeline
+from usv.training.ranks import Ranks
+from usv.training.run import Run
+
+
+def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
+    """Pipeline, teacher, student, policy, data, optimiser. All that can be wrong with the settings shows here."""
+    run = Run(config, ranks)
+    prepare_folder(run.folder, ranks.rank)
+    m = config.model
+    run.pipe = frozen_pipeline(config, ranks)
+    transformer = run.pipe.transformer
+    tile = Tile(*m.tile)
+    torch.manual_seed(config.seed)
+    if config.lora.rank:
+        student = lora.adapt(transformer, tile, config.lora.rank, config.lora.alpha, config.lora.targets)
+        run.teacher = lora.Teacher(student)
+    else:
+        run.teacher = SparseWan(transformer, tile).eval().requires_grad_(False)
+        copy = type(transformer).from_config(transformer.config)
+        copy.load_state_dict(transformer.state_dict())
+        student = SparseWan(copy, tile)
+    if config.runtime.gradient_checkpointing:
+        student.transformer.enable_gradient_checkpointing()
+    student.sequence_group = ranks.sequence
+    if not config.lora.rank:
+        run.teacher.sequence_group = ranks.sequence
+    run.num_layers = student.num_layers
+    latent_shape = _latent_shape(run.pipe, m)
+    layout = tile_layout(student.grid_of(latent_shape), tile)
+    shape = ModelShape.of(transformer.config, m.max_sequence_length)
+    costs = rung_costs(shape, layout)
+    run.costs, run.shape, run.layout = dict(zip(RUNGS, costs)), shape, layout
+    least = least_cost(config, run.costs, run.num_layers)
+    share = config.policy.bins if config.policy.steps else 1  # a jumped step costs nothing, and one of them always runs
+    if config.policy.name != "inherit" and least / share > config.policy.budget:
+        lowest = math.ceil(1000 * least / share) / 1000
+        raise SettingError(
+            f"policy.budget: got {config.policy.budget}, but the sparsest plan still costs {lowest:.3f} of "
+            f"{'so many dense forwards as there are bins' if share > 1 else 'a dense forward'} at this size; accepted: {lowest:.3f} to 1"
+        )
+    split = float(flow.unshift_sigma(torch.tensor(m.boundary, dtype=torch.float64), m.flow_shift))
+    run.span = {None: (0.0, 1.0), "high": (split, 1.0), "low": (0.0, split)}[m.expert]
+    run.edges = timestep_bins(config.policy.bins, m.flow_shift, *run.span)
+    run.policy = make_policy(config, run.edges, run.num_layers, costs, layout.num_blocks)
+    learned = isinstance(run.policy, torch.nn.Module)
+    betas = tuple(config.optim.betas)
+    run.policy_optimizer = torch.optim.AdamW(run.policy.parameters(), lr=config.policy.lr, betas=betas, weight_decay=0.0) if learned else None
+    run.engine = Engine(config, accelerator, ranks, student)
+    run.student = run.engine
+    open_data(run, config, student, latent_shape)
+    run.empty = run.data.empty.to(run.device)
+    warm_start(run, config)
+    return run
+
+
+def open_data(run: Run, config: TrainConfig, student: SparseWan, latent_shape: tuple[int, ...]) -> None:
+    """Training and held-out clips. With folders of several sizes every batch has one; costs and validation are at the configured one."""
+    d, ranks = config.data, run.ranks
+    source, weights = (list(d.mix), list(d.mix.values())) if d.mix else (d.path, None)
+    run.data = open_shards(
+        source, run.clips_at_once, weights=weights, latent_shape=latent_shape, model=config.model.path,
+        seed=config.seed, rank=run.share.rank, world_size=run.share.world, drop_text=d.drop_text,
+    )  # fmt: skip
+    for shape in run.data.shapes:
+        grid = student.grid_of(shape)
+        if ranks.sequence is not None:
+            ranks.sequence.check(student.config.num_attention_heads, tile_layout(grid, student.tile).num_blocks)
+    if len(run.data.shapes) > 1 and ranks.first:
+        print(run.data.describe())
+    held_out = of_shape(source)[latent_shape]
+    clips = sum(shard.count for shard in find_shards(held_out, "val")[0])
+    if clips < d.validation_clips and ranks.first:
+        print(f"validation: {clips} clips, data.validation_clips={d.validation_clips} were asked for; the split val has no more")
+    run.validation = ShardDataset(
+        held_out, min(clips, d.validation_clips), split="val", drop_text=0.0, shuffle=False, repeat=False,
+        latent_shape=latent_shape, model=config.model.path,
+    )  # fmt: skip
+
+
+def inherit_steps(distill: DistillConfig, plan: SparsityPlan) -> None:
+    """A plan that decides its steps decides what is trained, too."""
+    if not plan.steps:
+        return
+    if distill.name == "velocity":
+        raise SettingError("distill: got velocity, accepted: trajectory with distill.guide=teacher, or few_step, since the plan of distill.init decides its few steps")
+    distill.student_timesteps = plan.student_timesteps()
+
+
+def warm_start(run: Run, config: TrainConfig) -> None:
+    """Weights, and with policy=inherit the plan, of the student that distill.init names; the critic where there is one."""
+    d = config.distill
+    if d.init is not None:
+        start = load_student(d.init, run.pipe.transformer)
+        refuse_other_kind(config, start)
+        run.engine.load_weights(start.model.state_dict() | (start.adapters or {}))
+        if config.policy.name == "inherit":
+            run.plan = start.plan.only(config.policy.axes)
+            inherit_steps(d, start.plan)
+            run.edges = start.plan.edges
+        if d.name == "trajectory" and d.guide is None:
+            run.guide = start
+    if d.name == "trajectory" and d.guide not in (None, "teacher"):
+        run.guide = load_student(d.guide, run.pipe.transformer)
+    if run.guide is not None:
+        if run.guide.sampling.get("student_timesteps"):
+            raise SettingError(
+                f"distill.guide: got {d.guide or d.init}, a student of few steps, accepted: teacher, or the folder of a student of velocity "
+                "distillation; what the former says is where flows end, which no solver can follow"
+            )
+        run.guide.model.to(run.device).eval().requires_grad_(False)
+        run.guide.model.sequence_group = run.ranks.sequence
+    if d.distribution:
+        if config.lora.rank:
+            model = lora.Branch(run.engine.model, config.lora.rank, config.lora.alpha)
+        else:
+            model = SparseWan(type(run.pipe.transformer).from_config(run.pipe.transformer.config), run.teacher.tile).to(run.device)
+            model.load_state_dict(run.teacher.state_dict())
+            model.sequence_group = run.ranks.sequence
+            if config.runtime.gradient_checkpointing:
+                model.transformer.enable_gradient_checkpointing()
+        run.critic = Critic(model, d.critic_lr, config.model.flow_shift, run.share, run.ranks.average_gradients, run.engine.autocast)
+
+
+def refuse_other_kind(config: TrainConfig, start: Student) -> None:
+    """SettingError where the student of distill.init cannot go on as what is trained now."""
+    mine, theirs = config.lora, start.lora if start.adapters is not None else None
+    if mine.rank and theirs is None:
+        raise SettingError(f"distill.init: got {config.distill.init}, whose weights are whole, accepted with lora.rank: a student of adapters")
+    wanted = {"rank": mine.rank, "alpha": mine.alpha, "targets": list(mine.targets)}
+    if mine.rank and theirs | {"targets": sorted(theirs["targets"])} != wanted | {"targets": sorted(wanted["targets"])}:
+        raise SettingError(f"distill.init: got adapters of {theirs}, accepted with lora={wanted}: the same")
+    if start.sampling.get("expert") != config.model.expert:
+        raise SettingError(f"distill.init: got a student of the expert {start.sampling.get('expert')}, accepted: of {config.model.expert}")
+
+
+def least_cost(config: TrainConfig, costs: Mapping[Rung, float], num_layers: int) -> float:
+    """Of a forward under the sparsest plan that `policy.axes` and `policy.merge_layers` allow, as a fraction of the dense one's."""
+    p = config.policy
+    merging = num_layers if p.merge_layers is None or p.name != "gumbel" else min(p.merge_layers, num_layers)
+    least = lambda merge: min(cost for rung, cost in costs.items() if allowed(rung, p.axes) and (merge or not rung.merge))  # noqa: E731
+    return (merging * least(True) + (num_layers - merging) * least(False)) / num_layers
+
+
+def make_policy(config: TrainConfig, edges, num_layers: int, costs, num_blocks: int):
+    """The policy that the settings name."""
+    p = config.policy
+    if p.name in ("static", "inherit"):  # inherit: run.plan is fixed before the first step
+        return StaticPolicy(edges, num_layers, costs, axes=p.axes)
+    if p.name == "entropy":
+        return EntropyPolicy(edges, num_layers, costs, p.gamma, axes=p.axes)
+    return GumbelPolicy(
+        edges, num_layers, costs, p.probes, p.tau_start, p.entropy_bonus, axes=p.axes, steps=p.steps,
+        most_density=p.most_density, merge_layers=p.merge_layers, densities=executed_densities(num_blocks),
+    )  # fmt: skip
+
+
+def prepare_folder(folder: Path, rank: int = 0) -> None:
+    """Make the output folder and prove that it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable{rank}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise SettingError(f"output_dir={folder}: cannot be written ({error.strerror}); give a folder you may write to") from None
+
+
+def _latent_shape(pipe, m) -> tuple[int, ...]:
+    space, time_ = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
+    patch = pipe.transformer.config.patch_size
+    for name, value, step in (("height", m.height, space * patch[1]), ("width", m.width, space * patch[2])):
+        if value % step:
+            raise SettingError(f"model.{name}: got {value}, accepted: multiples of {step}, e.g. {max(step, round(value / step) * step)}")
+    if (m.num_frames - 1) % time_:
+        nearest = (m.num_frames - 1) // time_ * time_ + 1
+        raise SettingError(f"model.num_frames: got {m.num_frames}, accepted: multiples of {time_} plus 1, e.g. {nearest}")
+    return (pipe.transformer.config.in_channels, (m.num_frames - 1) // time_ + 1, m.height // space, m.width // space)

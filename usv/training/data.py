@@ -1,0 +1,414 @@
+"""Batches of latents and text embeddings from shards, in an order that is a pure function of (seed, epoch).
+
+Sample number n of the endless stream is `permutation(seed, n // N)[n % N]`. A global batch is the next batch_size ·
+world_size numbers and rank r takes its r-th run of batch_size, so the union over ranks is the same for any number of
+ranks, and a position is enough to go on from. Caption dropping is drawn per (seed, epoch, sample), not per batch.
+
+With weights, each dataset is an endless shuffled stream of its own and an epoch takes its share of every stream.
+
+A folder of shards is what data/prepare.py writes: tars of `<key>.safetensors` and `<key>.json`, an `index.json` that
+names the model the latents belong to, and `empty.safetensors`, the embedding of the empty prompt. It may lie anywhere fsspec
+reaches (s3://…, gs://…, https://…): shards are then fetched once, whole, into a local folder.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from usv.training.remote import DataError, Remote, fetched
+
+FORMAT = 1
+DROP_SEED = 0x5EED  # separates the stream of caption dropping from that of the order
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its path or URL and how many samples its index promises."""
+
+    path: Path | Remote
+    count: int
+
+
+class ShardDataset:
+    """Seeded, resumable batches from one or several folders of shards.
+
+    Args:
+        source: a folder of data/prepare.py, a tar file, a glob of either, a URL of either, or a list of these. Shards named
+            directly are taken whatever their split.
+        batch_size: samples per rank and batch.
+        seed: of the order and of caption dropping.
+        rank, world_size: which share of every global batch this process gets.
+        drop_text: share of samples whose caption is replaced by the empty prompt (for guidance), drawn anew each epoch.
+        split: which split of a folder to read.
+        model: diffusers folder of the model in use; data of another VAE or text encoder is refused.
+        latent_shape: (C, T, h, w) that the caller needs; anything else is refused.
+        shuffle: False keeps the order of the shards.
+        repeat: True: an endless stream that begins at `state_dict()`'s position and whose batches may straddle epochs.
+            False: every `iter()` is the same single pass from the start, of len(self) batches; the incomplete last
+            global batch is left out. For validation.
+        cache_bytes: decoded samples are kept in memory up to this size.
+        weights: one for each entry of a list `source`: its share of an epoch, whatever its size. None: all samples once.
+        cache_folder: where remote shards are fetched to.
+
+    A batch is a dict: `latents` (B, C, T, h, w) float32, normalised as the transformer takes them; `text` (B, L, D)
+    float32, zero rows beyond each caption's end; `captions`, list of B, "" where dropped; `index` (B,) int64, number of
+    each sample; `subject`, `motion` (B,) int64 where all of the batch have them. `text` is missing where data was made
+    without it.
+
+    Raises DataError: nothing found, unfinished folder, unknown split, other model or latent shape, damaged shard.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Iterable[str | Path],
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_text: float = 0.1,
+        split: str = "train",
+        model: str | Path | None = None,
+        latent_shape: tuple[int, ...] | None = None,
+        shuffle: bool = True,
+        repeat: bool = True,
+        cache_bytes: int = 1 << 30,
+        weights: Sequence[float] | None = None,
+        cache_folder: str | Path = "data/cache/shards",
+    ):
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise DataError(f"got batch_size={batch_size}, rank={rank}, world_size={world_size}: need batch_size >= 1 "
+                            "and 0 <= rank < world_size")  # fmt: skip
+        if not 0 <= drop_text <= 1:
+            raise DataError(f"drop_text is {drop_text}, a share from 0 to 1 is accepted, e.g. 0.1")
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.drop_text, self.shuffle, self.repeat = drop_text, shuffle, repeat
+        self.shards, indices = find_shards(source, split)
+        self.latent_shape, self.text_length, self.text_dim = _common_form(indices)
+        self.shapes = [self.latent_shape]
+        folder = next(iter(indices))
+        _check_use(indices, self.latent_shape, model, latent_shape)
+        self.empty = None if self.text_dim is None else _pad(_read_empty(folder), self.text_length)
+        self._ends = torch.tensor([shard.count for shard in self.shards]).cumsum(0)
+        self.num_samples = int(self._ends[-1])
+        self.cache_folder = Path(cache_folder)
+        self.streams = None if weights is None else _streams(source, weights, split, self.num_samples)
+        if not repeat and self.num_samples < batch_size * world_size:
+            raise DataError(f"{folder}: {self.num_samples} samples of split {split!r} make no batch of {batch_size} x "
+                            f"{world_size} ranks; use a smaller batch, or prepare more clips")  # fmt: skip
+        self.epoch, self.position = 0, 0
+        self._orders: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._members: dict[int, list[tuple[int, int, int, int]]] = {}
+        self._cache: dict[int, tuple] = {}
+        self._cache_left = cache_bytes
+
+    def __len__(self) -> int:
+        """Whole global batches in an epoch; the same on every rank."""
+        return self.num_samples // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[dict]:
+        step = self.batch_size * self.world_size
+        if not self.repeat:
+            for batch in range(len(self)):
+                yield self._batch(0, batch * step)
+            return
+        while True:
+            batch = self._batch(self.epoch, self.position)
+            # moved before the batch is handed out: a state saved while it is being trained on counts it as seen
+            epochs, self.position = divmod(self.position + step, self.num_samples)
+            self.epoch += epochs
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands: samples of `epoch` already handed out on all ranks; equal on every rank."""
+        streams = None if self.streams is None else [list(stream) for stream in self.streams]
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "streams": streams,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a state, also one saved with another number of ranks. DataError where data or seed are others."""
+        if "epoch" not in state:
+            raise DataError("cannot continue the data order: it was of several latent shapes when the state was saved and is of "
+                            "one now; use the same data, or start a new run")  # fmt: skip
+        for name, now in self.state_dict().items():
+            if name in ("epoch", "position"):
+                continue
+            if state.get(name, now) != now:
+                raise DataError(f"cannot continue the data order: {name} was {state[name]} when the state was saved "
+                                f"and is {now} now; use the same data and seed, or start a new run")  # fmt: skip
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+
+    def order(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N,) int64 sample numbers of one epoch in their order, and (N,) bool by sample number: caption dropped."""
+        if epoch not in self._orders:
+            if self.streams is not None:
+                order = self._mixed(epoch)
+            elif self.shuffle:
+                order = torch.randperm(self.num_samples, generator=_generator(self.seed, epoch))
+            else:
+                order = torch.arange(self.num_samples)
+            uniform = torch.rand(self.num_samples, generator=_generator(self.seed ^ DROP_SEED, epoch))
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}  # a batch may straddle two epochs
+            self._orders[epoch] = order, uniform < self.drop_text
+        return self._orders[epoch]
+
+    def _mixed(self, epoch: int) -> torch.Tensor:
+        """(N,) sample numbers of one epoch: of every stream its quota, going on where the last epoch stopped, shuffled together."""
+        parts = []
+        for number, (begin, size, quota) in enumerate(self.streams):
+            slots = torch.arange(epoch * quota, (epoch + 1) * quota)
+            for turn in (slots // size).unique().tolist():
+                order = torch.randperm(size, generator=_generator(self.seed + 7919 * (number + 1), turn))
+                parts.append(begin + order[slots[slots // size == turn] % size])
+        mixed = torch.cat(parts)
+        return mixed[torch.randperm(len(mixed), generator=_generator(self.seed, epoch))]
+
+    def sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None, dict]:
+        """Sample number `index`: latents (C, T, h, w) as stored, text (n, D) unpadded or None, and its json."""
+        if index in self._cache:
+            return self._cache[index]
+        number = int(torch.searchsorted(self._ends, index, right=True))
+        shard = self.shards[number]
+        row = index - int(self._ends[number]) + shard.count
+        if number not in self._members:
+            self._members[number] = _scan(shard, fetched(shard.path, self.cache_folder))
+        tensors, info = _read_sample(fetched(shard.path, self.cache_folder), self._members[number][row])
+        latents, text = tensors.get("latents"), tensors.get("text")
+        if latents is None or tuple(latents.shape) != self.latent_shape:
+            found = None if latents is None else tuple(latents.shape)
+            raise DataError(f"{shard.path}: sample {row} has latents {found}, index.json says {self.latent_shape}; "
+                            + REMEDY)  # fmt: skip
+        if self.text_dim is not None and (text is None or text.shape[1] != self.text_dim):
+            raise DataError(f"{shard.path}: sample {row} lacks text embeddings of width {self.text_dim}; " + REMEDY)
+        size = sum(t.nbytes for t in (latents, text) if t is not None)
+        if size <= self._cache_left:
+            self._cache[index] = latents, text, info
+            self._cache_left -= size
+        return latents, text, info
+
+    def _batch(self, epoch: int, position: int) -> dict:
+        latents, texts, infos, numbers = [], [], [], []
+        first = position + self.rank * self.batch_size
+        for slot in range(first, first + self.batch_size):
+            order, dropped = self.order(epoch + slot // self.num_samples)
+            index = int(order[slot % self.num_samples])
+            x, text, info = self.sample(index)
+            if dropped[index]:
+                text, info = self.empty, {**info, "caption": ""}
+            latents.append(x.float())  # before they are stacked: autocast to bf16 on a CPU refuses to stack fp16
+            texts.append(text)
+            infos.append(info)
+            numbers.append(index)
+        batch = {"latents": torch.stack(latents), "captions": [info["caption"] for info in infos]}
+        if self.text_dim is not None:
+            batch["text"] = torch.stack([_pad(text, self.text_length) for text in texts])
+        batch["index"] = torch.tensor(numbers)
+        for label in ("subject", "motion"):
+            if all(label in info for info in infos):
+                batch[label] = torch.tensor([info[label] for info in infos])
+        return batch
+
+
+# ---- folders and their index -----------------------------------------------------------------------------------------
+
+
+def named_paths(source) -> list[Path | Remote]:
+    """Folders and shards that `source` names, patterns filled in. DataError where one names nothing."""
+    entries = [source] if isinstance(source, (str, Path)) else list(source)
+    paths: list[Path | Remote] = []
+    for entry in entries:
+        if "://" in str(entry):
+            paths.append(Remote(str(entry).rstrip("/")))
+            continue
+        found = [Path(entry)] if Path(entry).exists() else [Path(p) for p in sorted(glob.glob(str(entry)))]
+        if not found:
+            raise DataError(f"{entry}: no such folder or shard; make one with data/prepare.py")
+        paths += found
+    if not paths:
+        raise DataError("no data folder given; name one made by data/prepare.py")
+    return paths
+
+
+def find_shards(source, split: str) -> tuple[list[Shard], dict[Path, dict]]:
+    """The shards that `source` names (see ShardDataset) in a fixed order, and the index of every folder they lie in."""
+    paths = named_paths(source)
+    indices = {}
+    shards = []
+    for path in paths:
+        whole = not path.name.endswith(".tar") if isinstance(path, Remote) else path.is_dir()
+        folder = path if whole else path.parent
+        index = indices.setdefault(folder, None) or read_index(folder)
+        indices[folder] = index
+        if whole:
+            if split not in index["splits"]:
+                raise DataError(f"{folder} has no split {split!r}, only {sorted(index['splits'])}; "
+                                "prepare it again with --split")  # fmt: skip
+            names = index["splits"][split]["shards"]
+        else:
+            names = {name: n for part in index["splits"].values() for name, n in part["shards"].items()}
+            if path.name not in names:
+                raise DataError(f"{path} is not listed in {folder / 'index.json'}; {REMEDY}")
+            names = {path.name: names[path.name]}
+        shards += [Shard(folder / name, count) for name, count in sorted(names.items()) if count]
+    if not shards:
+        raise DataError(f"{source}: no samples in split {split!r}; see skipped.jsonl there for what was left out")
+    return shards, indices
+
+
+REMEDY = "delete that file and run the same data/prepare.py command again: it rewrites only what is missing"
+
+
+def _streams(source, weights: Sequence[float], split: str, num_samples: int) -> list[tuple[int, int, int]]:
+    """(first sample number, size, samples an epoch) of every entry of `source`. DataError for weights that do not fit."""
+    entries = [source] if isinstance(source, (str, Path)) else list(source)
+    if len(weights) != len(entries) or min(weights) <= 0:
+        raise DataError(f"weights: got {list(weights)} for {len(entries)} datasets, accepted: one above 0 for each")
+    sizes = [sum(shard.count for shard in find_shards(entry, split)[0]) for entry in entries]
+    exact = [num_samples * weight / sum(weights) for weight in weights]
+    quotas = [int(share) for share in exact]
+    for i in sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])[: num_samples - sum(quotas)]:
+        quotas[i] += 1
+    return [(sum(sizes[:i]), sizes[i], quotas[i]) for i in range(len(sizes))]
+
+
+def read_index(folder: Path | Remote) -> dict:
+    """index.json of one folder. DataError where there is none, or one of another format."""
+    path = folder / "index.json"
+    if isinstance(path, Path) and not path.exists():
+        tars = len(list(folder.glob("*.tar")))
+        what = f"{tars} shards but no index.json: preparing was not finished" if tars else "no shards and no index.json"
+        raise DataError(f"{folder}: {what}; run data/prepare.py with --out {folder} (finished shards are kept)")
+    try:
+        index = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is not readable ({error}); {REMEDY}") from None
+    if index.get("format") != FORMAT:
+        raise DataError(f"{path} has format {index.get('format')}, this version reads {FORMAT}; prepare the data again")
+    return index
+
+
+def _common_form(indices: dict[Path, dict]) -> tuple[tuple[int, ...], int, int | None]:
+    """Latent shape, padded text length and text width (None: no text) that all folders share."""
+    first, *others = indices
+    for name in ("latent_shape", "max_sequence_length", "text_dim", "model"):
+        for other in others:
+            if indices[first][name] != indices[other][name]:
+                raise DataError(f"{first} and {other} cannot be mixed: {name} is {indices[first][name]} in one "
+                                f"and {indices[other][name]} in the other; prepare both with the same settings")  # fmt: skip
+    index = indices[first]
+    return tuple(index["latent_shape"]), index["max_sequence_length"], index["text_dim"]
+
+
+def _check_use(indices: dict[Path, dict], found: tuple, model: str | Path | None, shape: tuple | None) -> None:
+    folder = next(iter(indices))
+    if shape is not None and tuple(shape) != found:
+        raise DataError(f"{folder} holds latents {found}, this run needs {tuple(shape)}; prepare the clips again with "
+                        "the height, width and number of frames of this run")  # fmt: skip
+    if model is None:
+        return
+    written, used = indices[folder]["model"], model_identity(model)
+    wrong = [part for part, value in used.items() if value and written.get(part) and value != written[part]]
+    if wrong:
+        raise DataError(f"{folder} was written for another model: its {' and '.join(wrong)} differ from those in "
+                        f"{model}; prepare the data again with --model {model}, or train the model it was made for")  # fmt: skip
+
+
+def model_identity(folder: str | Path) -> dict[str, str | None]:
+    """What latents and text embeddings depend on, as hashes: `vae` and `text_encoder` (None where the folder has none).
+
+    A hash covers the configuration (latents_mean and latents_std are in the VAE's) and, of every weight file, its size
+    and first and last MiB: enough to tell two trainings apart without reading 20 GB.
+    """
+    folder = Path(folder)
+    parts = {"vae": ["vae"], "text_encoder": ["text_encoder", "tokenizer"]}
+    return {name: _identity([folder / f for f in folders]) for name, folders in parts.items()}
+
+
+def _identity(folders: list[Path]) -> str | None:
+    if not (folders[0] / "config.json").exists():
+        return None
+    digest = hashlib.sha256()
+    config = json.loads((folders[0] / "config.json").read_text())
+    ignored = ("transformers_version", "dtype", "torch_dtype", "architectures")  # change without changing any output
+    config = {k: v for k, v in config.items() if not k.startswith("_") and k not in ignored}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for folder in folders:
+        patterns = ("*.safetensors", "spiece.model", "tokenizer.json")
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+            size, chunk = path.stat().st_size, 1 << 20
+            digest.update(str(size).encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(chunk))
+                file.seek(max(chunk, size - chunk))
+                digest.update(file.read(chunk))
+    return digest.hexdigest()[:16]
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def _scan(shard: Shard, file: Path) -> list[tuple[int, int, int, int]]:
+    """(offset, size) in bytes of the tensors and of the json of every sample, from the tar's headers."""
+    parts: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                if suffix:
+                    parts.setdefault(key, {})[suffix] = member.offset_data, member.size
+        end = file.stat().st_size
+        samples = [(*part["safetensors"], *part["json"]) for part in parts.values()]
+        if any(part[2] + part[3] > end for part in samples):
+            raise tarfile.ReadError("it ends too early")
+    except FileNotFoundError:
+        raise DataError(f"{shard.path} is listed in index.json but is not there; {REMEDY}") from None
+    except (tarfile.TarError, KeyError, OSError) as error:
+        raise DataError(f"{shard.path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from None
+    if len(samples) != shard.count:
+        raise DataError(
+            f"{shard.path} is damaged: {len(samples)} samples where index.json says {shard.count}; {REMEDY}"
+        )
+    return samples
+
+
+def _read_sample(path: Path, member: tuple[int, int, int, int]) -> tuple[dict[str, torch.Tensor], dict]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(member[0])
+            tensors = load(file.read(member[1]))
+            file.seek(member[2])
+            return tensors, json.loads(file.read(member[3]))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from None
+
+
+def _read_empty(folder: Path | Remote) -> torch.Tensor:
+    """(n, D) embedding of the empty prompt."""
+    path = folder / "empty.safetensors"
+    try:
+        return load(path.read_bytes())["text"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(f"{path}, the embedding of the empty prompt, cannot be read ({error}); {REMEDY}") from None
+
+
+def _pad(text: torch.Tensor, length: int) -> torch.Tensor:
+    """(n, D) -> (length, D) float32, zero rows after the caption's end, as WanPipeline pads."""
+    return torch.nn.functional.pad(text.float(), (0, 0, 0, length - text.shape[0]))
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
