@@ -62,6 +62,13 @@ def steps(num_steps=4):
     return at, lambda timestep: (at["at"], num_steps, at["schedule"])
 
 
+class Record(list):
+    """What `attach` reports to."""
+
+    forwards, seconds = 0, 0.0
+    add = list.append
+
+
 @torch.no_grad()
 def run(model, call):
     return model(**call, return_dict=False)[0]
@@ -72,14 +79,14 @@ def run(model, call):
 def test_full_density_is_the_stock_transformer(make, pattern):
     model, call, grid = make()
     expected = run(model, call)
-    assert token_grid(model, call["hidden_states"]) == grid
-    record = []
-    undo = attach(model, pattern, steps()[1], record.append)
+    assert token_grid(model, call["hidden_states"], call["timestep"]) == grid
+    record = Record()
+    attached = attach(model, pattern, steps()[1], record)
     torch.testing.assert_close(run(model, call), expected, rtol=1e-4, atol=1e-5)
     layers = sum(name.endswith(("attn1.to_q", "attn.to_q")) and "refiner" not in name for name, _ in model.named_modules())
     assert [stats.layer for stats in record] == list(range(layers))
     assert all(stats.density == 1.0 and not stats.dense for stats in record)
-    undo()
+    attached.undo()
 
 
 @pytest.mark.parametrize("pattern", SPARSE, ids=name_of)
@@ -87,12 +94,12 @@ def test_full_density_is_the_stock_transformer(make, pattern):
 def test_a_sparse_run_differs_and_undo_restores(make, pattern):
     model, call, _ = make()
     expected, processors = run(model, call), dict(model.attn_processors)
-    record = []
-    undo = attach(model, pattern, steps()[1], record.append, recall_rows=16)
+    record = Record()
+    attached = attach(model, pattern, steps()[1], record, recall_rows=16)
     out = run(model, call)
     assert torch.isfinite(out).all() and not torch.allclose(out, expected, atol=1e-4)
     assert all(0 < stats.density < 1 and 0 < stats.recall < 1 for stats in record)
-    undo()
+    attached.undo()
     assert model.attn_processors == processors and not model._forward_pre_hooks
     assert torch.equal(run(model, call), expected)
     assert len(record) == len({stats.layer for stats in record}), "after undo nothing is recorded"
@@ -101,7 +108,7 @@ def test_a_sparse_run_differs_and_undo_restores(make, pattern):
 @pytest.mark.parametrize("pattern", SPARSE, ids=name_of)
 def test_padding_of_a_prompt_changes_nothing(pattern):
     model, call, _ = hunyuan()
-    attach(model, pattern, steps()[1], [].append)
+    attach(model, pattern, steps()[1], Record())
     expected = run(model, call)
     call["encoder_hidden_states"] = call["encoder_hidden_states"].clone()
     call["encoder_hidden_states"][0, 3:] = 100 * torch.randn(3, 16)
@@ -113,9 +120,9 @@ def test_padding_of_a_prompt_changes_nothing(pattern):
 def test_steps_branches_and_new_videos():
     model, call, _ = wan()
     at, progress = steps(num_steps=5)
-    record = []
+    record = Record()
     pattern = SVG2(top_p=0.5, q_clusters=5, k_clusters=9, dense_layers=0.3, dense_steps=0.4)
-    attach(model, pattern, progress, record.append)
+    attach(model, pattern, progress, record)
     attention = model.blocks[1].attn1.processor.run
 
     def forward(step):
@@ -141,9 +148,9 @@ def test_steps_branches_and_new_videos():
 
 def test_errors():
     model, call, _ = wan()
-    with pytest.raises(ValueError, match="transformer: got a?n? ?Linear, accepted: WanTransformer3DModel"):
-        attach(torch.nn.Linear(2, 2), FULL[0], steps()[1], [].append)
-    attach(model, SVG2(**NO_WARM_UP), steps()[1], [].append)
+    with pytest.raises(ValueError, match="transformer: got Linear: its attention is not known here, accepted: WanTransformer3DModel"):
+        attach(torch.nn.Linear(2, 2), FULL[0], steps()[1], Record())
+    attach(model, SVG2(**NO_WARM_UP), steps()[1], Record())
     with pytest.raises(ValueError, match="grid: got None"):
         cos = torch.ones(1, 48, 1, 12)
         model.blocks[0](torch.randn(1, 48, 24), torch.randn(1, 7, 24), torch.randn(1, 6, 24), (cos, cos))

@@ -22,14 +22,15 @@ from diffusers import WanPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from usv.models.wan import SparseWan
-from usv.patterns import CallStats, Pattern, make_pattern
+from usv.patterns import CallStats, Pattern
 from usv.patterns.planned import PlannedPattern, planned_pattern
 from usv.sampling.checkpoint import CheckpointError, Student, check_grid, load_student
 from usv.sampling.patterns import (
-    EnabledPattern,
     calls_lines,
+    check_pattern,
     disable_pattern,
     enable_pattern,
+    pattern_of,
     pattern_summary,
     progress_of,
     transformers_of,
@@ -104,7 +105,7 @@ def enable(
         raise ValueError("enable: got neither of checkpoint and attention, accepted: one of them, or both: a student's plan "
                          "with the blocks of a pattern")  # fmt: skip
     if checkpoint is None:
-        make_pattern(attention, **{k: v for k, v in options.items() if k != "recall_rows"})  # refuses before it changes
+        check_pattern(pipe, attention, impl, **options)  # refuses before it changes
         return enable_pattern(disable(pipe), attention, impl, **options)
     if options and attention is None:
         raise ValueError(f"{next(iter(options))}: got an option of a pattern, accepted: only together with attention=…")
@@ -157,25 +158,23 @@ def _students(pipe: WanPipeline, checkpoint) -> tuple[Student, ...]:
 def disable(pipe: WanPipeline) -> WanPipeline:
     """Undo `enable`; harmless when nothing is enabled."""
     state = getattr(pipe, "_usv", None)
-    if isinstance(state, EnabledPattern):
+    if not isinstance(state, Enabled):
         return disable_pattern(pipe)
-    if state is not None:
-        pipe.__class__ = state.original_class
-        for student, (place, original) in zip(state.students, state.originals.items()):
-            del student.model.transformer.forward  # the instance's override, not the class's method
-            setattr(pipe, place, original)
-        pipe.scheduler = state.scheduler
-        del pipe._usv
+    pipe.__class__ = state.original_class
+    for student, (place, original) in zip(state.students, state.originals.items()):
+        del student.model.transformer.forward  # the instance's override, not the class's method
+        setattr(pipe, place, original)
+    pipe.scheduler = state.scheduler
+    del pipe._usv
     return pipe
 
 
 def summary(pipe: WanPipeline) -> str:
     """A few lines that a person can read: what is enabled and what it has executed."""
     state = getattr(pipe, "_usv", None)
-    if state is None:
-        return "usv: not enabled; the pipeline runs its own dense transformer"
-    if isinstance(state, EnabledPattern):
-        return pattern_summary(state)
+    if not isinstance(state, Enabled):
+        state = pattern_of(pipe)
+        return "usv: not enabled; the pipeline runs its own dense transformer" if state is None else pattern_summary(state)
     plans, record = [student.plan for student in state.students], state.record
     bins = sum(len(plan.edges) for plan in plans)
     merged = sum(plan.merged() * len(plan.edges) for plan in plans) / bins

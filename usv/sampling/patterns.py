@@ -9,43 +9,61 @@ Call, defaults, guidance and weights of the pipeline stay its own. Both transfor
 
 from __future__ import annotations
 
-import math
-import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from diffusers import DiffusionPipeline
 
-from usv.patterns import CallStats, Pattern, make_pattern
-from usv.patterns.processors import attach
+from usv.patterns import PATTERNS, CallStats, Pattern, make_pattern
+from usv.patterns.processors import Attached, attach, attached_to, check, refusal
 from usv.patterns.protocol import STAGES, require
+
+
+IMPLS = ("auto", "reference", "cpu", "triton", "flex")
+KEPT_CALLS = 8192  # of the latest attention calls: two videos of a 14B model with 50 steps
 
 
 @dataclass
 class PatternRecord:
-    """What the enabled transformers have executed since `enable` or `reset`; sums over attention calls."""
+    """What the enabled transformers have executed since `enable` or `reset`: sums over all attention calls, and the latest
+    of them one by one (`calls`, at most KEPT_CALLS), so that its size does not grow with the videos made."""
 
     forwards: int = 0
     seconds: float = 0.0
-    calls: list[CallStats] = field(default_factory=list)
+    calls: deque[CallStats] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
+    totals: Counter = field(default_factory=Counter)
+
+    def add(self, call: CallStats) -> None:
+        """Counts one attention call."""
+        self.calls.append(call)
+        kind = "dense" if call.dense else "sparse"
+        self.totals.update({kind: 1, f"{kind} density": call.density})
+        if not call.dense:
+            self.totals.update(call.seconds)
+            if call.recall is not None:
+                self.totals.update({"measured": 1, "recall": call.recall})
+        else:
+            self.totals.update({"dense attention": call.seconds["attention"]})
 
     def reset(self) -> None:
         self.forwards, self.seconds = 0, 0.0
         self.calls.clear()
+        self.totals.clear()
 
     def mean_density(self) -> float:
         """Executed token pairs / all token pairs, mean over attention calls, the dense warm-up included."""
-        return _mean([call.density for call in self.calls], 1.0)
+        t = self.totals
+        return _ratio(t["dense density"] + t["sparse density"], t["dense"] + t["sparse"], 1.0)
 
     def sparse_density(self) -> float:
         """The same without the warm-up calls."""
-        return _mean([call.density for call in self.calls if not call.dense], 1.0)
+        return _ratio(self.totals["sparse density"], self.totals["sparse"], 1.0)
 
     def mean_recall(self) -> float | None:
         """Share of dense attention mass kept by the sparse calls; None if it was not measured."""
-        return mean_recall(self.calls)
+        return _ratio(self.totals["recall"], self.totals["measured"], None)
 
     def mean_merged(self) -> float:
         """Patterns merge no tokens."""
@@ -53,17 +71,47 @@ class PatternRecord:
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds by stage, of the sparse calls."""
-        return stage_seconds(self.calls)
+        return {stage: float(self.totals[stage]) for stage in STAGES}
 
 
 @dataclass
 class EnabledPattern:
-    """State that `enable_pattern` hangs on a pipeline and `disable_pattern` removes."""
+    """What a pipeline runs under: the pattern of its transformers, what they executed, and the way back."""
 
     name: str
     pattern: Pattern
     record: PatternRecord
-    undo: list[Callable[[], None]]
+    attached: list[Attached]
+
+
+class PipelineProgress:
+    """`Progress` of a pipeline: its scheduler knows the step. A deep copy of a pipeline asks the copy's scheduler; a copy of
+    the transformer alone goes on asking the pipeline's."""
+
+    def __init__(self, pipe: DiffusionPipeline):
+        self.pipe = pipe
+
+    def __deepcopy__(self, memo: dict) -> PipelineProgress:
+        return PipelineProgress(memo.get(id(self.pipe), self.pipe))
+
+    def __call__(self, timestep: torch.Tensor) -> tuple[int, int, object]:
+        scheduler = self.pipe.scheduler
+        timesteps = scheduler.timesteps
+        step = getattr(scheduler, "step_index", None)
+        if step is None:  # before the first step, which need not be the schedule's first (video to video)
+            step = getattr(scheduler, "begin_index", None)
+        if step is None:
+            # Per-token timesteps (image to video) are zero where the image is: the largest is the step's.
+            now = timestep.float().max().to(timesteps.device)
+            gaps = (timesteps.float() - now).abs()
+            step = int(gaps.argmin())
+            # A model that is called with another unit of time (Cosmos: sigma) says nothing until its scheduler has stepped.
+            if hasattr(scheduler, "step_index") and float(gaps[step]) > 1e-3 * float(timesteps.max()):
+                step = 0
+        return step, len(timesteps), timesteps
+
+
+progress_of = PipelineProgress
 
 
 def transformers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
@@ -72,41 +120,71 @@ def transformers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     return {place: getattr(pipe, place) for place in places if getattr(pipe, place, None) is not None}
 
 
+def check_pattern(pipe: DiffusionPipeline, attention: str, impl: str = "auto", recall_rows: int = 0, **options) -> Pattern:
+    """The settings that `enable_pattern` would run; changes nothing.
+
+    Raises ValueError: a pipeline without a transformer that is known, an unknown pattern, option or impl (with the nearest
+    one), a value out of range.
+    """
+    pattern = make_pattern(attention, **options)
+    require(impl in IMPLS, "impl", repr(impl), ", ".join(IMPLS))
+    require(recall_rows >= 0, "recall_rows", recall_rows, "query rows, 0 for no measurement")
+    transformers = transformers_of(pipe)
+    if not transformers:
+        denoiser = getattr(pipe, "unet", None)
+        why = "it has no denoising transformer" if denoiser is None else refusal(type(denoiser).__name__)
+        require(False, "pipe", f"a {type(pipe).__name__}: {why}", "a pipeline of the table that python -m usv.models prints")
+    for transformer in transformers.values():
+        check(transformer)
+    return pattern
+
+
 def enable_pattern(
     pipe: DiffusionPipeline, attention: str, impl: str = "auto", recall_rows: int = 0, **options
 ) -> DiffusionPipeline:
-    """Let every self-attention of `pipe` run under a training-free pattern. Returns the same pipeline.
+    """Let every long self-attention of `pipe` run under a training-free pattern. Returns the same pipeline.
+
+    The pattern is the transformers': pipelines that share them (`from_pipe`) run it too, and any of them may disable it.
+    Enabling a second time replaces.
 
     Args:
-        pipe: a diffusers pipeline whose transformer is Wan, CogVideoX or HunyuanVideo.
+        pipe: a diffusers pipeline whose transformer is of a family in `usv.patterns.processors.FAMILIES`.
         attention: svg | svg2 | radial | sliding_tile | tile_top_k.
         impl: how the kernel runs. recall_rows: query rows for measuring attention recall, 0 for none (it costs time).
         options: settings of the pattern, see its class in `usv.patterns`.
 
-    Raises ValueError: another kind of transformer, an unknown pattern or option (with the nearest one), a value out of
-    range. Settings that do not fit the token grid, such as more clusters than tokens, show in the first call.
+    Raises ValueError: see `check_pattern`; what was enabled before stays. Settings that do not fit the token grid, such as
+    more clusters than tokens, show in the first call.
     """
-    pattern = make_pattern(attention, **options)
-    record = PatternRecord()
-    transformers = transformers_of(pipe)
-    require(bool(transformers), "pipe", f"a {type(pipe).__name__}", "a pipeline with a Wan, CogVideoX or HunyuanVideo transformer")
-    undo: list[Callable[[], None]] = []
-    for transformer in transformers.values():
-        undo.append(attach(transformer, pattern, progress_of(pipe), record.calls.append, impl, recall_rows))
-        undo.append(_count_forwards(transformer, record))
-    pipe._usv = EnabledPattern(attention, pattern, record, undo)
+    pattern = check_pattern(pipe, attention, impl, recall_rows, **options)
+    record, progress = PatternRecord(), PipelineProgress(pipe)
+    attached = [attach(transformer, pattern, progress, record, impl, recall_rows) for transformer in transformers_of(pipe).values()]
+    pipe._usv = EnabledPattern(attention, pattern, record, attached)
     return pipe
 
 
 def disable_pattern(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """Undo `enable_pattern`."""
-    for undo in pipe._usv.undo:
-        undo()
-    del pipe._usv
+    """Undo `enable_pattern`, also where another pipeline enabled the transformers of this one; harmless when nothing is."""
+    for transformer in transformers_of(pipe).values():
+        if (attached := attached_to(transformer)) is not None:
+            attached.undo()
+    if isinstance(state := pipe.__dict__.pop("_usv", None), EnabledPattern):
+        for attached in state.attached:  # of transformers that were taken out since
+            attached.undo()
     return pipe
 
 
-def stage_seconds(calls: list[CallStats]) -> dict[str, float]:
+def pattern_of(pipe: DiffusionPipeline) -> EnabledPattern | None:
+    """The pattern under which the transformers of a pipeline are now, whichever pipeline enabled it."""
+    attached = [found for transformer in transformers_of(pipe).values() if (found := attached_to(transformer)) is not None]
+    if not attached:
+        return None
+    pattern = attached[0].run.pattern
+    name = next(name for name, kind in PATTERNS.items() if type(pattern) is kind)
+    return EnabledPattern(name, pattern, attached[0].record, attached)
+
+
+def stage_seconds(calls: Iterable[CallStats]) -> dict[str, float]:
     """Seconds by stage, of the sparse calls."""
     total = Counter(dict.fromkeys(STAGES, 0.0))
     for call in calls:
@@ -115,14 +193,15 @@ def stage_seconds(calls: list[CallStats]) -> dict[str, float]:
     return dict(total)
 
 
-def mean_recall(calls: list[CallStats]) -> float | None:
+def mean_recall(calls: Iterable[CallStats]) -> float | None:
     """Share of dense attention mass kept by the sparse calls; None if it was not measured."""
     return _mean([call.recall for call in calls if not call.dense and call.recall is not None], None)
 
 
-def calls_report(calls: list[CallStats]) -> dict:
+def calls_report(calls: Iterable[CallStats]) -> dict:
     """What a run reports of its attention calls, for JSON: executed density with and without the dense warm-up, recall of the
     sparse calls (None: not measured), seconds by stage, and the calls of either kind."""
+    calls = list(calls)
     sparse = [call for call in calls if not call.dense]
     recall = mean_recall(calls)
     return {
@@ -134,10 +213,14 @@ def calls_report(calls: list[CallStats]) -> dict:
     }
 
 
-def calls_lines(calls: list[CallStats]) -> list[str]:
+def calls_lines(calls: Iterable[CallStats]) -> list[str]:
     """Seconds and recall as lines of a summary."""
-    lines = ["seconds of the sparse calls: " + ", ".join(f"{stage} {s:.2f}" for stage, s in stage_seconds(calls).items())]
-    if (recall := mean_recall(calls)) is not None:
+    return _lines(stage_seconds(calls), mean_recall(calls))
+
+
+def _lines(seconds: dict[str, float], recall: float | None) -> list[str]:
+    lines = ["seconds of the sparse calls: " + ", ".join(f"{stage} {s:.2f}" for stage, s in seconds.items())]
+    if recall is not None:
         lines.append(f"attention recall of the sparse calls: {recall:.3f}")
     return lines
 
@@ -145,47 +228,17 @@ def calls_lines(calls: list[CallStats]) -> list[str]:
 def pattern_summary(state: EnabledPattern) -> str:
     """A few lines that a person can read."""
     record = state.record
-    sparse = sum(not call.dense for call in record.calls)
+    sparse, dense = record.totals["sparse"], record.totals["dense"]
     return "\n".join([
         f"usv: training-free {state.pattern}",
         f"executed: {record.forwards} forwards, {record.seconds:.2f} s in the transformer, attention density "
-        f"{record.mean_density():.3f}; {sparse} of {len(record.calls)} attention calls sparse, at {record.sparse_density():.3f}",
-        *calls_lines(record.calls),
+        f"{record.mean_density():.3f}; {sparse} of {sparse + dense} attention calls sparse, at {record.sparse_density():.3f}",
+        *_lines(record.stage_seconds(), record.mean_recall()),
     ])  # fmt: skip
 
 
-def progress_of(pipe: DiffusionPipeline):
-    """`Progress` of a pipeline: its scheduler knows the step."""
-
-    def progress(timestep: torch.Tensor) -> tuple[int, int, object]:
-        timesteps = pipe.scheduler.timesteps
-        if hasattr(pipe.scheduler, "step_index"):
-            step = pipe.scheduler.step_index or 0  # None before the first step
-        else:
-            # Per-token timesteps (image to video) are zero where the image is: the largest is the step's.
-            step = int((timesteps.float() - timestep.float().max().to(timesteps.device)).abs().argmin())
-        return step, len(timesteps), timesteps
-
-    return progress
-
-
-def _count_forwards(transformer: torch.nn.Module, record: PatternRecord) -> Callable[[], None]:
-    begun = [math.nan]
-
-    def before(*_):
-        begun[0] = time.perf_counter()
-
-    def after(*_):
-        record.forwards += 1
-        record.seconds += time.perf_counter() - begun[0]
-
-    hooks = (transformer.register_forward_pre_hook(before), transformer.register_forward_hook(after))
-
-    def undo() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return undo
+def _ratio(total: float, count: int, empty):
+    return total / count if count else empty
 
 
 def _mean(values: list[float], empty):

@@ -1,0 +1,128 @@
+"""Patterns inside stock diffusers transformers, through their own attention processors.
+
+    attached = attach(transformer, SVG2(), progress, record)    every long self-attention now runs `attend`
+    attached.undo()                                             the transformer has its own processors again
+
+The weights are not touched. A forward pre-hook notes the token grid and the step; each processor knows its layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from usv.patterns.processors.families import FAMILIES as FAMILIES
+from usv.patterns.processors.families import REFUSED as REFUSED
+from usv.patterns.processors.families import Family, call_arguments, family_of, refusal
+from usv.patterns.processors.families import token_grid as token_grid
+from usv.patterns.processors.run import PatternRun as PatternRun
+from usv.patterns.processors.run import Processor, Progress
+from usv.patterns.protocol import CallStats, Pattern, require
+
+MARK = "_usv_pattern"  # where a transformer keeps its `Attached`: pipelines share transformers
+
+
+@dataclass
+class Attached:
+    """A transformer under a pattern. It refers to no pipeline and holds no closures, so a deep copy of the transformer has a
+    copy of this whose `undo` is its own.
+
+    called: what the pipeline calls, the transformer or its compiled wrapper. record: see `attach`.
+    """
+
+    transformer: nn.Module
+    called: nn.Module
+    attentions: list[nn.Module]
+    originals: list[object]
+    run: PatternRun
+    record: object
+    handles: list = field(default_factory=list)
+    begun: float = 0.0
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Notes the grid and the step of a forward."""
+        self.begun = time.perf_counter()
+        family = family_of(self.transformer)
+        ours = all(isinstance(attention.processor, Processor) for attention in self.attentions)
+        require(ours, "attention processors", "ones that were set after the pattern was enabled",
+                "the pattern's own; usv.enable again after fuse_qkv_projections or set_attn_processor")  # fmt: skip
+        check_parallel(self.transformer)
+        call = call_arguments(self.transformer, args, kwargs)
+        self.run.begin(family.grid(self.transformer.config, call), call[family.timestep])
+
+    def after(self, *_) -> None:
+        """Counts a forward."""
+        self.record.forwards += 1
+        self.record.seconds += time.perf_counter() - self.begun
+
+    def undo(self) -> None:
+        """The transformer has its own processors again; harmless a second time."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if self.transformer.__dict__.get(MARK) is not self:
+            return
+        for attention, original in zip(self.attentions, self.originals):
+            if isinstance(attention.processor, Processor):  # one that was set since is the user's
+                attention.set_processor(original)
+        delattr(self.transformer, MARK)
+
+
+def check_parallel(transformer: nn.Module) -> None:
+    """ValueError where diffusers splits the sequence over ranks: a pattern needs all of it."""
+    parallel = getattr(transformer, "_parallel_config", None)
+    context = None if parallel is None else getattr(parallel, "context_parallel_config", None)
+    require(context is None, "transformer", "one with context parallelism (enable_parallelism)",
+            "one whose every rank holds the whole sequence: a pattern chooses among all tokens")  # fmt: skip
+
+
+def check(transformer: nn.Module) -> Family:
+    """The family of a transformer (or of its compiled wrapper). ValueError: not known, refused, or split over ranks."""
+    transformer = unwrap(transformer)
+    family, name = family_of(transformer), type(transformer).__name__
+    require(family is not None, "transformer", f"{name}: {refusal(name)}", f"{', '.join(FAMILIES)}; see python -m usv.models")
+    check_parallel(transformer)
+    return family
+
+
+def unwrap(transformer: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s wrapper."""
+    return getattr(transformer, "_orig_mod", transformer)
+
+
+def attach(
+    transformer: nn.Module,
+    pattern: Pattern,
+    progress: Progress,
+    record: object,
+    impl: str = "auto",
+    recall_rows: int = 0,
+) -> Attached:
+    """Lets every long self-attention of `transformer` run under `pattern`. `undo` of what it returns takes it back.
+
+    record: has `forwards`, `seconds` and `add(CallStats)`. Raises ValueError: see `check`; nothing has changed then.
+    """
+    family, called, transformer = check(transformer), transformer, unwrap(transformer)
+    if (before := attached_to(transformer)) is not None:
+        before.undo()
+    attentions = family.attentions(transformer)
+    require(bool(attentions), "transformer", "one without blocks", "at least one block")
+    run = PatternRun(pattern, len(attentions), progress, record.add, impl, recall_rows)
+    attached = Attached(transformer, called, attentions, [a.processor for a in attentions], run, record)
+    for layer, attention in enumerate(attentions):
+        attention.set_processor(family.processor(run, layer))
+    # On the compiled wrapper hooks run before the compiler looks.
+    attached.handles += [
+        called.register_forward_pre_hook(attached.before, with_kwargs=True), called.register_forward_hook(attached.after)
+    ]  # fmt: skip
+    setattr(transformer, MARK, attached)
+    return attached
+
+
+def attached_to(transformer: nn.Module | None) -> Attached | None:
+    """What `attach` left on a transformer that is under a pattern now."""
+    return None if transformer is None else unwrap(transformer).__dict__.get(MARK)

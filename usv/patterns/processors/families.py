@@ -1,0 +1,186 @@
+"""What is known of each of diffusers' video transformers: how it attends, where its long attentions are, how its call tells
+the token grid; and which are refused, with the reason.
+
+Classes are known by name, so that a diffusers without the newest of them still works.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from usv.sparse.grid import TokenGrid
+from usv.patterns.processors import joint, separate
+from usv.patterns.processors.run import Processor
+from usv.patterns.protocol import require
+
+
+@dataclass(frozen=True)
+class Family:
+    """attention: in words, for the table. processor: of its long self-attentions. lists: of blocks, in the order of execution,
+    and the place of the attention in a block. grid: (config, arguments of the forward by name) -> TokenGrid. timestep: the
+    argument that says where the forward is."""
+
+    attention: str
+    processor: type[Processor]
+    lists: tuple[tuple[str, str], ...]
+    grid: Callable[[object, dict], TokenGrid]
+    timestep: str = "timestep"
+
+    def attentions(self, transformer: nn.Module) -> list[nn.Module]:
+        return [block.get_submodule(place) for blocks, place in self.lists for block in getattr(transformer, blocks)]
+
+
+def _patch(config) -> tuple[int, int, int]:
+    """Tokens' extents (t, h, w) in latents."""
+    patch = config.patch_size
+    return (getattr(config, "patch_size_t", None) or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
+def _divide(sides: tuple[int, ...], patch: tuple[int, int, int]) -> TokenGrid:
+    require(not any(side % p for side, p in zip(sides, patch)), "latents", f"(T, H, W) = {tuple(sides)}",
+            f"multiples of the patch {patch}")  # fmt: skip
+    return TokenGrid(*(side // p for side, p in zip(sides, patch)))
+
+
+def _channels_first(config, call: dict) -> TokenGrid:
+    """Latents (B, C, T, H, W)."""
+    return _divide(call["hidden_states"].shape[-3:], _patch(config))
+
+
+def _frames_first(config, call: dict) -> TokenGrid:
+    """Latents (B, T, C, H, W)."""
+    shape = call["hidden_states"].shape
+    return _divide((shape[1], *shape[-2:]), _patch(config))
+
+
+def _channels_last(config, call: dict) -> TokenGrid:
+    """Latents (B, T, H, W, C)."""
+    return _divide(call["hidden_states"].shape[1:4], _patch(config))
+
+
+def _packed(video_last: bool) -> Callable[[object, dict], TokenGrid]:
+    """Tokens (B, S, C), packed by the pipeline, which tells the grid or else the place of each token."""
+
+    def grid(config, call: dict) -> TokenGrid:
+        sides = tuple(call.get(name) for name in ("num_frames", "height", "width"))
+        coords = call.get("video_coords")
+        # LTXI2VLongMultiPromptPipeline says (1, 1, 1) beside its coordinates
+        if coords is not None and (None in sides or math.prod(sides) == 1):
+            return grid_of_coords(coords, video_last)
+        return TokenGrid(*sides)
+
+    return grid
+
+
+def grid_of_coords(coords: Tensor, video_last: bool) -> TokenGrid:
+    """The grid of row-major video tokens from their coordinates (B, 3, S) along (t, y, x), or (B, 3, S, 2) as intervals.
+
+    Condition tokens stand before the video (video_last) or after it. A frame is a run of equal t; the video's frames are the
+    whole ones among which t only grows, from the last frame down or from the first up.
+    """
+    if coords.dim() == 4:
+        coords = coords[..., 0]
+    t, _, x = coords[0].detach().float().cpu()
+    if video_last:
+        t, x = t.flip(0), x.flip(0)
+    per_frame = int((t != t[0]).long().argmax()) or t.numel()
+    frames, direction = 1, -1 if video_last else 1
+    while (frames + 1) * per_frame <= t.numel():
+        following = t[frames * per_frame : (frames + 1) * per_frame]
+        if bool((following != following[0]).any()) or direction * float(following[0] - t[(frames - 1) * per_frame]) <= 0:
+            break
+        frames += 1
+    width = int(torch.unique(x[:per_frame]).numel())
+    return TokenGrid(frames, per_frame // width, width)
+
+
+_CROSS = "self; text by cross-attention"
+_WAN = Family(_CROSS, separate.WanProcessor, (("blocks", "attn1"),), _channels_first)
+_COG = Family("joint; text before", joint.CogVideoXProcessor, (("transformer_blocks", "attn1"),), _frames_first)
+_HUNYUAN_BLOCKS = (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn"))
+_HUNYUAN = Family("joint; text after", joint.HunyuanVideoProcessor, _HUNYUAN_BLOCKS, _channels_first)
+
+FAMILIES: dict[str, Family] = {
+    "WanTransformer3DModel": _WAN,
+    # a forward runs all vace_blocks, then all blocks
+    "WanVACETransformer3DModel": Family(_CROSS, separate.WanProcessor, (("vace_blocks", "attn1"), ("blocks", "attn1")), _channels_first),
+    "WanAnimateTransformer3DModel": _WAN,
+    "SkyReelsV2Transformer3DModel": _WAN,
+    "ChronoEditTransformer3DModel": _WAN,
+    "AnyFlowTransformer3DModel": Family(_CROSS, separate.AnyFlowProcessor, (("blocks", "attn1"),), _frames_first),
+    "HeliosTransformer3DModel": Family(
+        "self; history before; text by cross-attention", separate.HeliosProcessor, (("blocks", "attn1"),), _channels_first
+    ),
+    "CogVideoXTransformer3DModel": _COG,
+    "ConsisIDTransformer3DModel": _COG,
+    "HunyuanVideoTransformer3DModel": _HUNYUAN,
+    "HunyuanVideoFramepackTransformer3DModel": Family(
+        "joint; history before, text after", joint.HunyuanVideoProcessor, _HUNYUAN_BLOCKS, _channels_first
+    ),
+    "HunyuanVideo15Transformer3DModel": Family(
+        "joint; text after", joint.HunyuanVideo15Processor, (("transformer_blocks", "attn"),), _channels_first
+    ),
+    "LTXVideoTransformer3DModel": Family(
+        "self; conditions before; text by cross-attention", separate.LTXProcessor, (("transformer_blocks", "attn1"),), _packed(True)
+    ),
+    "LTX2VideoTransformer3DModel": Family(
+        "self; conditions after; text and audio by cross-attention", separate.LTX2Processor,
+        (("transformer_blocks", "attn1"),), _packed(False),
+    ),
+    "CosmosTransformer3DModel": Family(_CROSS, separate.CosmosProcessor, (("transformer_blocks", "attn1"),), _channels_first),
+    "Kandinsky5Transformer3DModel": Family(
+        _CROSS, separate.Kandinsky5Processor, (("visual_transformer_blocks", "self_attention"),), _channels_last
+    ),
+    "Kandinsky6Transformer3DModel": Family(
+        "self; text and audio by cross-attention", separate.Kandinsky6Processor,
+        (("visual_transformer_blocks", "video_dec_block.self_attention"),), _channels_last,
+    ),
+    "EasyAnimateTransformer3DModel": Family(
+        "joint; text before", joint.EasyAnimateProcessor, (("transformer_blocks", "attn1"),), _channels_first
+    ),
+    "MochiTransformer3DModel": Family("joint; text after", joint.MochiProcessor, (("transformer_blocks", "attn1"),), _channels_first),
+    "MotifVideoTransformer3DModel": Family("joint; text after", joint.MotifVideoProcessor, _HUNYUAN_BLOCKS, _channels_first),
+    "AllegroTransformer3DModel": Family(_CROSS, separate.AllegroProcessor, (("transformer_blocks", "attn1"),), _channels_first),
+}  # fmt: skip
+
+_UNET = ("UNet", "a UNet attends within a frame and along time apart: no sequence holds all tokens of the video")
+_LINEAR = ("linear", "linear attention makes no score matrix, so there are no blocks to leave out")
+
+# class of the denoiser -> (its attention, why it is refused)
+REFUSED: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("UNetMotionModel", "UNet2DConditionModel", "UNet3DConditionModel", "I2VGenXLUNet",
+                     "UNetSpatioTemporalConditionModel"), _UNET),
+    "LatteTransformer3DModel": ("within a frame, then along time", "no sequence holds all tokens of the video"),
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "SanaWMTransformer3DModel": _LINEAR,
+    "AnyFlowFARTransformer3DModel": ("causal, over a cache", "chunks attend causally to a cache of the chunks before, so a call's queries are not all of its keys"),
+    "Cosmos3OmniTransformer": ("joint; text before, packed", "text, video, sound and actions are packed into one sequence with causal text"),
+    "Kandinsky6SRTransformer3DModel": ("self; its own sparsity", "it was trained with, and always runs, its own NABLA or sliding-tile masks"),
+}  # fmt: skip
+
+
+def family_of(transformer: nn.Module) -> Family | None:
+    """The family of a transformer, by its class or the nearest known base class; None if it is not known."""
+    return next((FAMILIES[cls.__name__] for cls in type(transformer).__mro__ if cls.__name__ in FAMILIES), None)
+
+
+def refusal(name: str) -> str:
+    """Why a denoiser's class is refused, as the end of a sentence."""
+    return REFUSED[name][1] if name in REFUSED else "its attention is not known here"
+
+
+def call_arguments(transformer: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a forward by name."""
+    names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def token_grid(transformer: nn.Module, *args, **kwargs) -> TokenGrid:
+    """The grid after patchify of a call of the transformer with these arguments. ValueError where patches do not fit."""
+    return family_of(transformer).grid(transformer.config, call_arguments(transformer, args, kwargs))
