@@ -9,10 +9,8 @@ The weights are not touched. A forward pre-hook notes the token grid and the ste
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from usv.patterns.processors.families import FAMILIES as FAMILIES
@@ -21,7 +19,7 @@ from usv.patterns.processors.families import Family, call_arguments, family_of, 
 from usv.patterns.processors.families import token_grid as token_grid
 from usv.patterns.processors.run import PatternRun as PatternRun
 from usv.patterns.processors.run import Processor, Progress
-from usv.patterns.protocol import CallStats, Pattern, require
+from usv.patterns.protocol import Pattern, require
 
 MARK = "_usv_pattern"  # where a transformer keeps its `Attached`: pipelines share transformers
 

@@ -14,10 +14,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from usv.sparse.grid import TokenGrid
-from usv.patterns.processors import joint, separate
+from usv.patterns.processors.joint import (
+    CogVideoXProcessor,
+    EasyAnimateProcessor,
+    HunyuanVideo15Processor,
+    HunyuanVideoProcessor,
+    MochiProcessor,
+    MotifVideoProcessor,
+)
 from usv.patterns.processors.run import Processor
+from usv.patterns.processors.separate import (
+    AllegroProcessor,
+    AnyFlowProcessor,
+    CosmosProcessor,
+    HeliosProcessor,
+    Kandinsky5Processor,
+    Kandinsky6Processor,
+    LTX2Processor,
+    LTXProcessor,
+    WanProcessor,
+)
 from usv.patterns.protocol import require
+from usv.sparse.grid import TokenGrid
 
 
 @dataclass(frozen=True)
@@ -101,52 +119,52 @@ def grid_of_coords(coords: Tensor, video_last: bool) -> TokenGrid:
 
 
 _CROSS = "self; text by cross-attention"
-_WAN = Family(_CROSS, separate.WanProcessor, (("blocks", "attn1"),), _channels_first)
-_COG = Family("joint; text before", joint.CogVideoXProcessor, (("transformer_blocks", "attn1"),), _frames_first)
+_WAN = Family(_CROSS, WanProcessor, (("blocks", "attn1"),), _channels_first)
+_COG = Family("joint; text before", CogVideoXProcessor, (("transformer_blocks", "attn1"),), _frames_first)
 _HUNYUAN_BLOCKS = (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn"))
-_HUNYUAN = Family("joint; text after", joint.HunyuanVideoProcessor, _HUNYUAN_BLOCKS, _channels_first)
+_HUNYUAN = Family("joint; text after", HunyuanVideoProcessor, _HUNYUAN_BLOCKS, _channels_first)
 
 FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": _WAN,
     # a forward runs all vace_blocks, then all blocks
-    "WanVACETransformer3DModel": Family(_CROSS, separate.WanProcessor, (("vace_blocks", "attn1"), ("blocks", "attn1")), _channels_first),
+    "WanVACETransformer3DModel": Family(_CROSS, WanProcessor, (("vace_blocks", "attn1"), ("blocks", "attn1")), _channels_first),
     "WanAnimateTransformer3DModel": _WAN,
     "SkyReelsV2Transformer3DModel": _WAN,
     "ChronoEditTransformer3DModel": _WAN,
-    "AnyFlowTransformer3DModel": Family(_CROSS, separate.AnyFlowProcessor, (("blocks", "attn1"),), _frames_first),
+    "AnyFlowTransformer3DModel": Family(_CROSS, AnyFlowProcessor, (("blocks", "attn1"),), _frames_first),
     "HeliosTransformer3DModel": Family(
-        "self; history before; text by cross-attention", separate.HeliosProcessor, (("blocks", "attn1"),), _channels_first
+        "self; history before; text by cross-attention", HeliosProcessor, (("blocks", "attn1"),), _channels_first
     ),
     "CogVideoXTransformer3DModel": _COG,
     "ConsisIDTransformer3DModel": _COG,
     "HunyuanVideoTransformer3DModel": _HUNYUAN,
     "HunyuanVideoFramepackTransformer3DModel": Family(
-        "joint; history before, text after", joint.HunyuanVideoProcessor, _HUNYUAN_BLOCKS, _channels_first
+        "joint; history before, text after", HunyuanVideoProcessor, _HUNYUAN_BLOCKS, _channels_first
     ),
     "HunyuanVideo15Transformer3DModel": Family(
-        "joint; text after", joint.HunyuanVideo15Processor, (("transformer_blocks", "attn"),), _channels_first
+        "joint; text after", HunyuanVideo15Processor, (("transformer_blocks", "attn"),), _channels_first
     ),
     "LTXVideoTransformer3DModel": Family(
-        "self; conditions before; text by cross-attention", separate.LTXProcessor, (("transformer_blocks", "attn1"),), _packed(True)
+        "self; conditions before; text by cross-attention", LTXProcessor, (("transformer_blocks", "attn1"),), _packed(True)
     ),
     "LTX2VideoTransformer3DModel": Family(
-        "self; conditions after; text and audio by cross-attention", separate.LTX2Processor,
+        "self; conditions after; text and audio by cross-attention", LTX2Processor,
         (("transformer_blocks", "attn1"),), _packed(False),
     ),
-    "CosmosTransformer3DModel": Family(_CROSS, separate.CosmosProcessor, (("transformer_blocks", "attn1"),), _channels_first),
+    "CosmosTransformer3DModel": Family(_CROSS, CosmosProcessor, (("transformer_blocks", "attn1"),), _channels_first),
     "Kandinsky5Transformer3DModel": Family(
-        _CROSS, separate.Kandinsky5Processor, (("visual_transformer_blocks", "self_attention"),), _channels_last
+        _CROSS, Kandinsky5Processor, (("visual_transformer_blocks", "self_attention"),), _channels_last
     ),
     "Kandinsky6Transformer3DModel": Family(
-        "self; text and audio by cross-attention", separate.Kandinsky6Processor,
+        "self; text and audio by cross-attention", Kandinsky6Processor,
         (("visual_transformer_blocks", "video_dec_block.self_attention"),), _channels_last,
     ),
     "EasyAnimateTransformer3DModel": Family(
-        "joint; text before", joint.EasyAnimateProcessor, (("transformer_blocks", "attn1"),), _channels_first
+        "joint; text before", EasyAnimateProcessor, (("transformer_blocks", "attn1"),), _channels_first
     ),
-    "MochiTransformer3DModel": Family("joint; text after", joint.MochiProcessor, (("transformer_blocks", "attn1"),), _channels_first),
-    "MotifVideoTransformer3DModel": Family("joint; text after", joint.MotifVideoProcessor, _HUNYUAN_BLOCKS, _channels_first),
-    "AllegroTransformer3DModel": Family(_CROSS, separate.AllegroProcessor, (("transformer_blocks", "attn1"),), _channels_first),
+    "MochiTransformer3DModel": Family("joint; text after", MochiProcessor, (("transformer_blocks", "attn1"),), _channels_first),
+    "MotifVideoTransformer3DModel": Family("joint; text after", MotifVideoProcessor, _HUNYUAN_BLOCKS, _channels_first),
+    "AllegroTransformer3DModel": Family(_CROSS, AllegroProcessor, (("transformer_blocks", "attn1"),), _channels_first),
 }  # fmt: skip
 
 _UNET = ("UNet", "a UNet attends within a frame and along time apart: no sequence holds all tokens of the video")

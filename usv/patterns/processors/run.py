@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from usv.sparse.grid import TokenGrid
 from usv.patterns.protocol import CallStats, Pattern, PatternState, Text, attend, require
+from usv.sparse.grid import TokenGrid
 
 # (step, number of steps, the schedule itself: another object means another video) at a timestep
 Progress = Callable[[Tensor], tuple[int, int, object]]
