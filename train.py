@@ -27,7 +27,7 @@ from tqdm import tqdm
 from usv import flow
 from usv.config import SettingError, TrainConfig, check_overrides, check_train, config_groups, typed
 from usv.cpu import keep_freed_memory, use_all_cores
-from usv.models.wan import Probe
+from usv.models.forward import Probe
 from usv.objectives import distill, matching
 from usv.sparse.plan import bin_of
 from usv.training.build import build

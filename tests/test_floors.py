@@ -164,7 +164,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 import usv, usv_kernels
 assert "torch" in sys.modules and "diffusers" not in sys.modules, "import usv alone must not load diffusers"
-import torch, usv.models.wan as wan
+import torch, usv.models.forward, usv.models.wan
 from usv.sparse.attention import sparse_attention
 starts, sizes = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([4, 4], dtype=torch.int32)
 q = torch.randn(1, 1, 8, 16)

@@ -13,8 +13,7 @@ from usv.config import ModelConfig
 from usv.evaluation.bench import block, denoise, measure, memory, training
 from usv.evaluation.bench.__main__ import main
 from usv.evaluation.bench.sides import Inputs, Side, executed, layout_of, uniform_sides
-from usv.models import wan
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import Student, save_student
 from usv.sparse.cost import ModelShape, rung_flops
 from usv.sparse.grid import Tile, TokenGrid
@@ -26,7 +25,7 @@ ARGUMENTS = ["--height", "32", "--width", "32", "--num-frames", "5", "--tile", "
 
 @pytest.fixture
 def model():
-    return SparseWan(tiny.make_transformer(), Tile(*tiny.TILE)).eval()
+    return SparseTransformer(tiny.make_transformer(), Tile(*tiny.TILE)).eval()
 
 
 @pytest.fixture
@@ -164,7 +163,7 @@ def students(tmp_path, tiny_wan):
         plan = SparsityPlan.uniform(rung, (600.0, 1000.0), 2)
         sampling = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": steps}
         folders[name] = tmp_path / name
-        save_student(folders[name], Student(SparseWan(transformer, Tile(*tiny.TILE)), plan, sampling))
+        save_student(folders[name], Student(SparseTransformer(transformer, Tile(*tiny.TILE)), plan, sampling))
     return folders
 
 
@@ -305,7 +304,7 @@ def test_block_of_the_real_width(monkeypatch, tmp_path, capsys):
 
 
 def test_no_round_is_begun_that_would_end_late(monkeypatch):
-    monkeypatch.setattr(block, "random_model", lambda layers, tile, device, dtype: SparseWan(small_wan(), tile).eval())
+    monkeypatch.setattr(block, "random_model", lambda layers, tile, device, dtype: SparseTransformer(small_wan(), tile).eval())
     report = block.bench((3, 5, 8), ["0.5"], 0.0, 5, None)
     assert len(report["sides"]["dense"]["samples"]) == 1
 
@@ -313,4 +312,4 @@ def test_no_round_is_begun_that_would_end_late(monkeypatch):
 def small_wan():
     """Wan with the text width of the real one, so that the command's inputs fit."""
     model = tiny.make_transformer()
-    return wan.WanTransformer3DModel.from_config({**model.config, "text_dim": 4096})
+    return type(model).from_config({**model.config, "text_dim": 4096})

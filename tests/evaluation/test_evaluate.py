@@ -6,7 +6,7 @@ import torch
 from usv.config import ModelConfig
 from usv.evaluation import evaluate
 from usv.evaluation.evaluate import camera_motion, requests
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import Student, save_student
 from usv.sparse.grid import Tile
 from usv.sparse.plan import Rung, SparsityPlan, timestep_bins
@@ -25,7 +25,7 @@ def test_every_subject_with_every_motion():
 
 def test_only_the_teachers_steps_have_a_dense_twin(tiny_wan, tmp_path, monkeypatch):
     """A student that takes the teacher's steps is held to the dense videos of the same noise; one of fewer steps is not."""
-    sparse = SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
+    sparse = SparseTransformer(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
     plan, size = SparsityPlan.uniform(Rung(2, 2), timestep_bins(2, 3.0), 2), {"height": tiny.SIZE, "width": tiny.SIZE, "num_frames": tiny.FRAMES}
     samplings = {"same": {"num_inference_steps": 3}, "few": {"num_inference_steps": 2, "student_timesteps": [1000.0, 750.0]}, "fewer": {"num_inference_steps": 2}}
     for name, sampling in samplings.items():

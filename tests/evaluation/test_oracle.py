@@ -10,7 +10,7 @@ import torch
 
 from usv.config import ModelConfig
 from usv.evaluation import oracle
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import Student, load_student, save_student
 from usv.sampling.generate import load_pipeline
 from usv.sparse.cost import ModelShape, rung_costs
@@ -51,7 +51,7 @@ def test_the_oracle_keeps_to_the_bounds_of_the_policy():
 
 @pytest.fixture
 def student(tiny_wan, tmp_path):
-    model = SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval()
+    model = SparseTransformer(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval()
     sampling = {
         "height": tiny.SIZE, "width": tiny.SIZE, "num_frames": tiny.FRAMES, "num_inference_steps": 2, "max_sequence_length": tiny.TEXT,
         "flow_shift": 3.0, "guidance_folded_in": 3.0,
@@ -122,7 +122,7 @@ def test_steps_spaced_evenly():
 def test_damage_is_the_rise_of_the_error(student, tiny_wan, tiny_shards):
     settings = ModelConfig(str(tiny_wan), tiny.SIZE, tiny.SIZE, tiny.FRAMES, tiny.TEXT, list(tiny.TILE), guidance_scale=1.0)
     pipe = load_pipeline(str(tiny_wan))
-    teacher = SparseWan(pipe.transformer, Tile(*tiny.TILE)).eval()
+    teacher = SparseTransformer(pipe.transformer, Tile(*tiny.TILE)).eval()
     batch = {"latents": torch.randn(2, 16, tiny.FRAMES, 8, 8), "text": torch.randn(2, tiny.TEXT, 64)}
     judge = oracle.Judge(teacher, teacher, batch, torch.zeros(tiny.TEXT, 64), settings, PLAN.edges, 0)
     assert judge.error(0, None)[0] == 0 and judge.plan_error(SparsityPlan.uniform(Rung(), PLAN.edges, 2)) == 0

@@ -12,7 +12,7 @@ from usv.evaluation.peers import __main__ as command
 from usv.evaluation.peers import caches, run
 from usv.evaluation.peers.caches import Running, Unavailable
 from usv.evaluation.peers.methods import FAMILIES, Method, all_methods
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import Student, save_student
 from usv.sampling.generate import generate, load_pipeline
 from usv.sparse.grid import Tile
@@ -32,7 +32,7 @@ def model(tiny_wan):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    sparse = SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
+    sparse = SparseTransformer(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
     plan = SparsityPlan.uniform(Rung(2, 2), timestep_bins(2, 3.0), 2)
     folder = tmp_path_factory.mktemp("peers") / "run" / "student"
     save_student(folder, Student(sparse, plan, SAMPLING))

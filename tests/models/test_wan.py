@@ -7,8 +7,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from usv_kernels.token_merge import match
 
-from usv.models import wan
-from usv.models.wan import Probe, SparseWan, _merge_layout
+from usv.models import attend, forward
+from usv.models.attend import merge_layout
+from usv.models.forward import Probe, SparseTransformer
 from usv.sparse.grid import Tile, TokenGrid, tile_layout
 from usv.sparse.plan import Rung
 
@@ -32,7 +33,7 @@ def transformer():
 
 @pytest.fixture
 def sparse(transformer):
-    return SparseWan(copy.deepcopy(transformer), TILE).eval()
+    return SparseTransformer(copy.deepcopy(transformer), TILE).eval()
 
 
 def inputs(kind="aligned", batch=2, seed=0, per_token=False):
@@ -68,10 +69,9 @@ def test_plan_none_is_diffusers(transformer, sparse, kind, per_token):
 
 def full_density(monkeypatch, kind):
     """Make `FULL` keep every block and merge nothing, so that the sparse code runs where the result is known."""
-    from usv.models import wan
     from usv.sparse.plan import LayerPlan
 
-    monkeypatch.setattr(wan, "layer_plan", lambda rung, blocks: LayerPlan(blocks, 0.0) if rung == FULL else None)
+    monkeypatch.setattr(forward, "layer_plan", lambda rung, blocks: LayerPlan(blocks, 0.0) if rung == FULL else None)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -94,16 +94,14 @@ def test_sparse_path_at_full_density_is_dense(sparse, monkeypatch, kind, per_tok
 @torch.no_grad()
 def test_merging_nothing_is_exact(sparse, monkeypatch, kind):
     """num_merged = 0 in every tile, through the merging code: bit-equal to the sparse path without merging."""
-    from usv.models import wan
-
     latents, timestep, text = inputs(kind)
     rung = Rung(1, 1)
-    monkeypatch.setattr(wan, "merged_tokens", lambda plan, layout: [0] * layout.num_blocks)
-    _merge_layout.cache_clear()
+    monkeypatch.setattr(attend, "merged_tokens", lambda plan, layout: [0] * layout.num_blocks)
+    merge_layout.cache_clear()
     try:
         merged, _ = sparse(latents, timestep, text, (rung,) * LAYERS)
     finally:
-        _merge_layout.cache_clear()
+        merge_layout.cache_clear()
     plain, _ = sparse(latents, timestep, text, (Rung(1, 0),) * LAYERS)
     assert (merged - plain).abs().max() <= tolerance(plain)
 
@@ -144,15 +142,15 @@ def test_merged_tokens_keep_their_own_residual(sparse):
 def test_a_run_of_merging_layers_shares_one_match(sparse, monkeypatch):
     """One match for a run; unmerging and merging again between its layers with that match gives the same states."""
     maps = []
-    monkeypatch.setattr(wan, "match", lambda *args: maps.append(match(*args)) or maps[-1])
+    monkeypatch.setattr(forward, "match", lambda *args: maps.append(match(*args)) or maps[-1])
     shared, _ = sparse(*inputs(), (Rung(1, 2), Rung(2, 2)))
     assert len(maps) == 1
     sparse(*inputs(), (Rung(1, 2), Rung(2, 1)))
     assert len(maps) == 3
-    forget = wan._run_rung
-    monkeypatch.setattr(wan, "match", lambda *args: maps[0])
+    forget = forward._run_rung
+    monkeypatch.setattr(forward, "match", lambda *args: maps[0])
     monkeypatch.setattr(
-        wan, "_run_rung", lambda block, gate, tokens, *rest: forget(block, gate, wan.Tokens(tokens.all()), *rest)
+        forward, "_run_rung", lambda run, index, tokens, *rest: forget(run, index, forward.Tokens(tokens.all(), tokens.layout), *rest)
     )
     again, _ = sparse(*inputs(), (Rung(1, 2), Rung(2, 2)))
     torch.testing.assert_close(again, shared, rtol=0, atol=tolerance(shared))
@@ -264,7 +262,7 @@ def test_bf16_stays_bf16_and_close(sparse):
 def test_stats_are_those_of_the_plan(sparse):
     _, stats = sparse(*inputs("aligned"), (Rung(1, 0), Rung(3, 2)))
     assert [float(stats[i].density) for i in range(2)] == [4 / 8, 1 / 8]
-    layout = _merge_layout(tile_layout(TokenGrid(4, 4, 4), TILE), 0.5)
+    layout = merge_layout(tile_layout(TokenGrid(4, 4, 4), TILE), 0.5)
     assert layout.num_kept_tokens == 32 and layout.kept_sizes.tolist() == [4] * 8
 
 
@@ -281,7 +279,7 @@ def test_pipeline_in_inference_mode_then_training(sparse):
     from usv.sparse.grid import tile_layout as cached
 
     cached.cache_clear()
-    _merge_layout.cache_clear()
+    merge_layout.cache_clear()
     batch, rungs = inputs("partial"), (Rung(1, 1), Rung(1, 0))
     with torch.inference_mode():
         sparse(*batch, rungs)

@@ -11,7 +11,7 @@ from pattern_reference import qkv
 import infer
 import usv
 from usv.config import AttentionConfig, InferConfig, ModelConfig, check_overrides, config_groups, typed
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.patterns import SVG2
 from usv.patterns.planned import PlannedPattern, planned_pattern
 from usv.patterns.protocol import Clock, PatternState, attend, plan_recall
@@ -31,7 +31,7 @@ SAMPLING = {"height": tiny.SIZE, "width": tiny.SIZE, "num_frames": tiny.FRAMES, 
 
 
 def network():
-    model = SparseWan(tiny.make_transformer(seed=5), TILE).eval().requires_grad_(False)
+    model = SparseTransformer(tiny.make_transformer(seed=5), TILE).eval().requires_grad_(False)
     for gate in model.gates:
         torch.nn.init.normal_(gate.weight, std=0.5, generator=torch.Generator().manual_seed(0))
     return model

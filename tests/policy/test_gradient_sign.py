@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from usv import flow
-from usv.models.wan import Probe, SparseWan
+from usv.models.forward import Probe, SparseTransformer
 from usv.objectives import distill
 from usv.sampling.generate import load_pipeline
 from usv.sparse.grid import Tile
@@ -25,7 +25,7 @@ def world():
     import camera_motion
 
     pipe = load_pipeline(str(ROOT / "data" / "wan-mini"))
-    model = SparseWan(pipe.transformer, Tile(3, 4, 4)).eval().requires_grad_(False)
+    model = SparseTransformer(pipe.transformer, Tile(3, 4, 4)).eval().requires_grad_(False)
     clips = [camera_motion.sample_clip(i * 37, 11) for i in range(CLIPS)]
     video = torch.stack([c.frames for c in clips]).transpose(1, 2).float() / 127.5 - 1
     std = torch.tensor(pipe.vae.config.latents_std).view(1, -1, 1, 1, 1)

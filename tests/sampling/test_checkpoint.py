@@ -10,7 +10,7 @@ import torch
 from diffusers import WanPipeline
 
 import usv
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.sampling import checkpoint
 from usv.sampling.checkpoint import CheckpointError, Student, load_student, read_config, save_student
 from usv.sparse.grid import Tile
@@ -30,7 +30,7 @@ def pipe(tiny_wan):
 @pytest.fixture(scope="module")
 def student():
     """Weights unlike the base's, gates unlike zero."""
-    model = SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
+    model = SparseTransformer(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
     for gate in model.gates:
         torch.nn.init.normal_(gate.weight, std=0.2)
     return Student(model, PLAN, SAMPLING, {"steps": 3, "policy": "static"})

@@ -9,7 +9,7 @@ from diffusers import WanPipeline
 
 import usv
 from usv.config import ModelConfig
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import CheckpointError, Student, save_student
 from usv.sampling.enable import Record, frames_argument, frames_result, planned
 from usv.sampling.generate import generate, load_pipeline
@@ -28,7 +28,7 @@ def pipe(tiny_wan):
 
 @pytest.fixture
 def student():
-    model = SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
+    model = SparseTransformer(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
     for gate in model.gates:
         torch.nn.init.normal_(gate.weight, std=0.2, generator=torch.Generator().manual_seed(0))
     return Student(model, PLAN, SAMPLING)
@@ -156,7 +156,7 @@ def test_per_token_timesteps_choose_the_row_of_the_noisy_tokens(student):
 def test_stock_dense_plan_is_the_pipeline(pipe):
     """A student with the base's weights and a dense plan generates what the pipeline itself does, to rounding."""
     before = latents(pipe)
-    own = SparseWan(copy.deepcopy(pipe.transformer), Tile(*tiny.TILE)).eval()
+    own = SparseTransformer(copy.deepcopy(pipe.transformer), Tile(*tiny.TILE)).eval()
     usv.enable(pipe, Student(own, SparsityPlan.uniform(Rung(), PLAN.edges, 2), SAMPLING))
     assert (latents(pipe) - before).abs().max() <= 1e-4 * before.abs().max()
 
@@ -173,7 +173,7 @@ def test_experts_run_their_own_student_or_are_refused(pipe, student):
     twin = WanPipeline(**{**pipe.components, "transformer_2": second}, boundary_ratio=0.8)
     twin.set_progress_bar_config(disable=True)
     before = latents(twin)
-    low = Student(SparseWan(copy.deepcopy(second), Tile(*tiny.TILE)).eval(), SparsityPlan.uniform(Rung(), (800.0,), 2), SAMPLING)
+    low = Student(SparseTransformer(copy.deepcopy(second), Tile(*tiny.TILE)).eval(), SparsityPlan.uniform(Rung(), (800.0,), 2), SAMPLING)
     high = Student(student.model, student.plan, {**SAMPLING, "expert": "high", "boundary": 0.8})
     low.sampling = {**SAMPLING, "expert": "low", "boundary": 0.8}
     for given, words in ((student, "two, \\(HIGH, LOW\\)"), ((low, high), "student of the expert low for the expert high"), ((high, student), "expert None")):

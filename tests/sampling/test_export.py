@@ -8,7 +8,7 @@ from diffusers import WanPipeline
 import usv
 from usv.config import SettingError
 from usv.models import lora
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import CheckpointError, Student, load_student, read_config, save_student
 from usv.sampling.export import cut, export, export_lora, main
 from usv.sparse.grid import Tile
@@ -37,7 +37,7 @@ def whole(tmp_path):
     policy = {"name": "gumbel", "density": [[[1.0]]], "merge": [[[1.0]]]}
     save_student(
         tmp_path / "student",
-        Student(noisy_gates(SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE))), PLAN, SAMPLING, {}, policy),
+        Student(noisy_gates(SparseTransformer(tiny.make_transformer(seed=5), Tile(*tiny.TILE))), PLAN, SAMPLING, {}, policy),
     )
     return tmp_path / "student"
 
@@ -52,7 +52,7 @@ def adapted(tmp_path, tiny_wan):
             torch.nn.init.normal_(p, std=0.1)
     noisy_gates(trained)
     state = trained.state_dict()
-    model = SparseWan(tiny.make_transformer(), Tile(*tiny.TILE)).eval().requires_grad_(False)
+    model = SparseTransformer(tiny.make_transformer(), Tile(*tiny.TILE)).eval().requires_grad_(False)
     model.load_state_dict(lora.merged(state, 2.0))
     adapters = {n: v for n, v in state.items() if lora.is_adapter(n)}
     setting = {"rank": 4, "alpha": 8.0, "targets": TARGETS}
@@ -94,7 +94,7 @@ def test_adapters_are_merged_when_loaded(adapted, tiny_wan):
     with torch.no_grad():
         ours, theirs = (m(x, torch.tensor([400.0]), text, PLAN.rungs[0])[0] for m in (back.model, trained))
         dense = lora.Teacher(trained)(x, torch.tensor([400.0]), text)[0]
-        teacher = SparseWan(base, Tile(*tiny.TILE))(x, torch.tensor([400.0]), text)[0]
+        teacher = SparseTransformer(base, Tile(*tiny.TILE))(x, torch.tensor([400.0]), text)[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert torch.equal(dense, teacher), "the base behind the adapters is the teacher"
     assert (ours - teacher).abs().max() > 0.01

@@ -10,7 +10,7 @@ from test_enable import PLAN, SAMPLING
 import usv
 from usv import flow
 from usv.config import ModelConfig
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.objectives.matching import Critic, jump_damage, random_rollout, rollout, teacher_residual
 from usv.sampling.checkpoint import Student
 from usv.sampling.generate import generate, load_pipeline
@@ -21,7 +21,7 @@ STEPS = [1000.0, 800.0, 400.0]
 
 
 def student():
-    model = SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
+    model = SparseTransformer(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
     return Student(model, PLAN, {**SAMPLING, "num_inference_steps": 3, "student_timesteps": STEPS})
 
 
@@ -46,7 +46,7 @@ def test_pipeline_and_training_rollout_agree(tiny_wan):
 def test_a_student_is_sampled_at_the_shift_it_was_trained_with(tiny_wan):
     """Also where the pipeline's own scheduler has another; its twin, the dense model, at that of the settings."""
     pipe = load_pipeline(str(tiny_wan))
-    own, model = pipe.scheduler, SparseWan(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
+    own, model = pipe.scheduler, SparseTransformer(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
     usv.enable(pipe, Student(model, PLAN, {**SAMPLING, "flow_shift": 8.0}))
     assert pipe.scheduler.config.flow_shift == 8.0
     pipe.scheduler.set_timesteps(4)

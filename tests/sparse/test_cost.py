@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.sparse.cost import ModelShape, block_flops, dense_flops, plan_cost, rung_costs, rung_flops
 from usv.sparse.grid import Tile, TokenGrid, tile_layout
 from usv.sparse.plan import RUNGS, Rung, SparsityPlan, timestep_bins
@@ -22,7 +22,7 @@ def model():
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8,
         freq_dim=16, ffn_dim=48, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
-    return SparseWan(transformer, Tile(2, 2, 2)).eval()
+    return SparseTransformer(transformer, Tile(2, 2, 2)).eval()
 
 
 def attention_flops(q, k, v, key_bias, block_gate, num_blocks, indices, q_starts, q_sizes, kv_starts, kv_sizes, *_, **__):

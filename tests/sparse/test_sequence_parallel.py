@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from usv.models.wan import Probe, SparseWan
+from usv.models.forward import Probe, SparseTransformer
 from usv.sparse.grid import Tile, TokenGrid, tile_layout
 from usv.sparse.plan import Rung
 from usv.sparse.sequence_parallel import SequenceGroup, ShardError, alone, shards_of, tile_bounds
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["usv.models.wan"])
+SERVER.set_forkserver_preload(["usv.models.forward", "usv.models.wan"])
 DENSE, HALF, MERGED = Rung(), Rung(1, 0), Rung(2, 1)
 CASES = {  # rungs of three layers, probe of layer 1, a timestep for each token, checkpointing
     "dense": ((DENSE, DENSE, DENSE), None, False, False),
@@ -30,7 +30,7 @@ CASES = {  # rungs of three layers, probe of layer 1, a timestep for each token,
 }
 
 
-def build() -> SparseWan:
+def build() -> SparseTransformer:
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -38,14 +38,14 @@ def build() -> SparseWan:
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8,
         freq_dim=16, ffn_dim=48, num_layers=3, rope_max_seq_len=32,
     )  # fmt: skip
-    sparse = SparseWan(model, Tile(2, 2, 2)).train()
+    sparse = SparseTransformer(model, Tile(2, 2, 2)).train()
     with torch.no_grad():
         for p in sparse.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return sparse
 
 
-def forward(model: SparseWan, case: str) -> dict[str, torch.Tensor]:
+def forward(model: SparseTransformer, case: str) -> dict[str, torch.Tensor]:
     """Output, gradients (zeros where there is none) and statistics on tokens (3, 5, 3): 12 tiles, most of them partial."""
     rungs, other, per_token, checkpointing = CASES[case]
     g = torch.Generator().manual_seed(1)

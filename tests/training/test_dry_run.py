@@ -67,12 +67,12 @@ def test_activations_are_what_autograd_keeps(bf16):
     """Bytes of distinct saved tensors that are no weights, of one more block, against the formula."""
     from diffusers import WanTransformer3DModel
 
-    from usv.models.wan import SparseWan
+    from usv.models.forward import SparseTransformer
     from usv.sparse.grid import Tile
 
     def saved(layers: int) -> int:
         torch.manual_seed(0)
-        model = SparseWan(
+        model = SparseTransformer(
             WanTransformer3DModel(
                 patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=64,
                 freq_dim=16, ffn_dim=512, num_layers=layers, rope_max_seq_len=64,

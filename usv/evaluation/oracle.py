@@ -32,7 +32,7 @@ from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory
 from usv.evaluation import oracle_steps
 from usv.evaluation.evaluate import machine
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.objectives import distill
 from usv.policy.fixed import uniform_plan
 from usv.policy.knapsack import choose, least_price
@@ -52,7 +52,7 @@ class Judge:
         batch: latents (B, C, T, H, W) and text (B, L, D). empty: (L, D). edges: upper timesteps of the bins.
     """
 
-    def __init__(self, model: SparseWan, teacher: SparseWan, batch: dict, empty: torch.Tensor, settings: ModelConfig, edges, seed: int):
+    def __init__(self, model: SparseTransformer, teacher: SparseTransformer, batch: dict, empty: torch.Tensor, settings: ModelConfig, edges, seed: int):
         self.model, self.points = model, []
         x0, text, shift = batch["latents"], batch["text"], settings.flow_shift
         for index in range(len(edges)):
@@ -128,7 +128,7 @@ def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights:
             "--ckpt: got a student of fixed few steps, accepted: one of velocity distillation, or one that learned its steps; this one says "
             "where flows end"
         )
-    teacher = SparseWan(pipe.transformer, student.model.tile).eval().requires_grad_(False)
+    teacher = SparseTransformer(pipe.transformer, student.model.tile).eval().requires_grad_(False)
     model = student.model if weights == "student" else teacher
     if weights == "teacher":
         settings = replace(settings, guidance_scale=1.0)

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from usv.config import ModelConfig
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.objectives import matching
 from usv.sampling.checkpoint import Student
 from usv.sparse.cost import ModelShape, plan_cost
@@ -41,7 +41,7 @@ DRAWS = 3  # of noise, for each clip
 class SampleJudge:
     """Samples of a student for some prompts, `DRAWS` from each, judged by its guided teacher."""
 
-    def __init__(self, student: Student, teacher: SparseWan, batch: dict, empty: torch.Tensor, settings: ModelConfig, seed: int):
+    def __init__(self, student: Student, teacher: SparseTransformer, batch: dict, empty: torch.Tensor, settings: ModelConfig, seed: int):
         self.student, self.teacher, self.empty, self.settings = student, teacher, empty, settings
         self.text, self.shape, self.seeds = batch["text"], batch["latents"].shape, range(seed, seed + DRAWS)
 
@@ -64,7 +64,7 @@ def gain(rows: dict[str, dict]) -> float | None:
     return round((errors["uniform"] - errors["learned"]) / most, 4) if most > 0 else None
 
 
-def compare(settings: ModelConfig, student: Student, teacher: SparseWan, seen: dict, unseen: dict, empty: torch.Tensor) -> dict:
+def compare(settings: ModelConfig, student: Student, teacher: SparseTransformer, seen: dict, unseen: dict, empty: torch.Tensor) -> dict:
     """The learned, the even and the best subset; what the best was chosen by, for every subset, is in `subsets`. cost: in dense forwards.
 
     seen, unseen: batches of clips, of which only the texts and the shape are used.

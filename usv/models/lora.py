@@ -13,13 +13,13 @@ from contextlib import contextmanager
 
 import torch
 
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.sparse.grid import Tile
 
 NAME, CRITIC = "default", "critic"  # of the adapters among peft's; diffusers' files leave the first out
 
 
-def adapt(transformer, tile: Tile, rank: int, alpha: float, targets: Sequence[str]) -> SparseWan:
+def adapt(transformer, tile: Tile, rank: int, alpha: float, targets: Sequence[str]) -> SparseTransformer:
     """The transformer, frozen, with trainable adapters on the layers whose names end in one of `targets`, and coarse gates.
 
     ValueError where no layer matches.
@@ -36,7 +36,7 @@ def adapt(transformer, tile: Tile, rank: int, alpha: float, targets: Sequence[st
         )
     transformer.requires_grad_(False)
     _add(transformer, NAME, rank, alpha, names)
-    return SparseWan(transformer, tile)
+    return SparseTransformer(transformer, tile)
 
 
 def _add(transformer, name: str, rank: int, alpha: float, targets: Sequence[str]) -> dict[str, torch.nn.Parameter]:
@@ -69,9 +69,9 @@ def base_only(transformer) -> Iterator[None]:
 
 
 class Teacher:
-    """The frozen base behind a student's adapters, called as a dense SparseWan is."""
+    """The frozen base behind a student's adapters, called as a dense SparseTransformer is."""
 
-    def __init__(self, student: SparseWan):
+    def __init__(self, student: SparseTransformer):
         self.student, self.tile = student, student.tile
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ class Branch:
         rank, alpha: of the adapters, which lie on the layers of the student's.
     """
 
-    def __init__(self, student: SparseWan, rank: int, alpha: float):
+    def __init__(self, student: SparseTransformer, rank: int, alpha: float):
         self.student, self.layers = student, _layers(student.transformer)
         learning = [p for p in student.transformer.parameters() if p.requires_grad]
         self.weights = _add(student.transformer, CRITIC, rank, alpha, list(self.layers))
@@ -145,7 +145,7 @@ def merged(state: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.T
 
 
 def diffusers_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapters of a SparseWan's state dict as diffusers names them: transformer.blocks.0.attn1.to_q.lora_A.weight."""
+    """The adapters of a SparseTransformer's state dict as diffusers names them: transformer.blocks.0.attn1.to_q.lora_A.weight."""
     return {name.replace(f".{NAME}.", "."): value for name, value in state.items() if is_adapter(name)}
 
 

@@ -41,7 +41,7 @@ def planned_pattern(name: str, plan: SparsityPlan, **options) -> Pattern:
 
 
 class PlannedPattern:
-    """The fine branches of a `SparseWan` under a pattern.
+    """The fine branches of a `SparseTransformer` under a pattern.
 
     Args:
         pattern: from `planned_pattern`. num_layers, tile: of the network. progress, record, impl, recall_rows: as in

@@ -19,16 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from usv.models import lora
-from usv.models.wan import SparseWan
+from usv.models.families import family_of
+from usv.models.forward import SparseTransformer
 from usv.sparse.grid import Tile
 from usv.sparse.plan import SparsityPlan
 
 FORMAT = "usv-student-1"
-SHAPE_KEYS = (
-    "patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim",
-    "ffn_dim", "num_layers",
-)  # fmt: skip
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says why and what to do."""
@@ -42,7 +38,7 @@ class Student:
     has merged in; None where all weights were trained.
     """
 
-    model: SparseWan
+    model: SparseTransformer
     plan: SparsityPlan
     sampling: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
@@ -103,7 +99,7 @@ def record_of(student: Student) -> dict:
     config = dict(student.model.config)
     return {
         "format": FORMAT,
-        "transformer": {key: config[key] for key in SHAPE_KEYS},
+        "transformer": {key: config[key] for key in student.model.family.shape_keys},
         "tile": [student.model.tile.t, student.model.tile.h, student.model.tile.w],
         "plan": student.plan.to_dict(),
         "sampling": student.sampling,
@@ -160,7 +156,7 @@ def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
     """A student for the model `base` belongs to. CheckpointError when shapes differ or a file is damaged."""
     path, record = Path(path), read_config(path)
     path = path / "usv" if (path / "usv" / "config.json").exists() else path
-    wanted = {key: _plain(dict(base.config)[key]) for key in SHAPE_KEYS}
+    wanted = {key: _plain(dict(base.config)[key]) for key in family_of(base).shape_keys}
     differing = [
         f"{k}: {record['transformer'].get(k)} against {v}"
         for k, v in wanted.items()
@@ -176,7 +172,7 @@ def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
             f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; load "
             f"WanPipeline.from_pretrained({str(path.parent)!r}) first"
         )
-    transformer = WanTransformer3DModel.from_config(base.config)
+    transformer = type(base).from_config(base.config)
     try:
         plan, tile = SparsityPlan.from_dict(record["plan"]), Tile(*record["tile"])
     except (ValueError, TypeError, KeyError) as error:
@@ -185,7 +181,7 @@ def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
         raise CheckpointError(
             f"{path}/config.json: a plan of {plan.num_layers} layers for a model of {len(transformer.blocks)}; use another checkpoint"
         )
-    model, adapters = SparseWan(transformer, tile), None
+    model, adapters = SparseTransformer(transformer, tile), None
     try:
         tensors = load_file(path / "student.safetensors")
         if record.get("lora") or record.get("fingerprint"):  # the rest is the model's own

@@ -21,7 +21,7 @@ import torch
 from diffusers import WanPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.patterns import CallStats, Pattern
 from usv.patterns.planned import PlannedPattern, planned_pattern
 from usv.sampling.checkpoint import CheckpointError, Student, check_grid, load_student
@@ -194,7 +194,7 @@ def summary(pipe: WanPipeline) -> str:
 
 
 def planned(
-    model: SparseWan, plan: SparsityPlan | None, record: Record, impl: str = "auto", fine: PlannedPattern | None = None
+    model: SparseTransformer, plan: SparsityPlan | None, record: Record, impl: str = "auto", fine: PlannedPattern | None = None
 ) -> torch.nn.Module:
     """`model.transformer` with its forward replaced by the sparse one under a plan (None: dense), as a pipeline calls it.
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from usv_kernels import BlockSelection, block_pool, block_sparse_attention, select_top_k, select_top_p
 
+from usv.sparse.joint import Text, list_text, text_rows
+
 # Another fine branch: (q, k, v, density, key_bias or None), as below, -> (out, executed density). See `usv.patterns.planned`.
 Fine = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, float]]
 
@@ -50,6 +52,7 @@ def sparse_attention(
     fine: Fine | None = None,
     largest: int = 0,
     mass: float = 0.0,
+    text: Text | None = None,
 ) -> tuple[torch.Tensor, AttentionStats]:
     """Sparse self-attention over blocks.
 
@@ -64,17 +67,18 @@ def sparse_attention(
         largest: bound on sizes that the host knows (`BlockSelection.q_max`): the GPU kernel then takes its flat loop. 0: none.
         mass: above 0, each row keeps its best blocks until they hold this share of the coarse map instead of num_kept of them.
 
+        text: joint attention: q, k, v are (B, H, T + S, D) with these tokens of text, which every row of the video lists whole and whose
+            rows are dense (`usv.sparse.joint`); blocks, gate and key_bias are of the video.
+
     Returns:
-        (B, H, S, D) and the statistics.
+        the shape of q and the statistics.
     """
+    if text is not None:
+        return _joint(q, k, v, starts, sizes, num_kept, gate, key_bias, impl, fine, largest, mass, text)
     scores = _coarse_scores(q, k, starts, sizes)
     coarse_map = scores.float().softmax(-1)
     if fine is None:
-        layout = (starts, sizes, starts, sizes)
-        if mass:
-            selection = select_top_p(scores, mass, 0.0, *layout, q_max=largest, kv_max=largest)
-        else:
-            selection = select_top_k(scores, num_kept, *layout, q_max=largest, kv_max=largest)
+        selection = _select(scores, num_kept, mass, (starts, sizes, starts, sizes), largest)
         out, _ = block_sparse_attention(q, k, v, selection, key_bias=key_bias, impl=impl)
         stats = _stats(coarse_map.detach(), selection, uniform=not mass)
     else:
@@ -83,6 +87,29 @@ def sparse_attention(
     if gate is not None:
         out = _add_coarse(out, coarse_map, v, gate, starts, sizes)
     return out, stats
+
+
+def _joint(q, k, v, starts, sizes, num_kept, gate, key_bias, impl, fine, largest, mass, text: Text) -> tuple[torch.Tensor, AttentionStats]:
+    """`sparse_attention` of a joint sequence."""
+    if fine is not None:
+        raise ValueError("fine: another fine branch does not run in joint attention; accepted: None")
+    q_v, k_v, v_v = (text.video(x) for x in (q, k, v))
+    scores = _coarse_scores(q_v, k_v, starts, sizes)
+    coarse_map = scores.float().softmax(-1)
+    selection = _select(scores, num_kept, mass, (starts, sizes, starts, sizes), largest)
+    if key_bias is not None:
+        key_bias = text.join(key_bias, key_bias.new_zeros(*key_bias.shape[:2], text.num))
+    out, _ = block_sparse_attention(q_v, k, v, list_text(selection, text, q_v.shape[2]), key_bias=key_bias, impl=impl)
+    if gate is not None:
+        out = _add_coarse(out, coarse_map, v_v, gate, starts, sizes)
+    out = text.join(out, text_rows(q, k, v, text, key_bias))
+    return out, _stats(coarse_map.detach(), selection, uniform=not mass)
+
+
+def _select(scores: torch.Tensor, num_kept: int, mass: float, layout, largest: int) -> BlockSelection:
+    if mass:
+        return select_top_p(scores, mass, 0.0, *layout, q_max=largest, kv_max=largest)
+    return select_top_k(scores, num_kept, *layout, q_max=largest, kv_max=largest)
 
 
 def _coarse_scores(q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:

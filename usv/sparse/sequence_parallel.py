@@ -87,7 +87,7 @@ def lengths_of(sizes: torch.Tensor, size: int) -> tuple[int, ...]:
 
 @contextmanager
 def alone(model) -> Iterator[None]:
-    """Inside, this process runs a SparseWan on whole sequences by itself."""
+    """Inside, this process runs a SparseTransformer on whole sequences by itself."""
     group, model.sequence_group = model.sequence_group, None
     try:
         yield
@@ -116,6 +116,48 @@ def to_tokens(x: torch.Tensor, lengths: Sequence[int], group: SequenceGroup) -> 
 def gather(x: torch.Tensor, lengths: Sequence[int], group: SequenceGroup) -> torch.Tensor:
     """(B, s, …) -> (B, S, …), the tokens of all processes in order. Its gradient is one's own slice times N: see the module."""
     return _Gather.apply(x, tuple(lengths), group)
+
+
+def own_heads(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+    """(B, H, T, E) that every process has -> (B, h, T, E), its own heads. The gradient is N times that of its heads, so that
+    the mean over processes is the gradient of one."""
+    return _OwnHeads.apply(x, group)
+
+
+def gather_heads(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+    """(B, h, T, E), one's own heads -> (B, H, T, E) on every process. Differentiable: what the processes make of the whole differs,
+    so their gradients are summed."""
+    return _GatherHeads.apply(x, group)
+
+
+class _OwnHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, heads = group, x.shape[1] // group.size
+        return x[:, group.rank * heads : (group.rank + 1) * heads].contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        heads, group = grad.shape[1], ctx.group
+        whole = grad.new_zeros(grad.shape[0], heads * group.size, *grad.shape[2:])
+        whole[:, group.rank * heads : (group.rank + 1) * heads] = grad * group.size
+        return whole, None
+
+
+class _GatherHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, ctx.heads = group, x.shape[1]
+        parts = [torch.empty_like(x) for _ in range(group.size)]
+        dist.all_gather(parts, x.contiguous(), group=group.group)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group.group)
+        begin = ctx.group.rank * ctx.heads
+        return grad[:, begin : begin + ctx.heads], None
 
 
 class _Exchange(torch.autograd.Function):

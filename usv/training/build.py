@@ -11,7 +11,7 @@ import torch
 from usv import flow
 from usv.config import DistillConfig, SettingError, TrainConfig
 from usv.models import lora
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.objectives.matching import Critic
 from usv.policy import allowed
 from usv.policy.fixed import EntropyPolicy, StaticPolicy
@@ -40,10 +40,10 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
         student = lora.adapt(transformer, tile, config.lora.rank, config.lora.alpha, config.lora.targets)
         run.teacher = lora.Teacher(student)
     else:
-        run.teacher = SparseWan(transformer, tile).eval().requires_grad_(False)
+        run.teacher = SparseTransformer(transformer, tile).eval().requires_grad_(False)
         copy = type(transformer).from_config(transformer.config)
         copy.load_state_dict(transformer.state_dict())
-        student = SparseWan(copy, tile)
+        student = SparseTransformer(copy, tile)
     if config.runtime.gradient_checkpointing:
         student.transformer.enable_gradient_checkpointing()
     student.sequence_group = ranks.sequence
@@ -78,7 +78,7 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     return run
 
 
-def open_data(run: Run, config: TrainConfig, student: SparseWan, latent_shape: tuple[int, ...]) -> None:
+def open_data(run: Run, config: TrainConfig, student: SparseTransformer, latent_shape: tuple[int, ...]) -> None:
     """Training and held-out clips. With folders of several sizes every batch has one; costs and validation are at the configured one."""
     d, ranks = config.data, run.ranks
     source, weights = (list(d.mix), list(d.mix.values())) if d.mix else (d.path, None)
@@ -138,7 +138,7 @@ def warm_start(run: Run, config: TrainConfig) -> None:
         if config.lora.rank:
             model = lora.Branch(run.engine.model, config.lora.rank, config.lora.alpha)
         else:
-            model = SparseWan(type(run.pipe.transformer).from_config(run.pipe.transformer.config), run.teacher.tile).to(run.device)
+            model = SparseTransformer(type(run.pipe.transformer).from_config(run.pipe.transformer.config), run.teacher.tile).to(run.device)
             model.load_state_dict(run.teacher.state_dict())
             model.sequence_group = run.ranks.sequence
             if config.runtime.gradient_checkpointing:

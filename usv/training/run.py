@@ -17,7 +17,7 @@ import torch
 from usv import flow
 from usv.config import TrainConfig
 from usv.models import lora
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.objectives import distill
 from usv.objectives.matching import Replay
 from usv.policy import Decisions
@@ -254,7 +254,7 @@ class Run:
             adapters = {name: value for name, value in weights.items() if lora.is_adapter(name)}
             weights = lora.merged(weights, setting.alpha / setting.rank)
             used = {"rank": setting.rank, "alpha": setting.alpha, "targets": list(setting.targets)}
-        model = SparseWan(type(self.engine.model.transformer).from_config(self.engine.model.config), self.engine.model.tile)
+        model = SparseTransformer(type(self.engine.model.transformer).from_config(self.engine.model.config), self.engine.model.tile)
         model.load_state_dict(weights)
         if device is None:  # validated in the teacher's precision: bf16 on a GPU, but for what diffusers keeps in fp32
             kinds = {name.replace(".base_layer.", "."): p.dtype for name, p in self.pipe.transformer.named_parameters()}

@@ -1,6 +1,6 @@
 """`wan-1.3b`: Wan2.1-T2V-1.3B at its own shape, dense against plans; one full-width block on a CPU, all 30 layers on a GPU.
 
-Weights are random: only times are looked at. Both sides run `usv.models.wan`, dense through diffusers' own block.
+Weights are random: only times are looked at. Both sides run `usv.models.forward`, dense through diffusers' own block.
 
     ideal = Σ over attention, projections, cross-attention, FFN of  seconds of the part in the dense run / FLOPs ratio of the part
     fraction of ideal = ideal / seconds of the sparse block
@@ -20,7 +20,7 @@ from diffusers import WanTransformer3DModel
 from usv.cpu import fast_dtype
 from usv.evaluation.bench.measure import clocked, environment, overhead, quantiles
 from usv.evaluation.bench.sides import TIMESTEP, Inputs, Side, layout_of, uniform_sides
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.sparse.cost import ModelShape, block_flops, rung_flops
 from usv.sparse.grid import Tile
 from usv.sparse.plan import Rung, layer_plan, merged_tokens
@@ -62,7 +62,7 @@ def bench(grid: Sequence[int], plans: Sequence[str], minutes: float, repeats: in
     return report
 
 
-def random_model(layers: int, tile: Tile, device: str, dtype: torch.dtype) -> SparseWan:
+def random_model(layers: int, tile: Tile, device: str, dtype: torch.dtype) -> SparseTransformer:
     """Wan2.1-T2V-1.3B's transformer with `layers` layers, weights as torch draws them."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -71,7 +71,7 @@ def random_model(layers: int, tile: Tile, device: str, dtype: torch.dtype) -> Sp
             freq_dim=256, ffn_dim=8960, num_layers=layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6,
             rope_max_seq_len=1024,
         )  # fmt: skip
-        model = SparseWan(transformer, tile)
+        model = SparseTransformer(transformer, tile)
     return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -89,7 +89,7 @@ def exact_tile(grid: Sequence[int], least: int = 48, most: int = 64) -> Tile:
     return Tile(*min(tiles, key=lambda tile: (max(tile) / min(tile), -tile[0] * tile[1] * tile[2])))
 
 
-def make_sides(model: SparseWan, grid: Sequence[int], plans: Sequence[str]) -> tuple[list[Side], Inputs]:
+def make_sides(model: SparseTransformer, grid: Sequence[int], plans: Sequence[str]) -> tuple[list[Side], Inputs]:
     """Dense and the plans, "density" or "density+merged", on latents of the grid."""
     t, h, w = grid
     inputs = Inputs.random((16, t, 2 * h, 2 * w), 1, TEXT_LENGTH, 4096, next(model.parameters()))
@@ -105,7 +105,7 @@ def make_sides(model: SparseWan, grid: Sequence[int], plans: Sequence[str]) -> t
     return sides, inputs
 
 
-def warm_up(model: SparseWan, grid: Sequence[int], plans: Sequence[str], inputs: Inputs) -> None:
+def warm_up(model: SparseTransformer, grid: Sequence[int], plans: Sequence[str], inputs: Inputs) -> None:
     """Every side on one layer of tiles, and on a CPU the memory of the FFN, which is kept once its pages were touched."""
     if inputs.latents.device.type == "cpu":
         torch.ones(3, grid[0] * grid[1] * grid[2], model.config.ffn_dim, dtype=inputs.latents.dtype)

@@ -18,7 +18,7 @@ import torch
 
 import usv.sparse.attention
 from usv.cpu import processor
-from usv.models import wan
+from usv.models import forward, wan
 from usv.sampling.generate import now
 from usv.sparse.plan import SparsityPlan
 from usv.training.run import commit
@@ -86,16 +86,16 @@ PARTS = (
     ("attention", usv.sparse.attention, "block_sparse_attention"),
     ("attention", torch.nn.functional, "scaled_dot_product_attention"),
     ("norm_rope", wan, "norm_rope"),
-    ("merging", wan, "_merged"),
-    ("merging", wan, "gather_kept"),
-    ("merging", wan, "unmerge"),
+    ("merging", forward, "_merged"),
+    ("merging", forward, "gather_kept"),
+    ("merging", forward, "unmerge"),
 )
-BLOCK = (("block", wan, "_run_layer"), ("block", wan.Tokens, "all"))
+BLOCK = (("block", forward, "_run_layer"), ("block", forward.Tokens, "all"))
 OVERHEAD = ("policy", "selection", "statistics", "merging")
 
 
 @contextmanager
-def clocked(model: wan.SparseWan):
+def clocked(model: forward.SparseTransformer):
     """A Clock over every forward of `model` inside the block: the PARTS, the blocks' modules, and "block", all blocks."""
     clock, undo = Clock(), []
     for entries, group in ((PARTS, "part"), (BLOCK, "block")):

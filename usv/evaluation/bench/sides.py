@@ -9,7 +9,7 @@ import torch
 from diffusers import WanPipeline
 
 from usv.config import ModelConfig
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import Student, load_student
 from usv.sparse.attention import AttentionStats
 from usv.sparse.cost import ModelShape, rung_flops
@@ -24,7 +24,7 @@ class Side:
     """A network and the rungs it runs at each of the timesteps it is measured at; a row None is dense."""
 
     name: str
-    model: SparseWan
+    model: SparseTransformer
     timesteps: tuple[float, ...]
     rows: tuple[tuple[Rung | LayerPlan, ...] | None, ...]
 
@@ -71,7 +71,7 @@ def pipeline_sides(
     pipe, model: ModelConfig, checkpoints: dict[str, str], densities, merges, batch_size: int
 ) -> tuple[list[Side], Inputs]:
     """Dense first, then one side a checkpoint, then every density with every merged fraction."""
-    base = SparseWan(pipe.transformer, Tile(*model.tile)).to(pipe.device).eval()
+    base = SparseTransformer(pipe.transformer, Tile(*model.tile)).to(pipe.device).eval()
     shape = latent_shape(pipe, model)
     weight = base.transformer.patch_embedding.weight  # diffusers keeps others in fp32 whatever the model's dtype
     inputs = Inputs.random(shape, batch_size, model.max_sequence_length, base.config.text_dim, weight)
@@ -81,7 +81,7 @@ def pipeline_sides(
     return sides + uniform_sides(base, layout_of(base, inputs), densities, merges), inputs
 
 
-def uniform_sides(model: SparseWan, layout: TileLayout, densities, merges) -> list[Side]:
+def uniform_sides(model: SparseTransformer, layout: TileLayout, densities, merges) -> list[Side]:
     """Every density with every merged fraction, the same in all layers. (1, 0) is the sparse code with every block."""
     sides = []
     for density in densities:
@@ -92,7 +92,7 @@ def uniform_sides(model: SparseWan, layout: TileLayout, densities, merges) -> li
     return sides
 
 
-def layout_of(model: SparseWan, inputs: Inputs) -> TileLayout:
+def layout_of(model: SparseTransformer, inputs: Inputs) -> TileLayout:
     return tile_layout(model.grid_of(inputs.latents.shape), model.tile, str(inputs.latents.device))
 
 

@@ -18,7 +18,7 @@ import torch
 from usv.config import ModelConfig
 from usv.evaluation.bench.measure import environment, now, quantiles
 from usv.evaluation.bench.sides import Inputs, Side, executed
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.objectives import distill
 
 
@@ -27,7 +27,7 @@ class Trainer:
     """A student under a side's plan with its optimiser, and the teacher it learns from."""
 
     side: Side
-    teacher: SparseWan
+    teacher: SparseTransformer
     optimizer: torch.optim.Optimizer
     inputs: Inputs
     guidance_scale: float
@@ -53,11 +53,11 @@ class Trainer:
 
 
 def trainers(
-    sides: Sequence[Side], teacher: SparseWan, inputs: Inputs, guidance_scale: float, own: SparseWan | None = None
+    sides: Sequence[Side], teacher: SparseTransformer, inputs: Inputs, guidance_scale: float, own: SparseTransformer | None = None
 ) -> list[Trainer]:
     """Students on copies of the sides' weights; sides of one network share copy and optimiser. own: trained itself, no copy."""
     teacher.requires_grad_(False)
-    copies: dict[int, tuple[SparseWan, torch.optim.Optimizer]] = {}
+    copies: dict[int, tuple[SparseTransformer, torch.optim.Optimizer]] = {}
     for side in sides:
         if id(side.model) not in copies:
             student = (side.model if side.model is own else copy.deepcopy(side.model)).train().requires_grad_(True)

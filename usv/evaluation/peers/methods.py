@@ -18,7 +18,7 @@ from usv.evaluation.evaluate import opened, requests
 from usv.evaluation.matched_density import settings_for
 from usv.evaluation.peers import caches
 from usv.evaluation.peers.caches import Running
-from usv.models.wan import SparseWan
+from usv.models.forward import SparseTransformer
 from usv.patterns import PATTERNS
 from usv.sampling.checkpoint import Student
 from usv.sampling.enable import Record, planned
@@ -108,7 +108,7 @@ def merging(model: ModelConfig, merge: int) -> Method:
         transformer, record = pipe.transformer, Record()
         plan = SparsityPlan.uniform(Rung(0, merge), timestep_bins(1, model.flow_shift), len(transformer.blocks))
         before = transformer.__dict__.get("forward")
-        planned(SparseWan(transformer, Tile(*model.tile)).to(transformer.device), plan, record)
+        planned(SparseTransformer(transformer, Tile(*model.tile)).to(transformer.device), plan, record)
         try:
             yield Running(executed=lambda: (record.mean_density(), record.mean_merged()))
         finally:

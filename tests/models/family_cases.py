@@ -1,0 +1,82 @@
+"""Tiny random transformers of every family and the keyword arguments of their forward: one function a case."""
+
+import torch
+
+WAN = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8, freq_dim=16,
+           ffn_dim=48, num_layers=3, rope_max_seq_len=32)  # fmt: skip
+SIDES = (3, 10, 6)  # latents; 3 × 5 × 3 tokens, which no tile divides
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def wan_arguments(channels=4, text=5, **more):
+    base = {"hidden_states": normal(2, channels, *SIDES), "timestep": torch.tensor([900.0, 350.0])}
+    return {**base, "encoder_hidden_states": normal(2, text, 8, seed=1), **more}
+
+
+def wan():
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(**WAN), wan_arguments()
+
+
+def wan_ti2v():
+    """Per-token timesteps: the first frame is given."""
+    timestep = torch.full((2, 45), 600.0)
+    timestep[:, :15] = 0.0
+    return wan()[0], wan_arguments(timestep=timestep)
+
+
+def wan_i2v():
+    """Wan 2.1: image embeddings in the cross-attention, mask and first frame as channels."""
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(**WAN | {"in_channels": 9, "image_dim": 12, "added_kv_proj_dim": 32})
+    return model, wan_arguments(9, 512, encoder_hidden_states_image=normal(2, 7, 12, seed=2))
+
+
+def wan_vace():
+    from diffusers import WanVACETransformer3DModel
+
+    model = WanVACETransformer3DModel(**WAN, vace_layers=[0, 2], vace_in_channels=6)
+    return model, wan_arguments(control_hidden_states=normal(2, 6, *SIDES, seed=3), control_hidden_states_scale=torch.tensor([1.0, 0.7]))
+
+
+def wan_animate():
+    from diffusers import WanAnimateTransformer3DModel
+
+    model = WanAnimateTransformer3DModel(
+        **WAN | {"in_channels": 12}, latent_channels=4, image_dim=12, added_kv_proj_dim=32, motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
+        motion_encoder_size=16, motion_style_dim=8, motion_dim=4, motion_encoder_dim=16, face_encoder_hidden_dim=16, face_encoder_num_heads=2,
+        inject_face_latents_blocks=1,
+    )  # fmt: skip
+    return model, wan_arguments(
+        12, 512, encoder_hidden_states_image=normal(2, 7, 12, seed=2), pose_hidden_states=normal(2, 4, 2, 10, 6, seed=3),
+        face_pixel_values=normal(2, 3, 5, 16, 16, seed=4),
+    )  # fmt: skip
+
+
+def skyreels_v2():
+    from diffusers import SkyReelsV2Transformer3DModel
+
+    return SkyReelsV2Transformer3DModel(**WAN), wan_arguments(timestep=torch.tensor([900, 350]))
+
+
+def skyreels_v2_forcing():
+    """Diffusion forcing: a timestep a frame."""
+    from diffusers import SkyReelsV2Transformer3DModel
+
+    timestep = torch.tensor([[100, 500, 900], [0, 0, 350]])
+    return SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True), wan_arguments(timestep=timestep, enable_diffusion_forcing=True, fps=[1])
+
+
+def chronoedit():
+    from diffusers import ChronoEditTransformer3DModel
+
+    model = ChronoEditTransformer3DModel(**WAN | {"in_channels": 9, "image_dim": 12, "added_kv_proj_dim": 32})
+    return model, wan_arguments(9, 512, encoder_hidden_states_image=normal(2, 7, 12, seed=2))
+
+
+CASES = (wan, wan_ti2v, wan_i2v, wan_vace, wan_animate, skyreels_v2, skyreels_v2_forcing, chronoedit)

@@ -1,0 +1,113 @@
+"""`Attend`: the self-attention that a sparse forward hands to one call of a block, in place of softmax(q kᵀ) v."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from usv_kernels.selection import known_bound
+from usv_kernels.token_merge import MergeLayout, MergeMap
+
+from usv.sparse.attention import AttentionStats, Fine, sparse_attention
+from usv.sparse.grid import TileLayout
+from usv.sparse.joint import Text, dense_attention
+from usv.sparse.plan import LayerPlan, merged_tokens
+from usv.sparse.sequence_parallel import Shards, gather, gather_heads, lengths_of, own_heads, to_heads, to_tokens
+
+
+@lru_cache(maxsize=64)
+def largest_tile(layout: TileLayout) -> int:
+    return known_bound(layout.sizes.cpu())
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def merge_layout(layout: TileLayout, fraction: float) -> MergeLayout:
+    counts = merged_tokens(LayerPlan(1, fraction), layout)
+    return MergeLayout.build(layout.cells.cpu(), layout.sizes.cpu(), counts, device=layout.order.device)
+
+
+@lru_cache(maxsize=64)
+def shard_lengths(layout: TileLayout, fraction: float, size: int) -> tuple[int, ...]:
+    """Tokens of each of `size` processes, merged by this fraction."""
+    return lengths_of(merge_layout(layout, fraction).kept_sizes if fraction else layout.sizes, size)
+
+
+@dataclass
+class Attend:
+    """One call of a block's self-attention.
+
+    Attributes:
+        rotary: what the block's carrier held, a row for each video token of this process, tile-major.
+        layout: tiles of the whole grid. plan: None is dense. gate: makes the coarse branch's weight of `hidden`.
+        merge_map: where the call is on merged tokens, which. shards: where processes share the sample, how.
+        fine: in place of selection and fine branch (`usv.patterns.planned`). impl: how the kernel runs.
+        stats: of the call, when it was made under a plan.
+    """
+
+    rotary: Any
+    layout: TileLayout
+    plan: LayerPlan | None
+    gate: nn.Module
+    merge_map: MergeMap | None = None
+    shards: Shards | None = None
+    fine: Fine | None = None
+    impl: str = "auto"
+    stats: AttentionStats | None = None
+
+    @property
+    def positions(self) -> Tensor | None:
+        """(B, K), rows of `rotary` that belong to the tokens of this call; None: all in their order."""
+        return None if self.merge_map is None else self.merge_map.kept_index
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, text: Text | None = None) -> Tensor:
+        """Attention of the video tokens, and of the text where it is joint.
+
+        Args:
+            q, k, v: (B, H, S, D), or (B, H, T + S, D) with text; after norm and RoPE.
+            hidden: (B, S, C), the video tokens that q, k, v were made of.
+            text: which of the tokens are text.
+
+        Returns:
+            the shape of q.
+        """
+        gate = None if self.plan is None else self.gate(hidden).transpose(1, 2)[..., None]
+        bias = None if self.merge_map is None else self.merge_map.log_sizes()[:, None]
+        if self.shards is None:
+            return self._attention(q, k, v, gate, bias, text)
+        return self._shared(q, k, v, gate, bias, text)
+
+    def _attention(self, q, k, v, gate, bias, text: Text | None) -> Tensor:
+        if self.plan is None:
+            return dense_attention(q, k, v, text)
+        layout, fraction = self.layout, self.plan.merged_fraction
+        whole = merge_layout(layout, fraction) if fraction else None
+        blocks = (layout.starts, layout.sizes) if whole is None else (whole.kept_starts, whole.kept_sizes)
+        largest = largest_tile(layout) if whole is None else whole.kept_max
+        options = (self.plan.num_kept, gate, bias, self.impl, self.fine, largest, self.plan.mass, text)
+        out, self.stats = sparse_attention(q, k, v, *blocks, *options)
+        return out
+
+    def _shared(self, q, k, v, gate, bias, text: Text | None) -> Tensor:
+        """`_attention` over all tokens, this process with its share of the heads; what comes in and goes out is of its own
+        tokens, and all of the text."""
+        group = self.shards.group
+        fraction = 0.0 if self.plan is None else self.plan.merged_fraction
+        lengths = shard_lengths(self.layout, fraction, group.size)
+        parts, words = (q, k, v), ()
+        if text is not None:
+            words = tuple(own_heads(text.text(x), group) for x in parts)
+            parts = tuple(text.video(x) for x in parts)
+        parts = parts if gate is None else (*parts, gate.to(v.dtype))
+        q, k, v, *gates = to_heads(parts, lengths, group)
+        if bias is not None:
+            bias = gather(bias.transpose(1, 2), lengths, group).transpose(1, 2)
+        if text is not None:
+            q, k, v = (text.join(x, y) for x, y in zip((q, k, v), words))
+        out = self._attention(q, k, v, gates[0] if gates else None, bias, text)
+        if text is None:
+            return to_tokens(out, lengths, group)
+        return text.join(to_tokens(text.video(out), lengths, group), gather_heads(text.text(out), group))

@@ -1,0 +1,382 @@
+"""One sparse forward for every family: diffusers' own forward on a view of the transformer whose blocks run under a plan.
+
+    row-major tokens --tile order--> [block under its rung] × L --inverse order--> row-major tokens        of each list of blocks
+
+A layer at the first rung is diffusers' own block, so plan None is the teacher to rounding. A sparse layer runs the same block with
+an `Attend`; a merging layer runs the whole block on the merged tokens and unmerges its *update*, so every token keeps its own
+residual. Consecutive layers of one merge rung share one match: between them unmerging and merging again would give the same
+states, so the merged tokens stay merged until the run ends. With a `sequence_group` several processes share a sample, each with
+whole tiles of its tokens (`usv.sparse.sequence_parallel`); heads are exchanged around attention. Shape letters: B batch, S tokens,
+K tokens that merging leaves, C width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from usv_kernels.token_merge import MergeMap, gather_kept, match, merge, unmerge
+
+from usv.models.attend import Attend, merge_layout, shard_lengths
+from usv.models.families import family_of
+from usv.models.protocol import Blocks, Family
+from usv.sparse.attention import AttentionStats, Fine
+from usv.sparse.grid import Tile, TileLayout, TokenGrid, tile_layout
+from usv.sparse.plan import LayerPlan, Rung, layer_plan
+from usv.sparse.sequence_parallel import SequenceGroup, Shards, gather, shards_of
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A layer that runs two rungs and mixes their updates, so that a decision has a gradient.
+
+    update = (1 − mix) · update(rung) + mix · update(other). With mix = 1/2 the derivative of the loss with respect to mix
+    equals loss(other) − loss(rung) for a loss quadratic in the update; at an end of the segment it would miss the
+    quadratic term, which is all there is near a minimum.
+    """
+
+    other: Rung
+    mix: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Video tokens between two layers, tile-major: all of them, or merged while a run of layers shares one match.
+
+    x: (B, S, C), as the run began where it is merged. begun, kept: (B, K, C), the merged states then and now. layout: of the whole
+    grid. shards: where processes share the sample; x is then of one's own tokens.
+
+    To diffusers' forward it is the hidden states between two blocks: a row-major (B, S, C) can be added to it.
+    """
+
+    x: Tensor
+    layout: TileLayout
+    shards: Shards | None = None
+    begun: Tensor | None = None
+    kept: Tensor | None = None
+    merge_map: MergeMap | None = None
+    fraction: float = 0.0
+
+    def all(self) -> Tensor:
+        """(B, S, C): every token with its own residual and its dst's update."""
+        return self.x if self.merge_map is None else self.x + unmerge(self.kept - self.begun, self.merge_map)
+
+    def row_major(self) -> Tensor:
+        """(B, S, C), all tokens of the grid in row-major order."""
+        return _row_major(self.all(), self.layout, self.shards)
+
+    @property
+    def own(self) -> TileLayout:
+        """The tiles of this process."""
+        return self.layout if self.shards is None else self.shards.layout
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    def __add__(self, other: Tensor) -> Tokens:
+        return Tokens(self.all() + other[:, self.own.order], self.layout, self.shards)
+
+    __radd__ = __add__
+
+
+def _row_major(x: Tensor, layout: TileLayout, shards: Shards | None) -> Tensor:
+    if shards is not None:
+        x = gather(x, shard_lengths(layout, 0.0, shards.group.size), shards.group)
+    return x[:, layout.inverse]
+
+
+class View:
+    """A module as its own forward sees it when some of its attributes are others; the module itself stays as it is."""
+
+    def __init__(self, module: nn.Module, attributes: Mapping[str, Any]):
+        self.__dict__.update(attributes, _module=module)
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+
+class _Layer:
+    """A block in the view's lists."""
+
+    def __init__(self, run: Run, index: int, last: bool):
+        self.run, self.index, self.last = run, index, last
+
+    def __call__(self, *args, **kwargs):
+        return self.run.layer(self.index, self.last, args, kwargs)
+
+    def __getattr__(self, name: str):  # a forward may ask its blocks for more than a call
+        return getattr(self.run.layers[self.index][1], name)
+
+
+@lru_cache(maxsize=64)
+def _parameters(cls: type) -> inspect.Signature:
+    """Of the forward of diffusers' block, without self."""
+    own = next(c for c in cls.__mro__ if "forward" in vars(c) and not getattr(c, "_usv", False))
+    signature = inspect.signature(own.forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _bound(cls: type, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a block's call by name. What it takes as *args it does not name, so does not use."""
+    signature = _parameters(cls)
+    call = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            call.pop(name, None)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            call |= call.pop(name, {})
+    return dict(call)
+
+
+@dataclass
+class Run:
+    """One forward: what all its layers share, and the statistics that they leave.
+
+    rungs: one for each layer. probes: by layer. fine: by layer, or None.
+    """
+
+    family: Family
+    layers: list[tuple[Blocks, nn.Module]]
+    gates: Sequence[nn.Module]
+    grid: TokenGrid
+    tile: Tile
+    rungs: Sequence[Rung | LayerPlan]
+    probes: Mapping[int, Probe]
+    impl: str
+    fine: Sequence[Fine] | None
+    group: SequenceGroup | None
+    checkpointing: bool
+    stats: dict[int, AttentionStats] = field(default_factory=dict)
+    _ordered: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    def lists(self) -> dict[str, list[_Layer]]:
+        """The view's lists of blocks."""
+        lists: dict[str, list[_Layer]] = {blocks.attribute: [] for blocks in self.family.blocks}
+        for index, (blocks, _) in enumerate(self.layers):
+            last = index + 1 == len(self.layers) or self.layers[index + 1][0] is not blocks
+            lists[blocks.attribute].append(_Layer(self, index, last))
+        return lists
+
+    def begin(self, x: Tensor) -> Tokens:
+        """Row-major hidden states (B, S, C) as tokens of this process."""
+        if x.shape[1] != self.grid.num_tokens:
+            raise ValueError(f"hidden_states: got {x.shape[1]} tokens, expected {self.grid.num_tokens} of {self.grid}")
+        layout = tile_layout(self.grid, self.tile, str(x.device))
+        shards = None
+        if self.group is not None:
+            if self.fine is not None:
+                raise ValueError("fine: another fine branch does not run with a sequence_group; accepted: None")
+            self.group.check(self.family_heads(), layout.num_blocks)
+            shards = shards_of(layout, self.group)
+        tokens = Tokens(x, layout, shards)
+        return replace(tokens, x=x[:, tokens.own.order])
+
+    def family_heads(self) -> int:
+        blocks, block = self.layers[0]
+        return blocks.attention(block).heads
+
+    def layer(self, index: int, last: bool, args: tuple, kwargs: dict):
+        """What the forward gets for its call of a block: what diffusers' block returns, tokens as `Tokens`, row-major after the
+        last block of a list."""
+        blocks, block = self.layers[index]
+        call = _bound(type(block), args, kwargs)
+        tokens = call[blocks.video] if isinstance(call[blocks.video], Tokens) else self.begin(call[blocks.video])
+        call[blocks.video] = None
+        order = tokens.own.order
+        call[blocks.carrier] = self.ordered(call.get(blocks.carrier), blocks.rotary, order)
+        for name, (dims, dim) in blocks.per_token.items():
+            if torch.is_tensor(call.get(name)) and call[name].ndim == dims:
+                call[name] = self.ordered(call[name], lambda value, order, dim=dim: value.index_select(dim, order), order)
+        rung = self.rungs[index]
+        layer = (self, index, tokens, call, rung, self.probes.get(index))
+        if self.checkpointing:
+            tokens, others, stats = torch.utils.checkpoint.checkpoint(_run_layer, *layer, use_reentrant=False)
+        else:
+            tokens, others, stats = _run_layer(*layer)
+        if stats is not None:
+            self.stats[index] = stats
+        values = {**others, blocks.video: tokens.row_major() if last else tokens}
+        for name in set(blocks.returns) - set(call):
+            values[name] = _row_major(values[name], tokens.layout, tokens.shards)
+        return values[blocks.returns[0]] if len(blocks.returns) == 1 else tuple(values[name] for name in blocks.returns)
+
+    def ordered(self, value, reorder, order: Tensor):
+        """`reorder(value, order)`, once for all layers that are given the same value."""
+        known = self._ordered.get(id(value))
+        if known is None or known[0] is not value:
+            known = self._ordered[id(value)] = (value, reorder(value, order))
+        return known[1]
+
+
+def _run_layer(run: Run, index: int, tokens: Tokens, call: dict, rung: Rung | LayerPlan, probe: Probe | None):
+    """One block under its rung, or under two rungs mixed: tokens, what else the block returns, statistics."""
+    out, others, stats = _run_rung(run, index, tokens, call, rung)
+    if probe is not None:
+        tokens, rest, _ = _run_rung(run, index, tokens, call, probe.other)
+        mix = probe.mix.to(tokens.x.dtype)
+        out = _mix(out, tokens, mix)
+        others = {name: value + mix * (rest[name] - value) for name, value in others.items()}
+    return out, others, stats
+
+
+def _mix(out: Tokens, other: Tokens, mix: Tensor) -> Tokens:
+    if out.merge_map is other.merge_map:
+        if out.merge_map is None:
+            return replace(out, x=out.x + mix * (other.x - out.x))
+        return replace(out, kept=out.kept + mix * (other.kept - out.kept))
+    states = out.all()
+    return Tokens(states + mix * (other.all() - states), out.layout, out.shards)
+
+
+def _run_rung(run: Run, index: int, tokens: Tokens, call: dict, rung: Rung | LayerPlan):
+    blocks, _ = run.layers[index]
+    plan = layer_plan(rung, tokens.layout.num_blocks)
+    if plan is not None and plan.merged_fraction and not blocks.merges:
+        plan = replace(plan, merged_fraction=0.0)
+    if plan is None or not plan.merged_fraction:
+        x, others, stats = _run_block(run, index, tokens.all(), tokens, call, plan, None)
+        return Tokens(x, tokens.layout, tokens.shards), others, stats
+    if tokens.merge_map is None or tokens.fraction != plan.merged_fraction:
+        tokens = _merged(tokens, plan.merged_fraction)
+    kept, others, stats = _run_block(run, index, tokens.kept, tokens, call, plan, tokens.merge_map)
+    return replace(tokens, kept=kept), others, stats
+
+
+def _run_block(run: Run, index: int, x: Tensor, tokens: Tokens, call: dict, plan: LayerPlan | None, merge_map: MergeMap | None):
+    """diffusers' block on tokens x, its self-attention diffusers' own where it is dense and whole."""
+    blocks, block = run.layers[index]
+    call, attend = {**call, blocks.video: x}, None
+    if plan is not None or tokens.shards is not None:
+        fine = None if run.fine is None else run.fine[index]
+        attend = Attend(call[blocks.carrier], tokens.layout, plan, run.gates[index], merge_map, tokens.shards, fine, run.impl)
+        call[blocks.carrier] = attend
+    if merge_map is not None:
+        for name, (dims, dim) in blocks.per_token.items():
+            if torch.is_tensor(call.get(name)) and call[name].ndim == dims:
+                call[name] = gather_kept(call[name].transpose(1, dim), merge_map).transpose(1, dim)
+    out = block(**call)
+    if len(blocks.returns) == 1:
+        return out, {}, None if attend is None else attend.stats
+    values = dict(zip(blocks.returns, out, strict=True))
+    return values.pop(blocks.video), values, None if attend is None else attend.stats
+
+
+def _merged(tokens: Tokens, fraction: float) -> Tokens:
+    """The tokens as a run of merging layers begins."""
+    x = tokens.all()
+    # Descriptor: the normalised tokens. The paper takes the mean key, which would cost a key projection of all
+    # tokens before any is merged; a merge must pay for itself (docs/log.md).
+    descriptor = nn.functional.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+    merge_map = match(descriptor, merge_layout(tokens.own, fraction))
+    kept = merge(x, merge_map)
+    return Tokens(x, tokens.layout, tokens.shards, kept, kept, merge_map, fraction)
+
+
+class SparseTransformer(nn.Module):
+    """A transformer of a known family and the coarse gates of its layers.
+
+    Args:
+        transformer: the network; its weights are used, not copied. ValueError where its class is of no family.
+        tile: tokens of a tile along (t, h, w); a tile is a block of attention.
+
+    `sequence_group`, None at first: the processes that share a sample; all of them make the same calls.
+    """
+
+    def __init__(self, transformer: nn.Module, tile: Tile):
+        super().__init__()
+        self.family = family_of(transformer)
+        self.transformer, self.tile = transformer, tile
+        self.sequence_group: SequenceGroup | None = None
+        kind = {"dtype": transformer.dtype, "device": transformer.device}
+        attentions = []
+        for blocks, block in self.family.layers(transformer):
+            attentions.append(blocks.attention(block))
+            self.family.adapt(block, attentions[-1])
+        self.gates = nn.ModuleList(nn.Linear(attn.to_q.in_features, attn.heads, **kind) for attn in attentions)
+        for gate in self.gates:
+            nn.init.zeros_(gate.weight)
+            nn.init.zeros_(gate.bias)
+
+    @property
+    def config(self):
+        return self.transformer.config
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.gates)
+
+    def grid_of(self, latents_shape: Sequence[int]) -> TokenGrid:
+        """The token grid of latents (B, C, T, H, W). ValueError where the patch does not divide them."""
+        latents = torch.empty(tuple(latents_shape)[-5:] if len(latents_shape) > 4 else (1, *latents_shape), device="meta")
+        return self.family.grid(self.transformer, self.family.inputs(latents, None, None))
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        rungs: Sequence[Rung | LayerPlan] | None = None,
+        probes: Mapping[int, Probe] | None = None,
+        impl: str = "auto",
+        fine: Sequence[Fine] | None = None,
+        **conditions,
+    ) -> tuple[Tensor, dict[int, AttentionStats]]:
+        """Velocity at (latents, timestep).
+
+        Args:
+            latents: (B, C, T, H, W). timestep: (B,) or per token (B, S). text: (B, L, text_dim).
+            conditions: what else the transformer's forward takes, by its names (`Family.inputs`).
+            rungs, probes, impl, fine: see `run`.
+
+        Returns:
+            (B, C, T, H, W) and the statistics of the sparse layers.
+        """
+        arguments = self.family.inputs(latents, timestep, text, **conditions)
+        sample, stats = self.run(arguments, rungs, probes, impl, fine)
+        return self.family.outputs(sample), stats
+
+    def run(
+        self,
+        arguments: Mapping[str, Any],
+        rungs: Sequence[Rung | LayerPlan] | None = None,
+        probes: Mapping[int, Probe] | None = None,
+        impl: str = "auto",
+        fine: Sequence[Fine] | None = None,
+    ) -> tuple[Tensor, dict[int, AttentionStats]]:
+        """The transformer's own forward under a plan.
+
+        Args:
+            arguments: of its forward, by name, as a pipeline gives them.
+            rungs: one for each layer, a Rung or the integers themselves; None is dense.
+            probes: layer -> Probe, in training.
+            impl: how the attention kernel runs.
+            fine: one for each layer, in place of the fine branch of the sparse ones: who chooses the blocks
+                (`usv.patterns.planned`); None is the student's own tiles.
+
+        Returns:
+            the first thing that the forward returns, and the statistics of the sparse layers.
+        """
+        model, family = self.transformer, self.family
+        rungs = (Rung(),) * self.num_layers if rungs is None else tuple(rungs)
+        if len(rungs) != self.num_layers:
+            raise ValueError(f"rungs: got {len(rungs)}, expected one for each of the {self.num_layers} layers")
+        if (reason := family.refuse(model, arguments)) is not None:
+            raise ValueError(reason)
+        run = Run(
+            family, family.layers(model), self.gates, family.grid(model, arguments), self.tile, rungs, probes or {}, impl, fine,
+            self.sequence_group, torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False),
+        )  # fmt: skip
+        view = View(model, {"gradient_checkpointing": False, **run.lists(), **family.view(model, run)})
+        cls = next(cls for cls in type(model).__mro__ if cls in family.transformers)
+        out = cls.forward(view, **{**arguments, "return_dict": False})
+        return out[0], run.stats
