@@ -74,9 +74,9 @@ TRAIN       = $(LAUNCH) train.py logger=none
 
 ablation-students: setup data/shards/camera/index.json
 	for part in $(PARTS); do IFS=: read -r name axes few <<< "$$part"; \
-	  $(TRAIN) policy=inherit policy.axes=$$axes optim.steps=$(VELOCITY) distill.init=$(START) output_dir=outputs/ablation/$$name || exit 1; \
-	  $(TRAIN) experiment=usv_few_step optim.steps=$(TRAJECTORY) distill.init=outputs/ablation/$$name/student \
-	    distill.guide=outputs/ablation/folded/student distill.reuse=4 output_dir=outputs/ablation/$$few || exit 1; done
+	  $(TRAIN) policy=inherit policy.axes=$$axes optim.steps=$(VELOCITY) objective.init=$(START) output_dir=outputs/ablation/$$name || exit 1; \
+	  $(TRAIN) experiment=usv_few_step optim.steps=$(TRAJECTORY) objective.init=outputs/ablation/$$name/student \
+	    objective.guide=outputs/ablation/folded/student objective.reuse=4 output_dir=outputs/ablation/$$few || exit 1; done
 
 ablation: ablation-students
 	$(BIN)/python -m usv.evaluate $(ABLATED) --clips 60 --batch-size $(BATCH) --out data/results/ablation.json
@@ -90,7 +90,7 @@ BESIDE   = $(foreach budget,$(BUDGETS),--ckpt budget_$(budget)=outputs/budget_$(
 
 budgets: ablation-students
 	for budget in $(BUDGETS); do \
-	  $(TRAIN) policy.budget=$$budget policy.most_density=1 policy.merge_layers=null optim.steps=$(VELOCITY) distill.init=$(START) \
+	  $(TRAIN) policy.budget=$$budget policy.most_density=1 policy.merge_layers=null optim.steps=$(VELOCITY) objective.init=$(START) \
 	    output_dir=outputs/budget_$$budget || exit 1; done
 	$(BIN)/python -m usv.evaluate $(BESIDE) --clips 60 --batch-size $(BATCH) --out data/results/budgets.json
 

@@ -5,7 +5,7 @@
 
 Each step: a batch at noise levels of one timestep bin -> the policy decides a rung for every layer -> student and guided dense teacher
 give velocities -> their distance, and the policy's own loss under the compute budget -> one backward, one optimiser step.
-With distill=consistency the student learns where the teacher's flow ends, for few steps; distill=few_step adds distribution matching.
+What is wanted of the student is its objective's to say (usv/objectives): velocity, or for few steps consistency, trajectory, distribution.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import hydra
@@ -28,7 +29,8 @@ from usv import flow
 from usv.config import SettingError, TrainConfig, check_overrides, check_train, config_groups, typed
 from usv.cpu import keep_freed_memory, use_all_cores
 from usv.models.forward import Probe
-from usv.objectives import distill, matching
+from usv.objectives import check_objective, rollout
+from usv.objectives.protocol import Point
 from usv.sparse.plan import bin_of
 from usv.training.build import build
 from usv.training.dry_run import report
@@ -56,6 +58,8 @@ def train(config: TrainConfig) -> Path:
     bar = tqdm(total=config.optim.steps, initial=run.step, desc=run.folder.name, dynamic_ncols=True, disable=not ranks.first)
     saved, stopped = time.monotonic(), False
     batches = iter(run.data)
+    for number, batch in enumerate(islice(batches, 0 if begun else run.objective.warm_up)):  # what is trained beside the student, before its first step
+        run.objective.update(run, run.clips(batch), torch.Generator().manual_seed(-1 - config.seed * 1_000_003 - number))
     while run.step < config.optim.steps and not stopped:  # a batch taken is trained on: the data's position is saved
         record = step(run, next(batches))
         run.step += 1
@@ -81,38 +85,28 @@ def train(config: TrainConfig) -> Path:
 
 def step(run: Run, batch: dict):
     """One optimiser step."""
-    config, record = run.config, run.record()
+    config, objective, record = run.config, run.objective, run.record()
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + run.step)
-    x0, text = batch["latents"].to(run.device), batch["text"].to(run.device)
+    clips = run.clips(batch)
 
-    # 1. noise levels within one bin, so that the whole batch runs one plan of static shape
+    # 1. noise levels within one bin, so that the whole batch runs one plan of static shape; the objective may ask elsewhere
     index = run.bin_order(run.step)
-    sigma = run.levels(index, flow.stratified_uniform(len(x0), generator, run.share)).to(run.device)
-    noise = flow.normal(x0.shape, generator, run.share).to(run.device)
-    x_t = flow.interpolate(x0, noise, sigma)
-    wanted = None
-    if config.distill.name == "trajectory":  # or what the student's own sampling meets at one of its timesteps
-        x_t, sigma, text, wanted = run.replay.draw(lambda text=text: trajectory(run, noise, text, generator), generator)
-    timestep = 1000 * sigma
+    sigma = run.levels(index, flow.stratified_uniform(len(clips.latents), generator, run.share)).to(run.device)
+    noise = flow.normal(clips.latents.shape, generator, run.share).to(run.device)
+    middle = float(run.levels(index, torch.tensor([0.5]))[0])  # a clip may lie on the edge of its bin
+    with run.engine.autocast():
+        point = objective.point(run, Point(flow.interpolate(clips.latents, noise, sigma), sigma, clips.text, noise, middle), generator)
 
     # 2. how sparse
     target_cost = budget_at(run.step, config)
-    middle = run.levels(index, torch.tensor([0.5]))[0] if wanted is None else sigma[0]  # a clip may lie on the edge of its bin
-    decisions = run.decide(bin_of(1000 * float(middle), run.edges), target_cost, temperature_at(run.step, config), generator)
+    decisions = run.decide(bin_of(1000 * point.level, run.edges), target_cost, temperature_at(run.step, config), generator)
     probes = {p.layer: Probe(p.other, torch.tensor(0.5, device=run.device, requires_grad=True)) for p in decisions.probes}
 
-    # 3. teacher and student at the same point, through the same code
+    # 3. what is wanted and what the student gives at the same point, through the same code
     with run.engine.autocast():
-        wanted = target(run, x_t, sigma, text, decisions, generator) if wanted is None else wanted
-        velocity, stats = run.student(x_t, timestep, text, decisions.rungs, probes, config.attention.impl)
-        weight = flow.slope(sigma, config.model.flow_shift) if config.distill.name == "velocity" else 1.0
-        loss = (weight * distill.velocity_loss(velocity, wanted)).mean()
-        samples = None
-        if config.distill.distribution:  # the student's own samples, judged by teacher and critic
-            student = run.sparse(text, lambda t: run.rungs_at(t, generator))
-            samples = matching.rollout(student, noise, matching.random_rollout(config.distill.student_timesteps, generator))
-            judged = run.critic.loss(samples, text, run.empty, run.teacher, config.model.guidance_scale, generator)
-            loss = loss + config.distill.distribution * judged
+        wanted = objective.target(run, point, decisions, generator)
+        velocity, stats = run.student(point.x, 1000 * point.sigma, point.text, decisions.rungs, probes, config.attention.impl)
+        loss, values = objective.loss(run, clips, point, velocity, wanted, generator)
     policy_loss = run.policy_loss(target_cost)
 
     # 4. backward and step of both; a step that is not finite on any rank is skipped on all
@@ -124,38 +118,13 @@ def step(run: Run, batch: dict):
     run.observe(decisions, probes, stats, total)
     if run.decides_steps() and run.step % config.policy.jump_every == 0:  # one candidate step: rollouts with it, without and dense, judged by the teacher
         with run.engine.autocast():
-            probe_step(run, noise, text, generator)
-    if samples is not None:
-        for _ in range(config.distill.critic_updates):
-            critic_loss = run.critic.update(samples.detach(), text, generator)
+            probe_step(run, noise, point.text, generator)
+
+    # 5. what is trained beside the student
+    values |= objective.update(run, clips, generator)
     record.fill(loss=total, norm=norm, decisions=decisions, stats=stats, target_cost=run.forward_target(target_cost))
-    if samples is not None:
-        record.values |= {"loss/distribution": judged.item(), "loss/critic": critic_loss}
+    record.values |= values
     return record
-
-
-def trajectory(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """x (B, …) and sigma (B,) that the student's own rollout meets, text, and the velocity to the end of the guide's flow from there."""
-    d, shift = run.config.distill, run.config.model.flow_shift
-    ladder = matching.random_rollout(d.student_timesteps, generator)
-    sigma = torch.full((len(noise),), ladder[-1] / 1000, device=run.device)
-    with run.engine.autocast():
-        x = matching.arrive(run.sparse(text, lambda t: run.rungs_at(t, generator)), noise, ladder)
-        x0 = distill.flow_end(run.guided(text), x, sigma, shift, d.solver_steps)
-    return x, sigma, text, flow.velocity_to(x, x0, sigma)
-
-
-def target(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, decisions, generator: torch.Generator) -> torch.Tensor:
-    """The velocity that the student is to give at (x_t, sigma), by `distill.name` (usv/objectives/distill.py)."""
-    d, shift = run.config.distill, run.config.model.flow_shift
-    wanted = run.taught(text)(x_t, 1000 * sigma)
-    if d.name == "consistency":
-        following = flow.shift_sigma((flow.unshift_sigma(sigma, shift) - 1 / d.solver_steps).clamp_min(0), shift)
-        reach = math.ceil(len(run.edges) / d.solver_steps)  # so many bins below, which are equal in the solver's time, its step may lead
-        below = range(max(0, decisions.bin - reach), decisions.bin)
-        rows = {decisions.bin: decisions.rungs} | {bin: run.rungs_at(run.edges[bin], generator) for bin in below}
-        return distill.consistency_velocity(run.sparse_by_bin(text, rows), wanted, x_t, sigma, following)
-    return wanted
 
 
 def probe_step(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> None:
@@ -165,10 +134,10 @@ def probe_step(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: tor
     steps = tuple(runs or i == bin for i, runs in enumerate(steps))
     rows = {i: run.rungs_at(edge, generator) for i, edge in enumerate(run.edges)}
     call, dense = run.sparse(text, lambda t: rows[bin_of(t, run.edges)]), run.sparse(text, lambda t: None)
-    judge = lambda x0: matching.teacher_residual(  # noqa: E731
+    judge = lambda x0: rollout.teacher_residual(  # noqa: E731
         x0, text, run.empty, run.teacher, run.config.model.guidance_scale, torch.Generator().manual_seed(seed), share=run.share
     )
-    damages = run.ranks.mean(list(matching.jump_damage(call, dense, judge, noise, run.edges, steps, bin)))
+    damages = run.ranks.mean(list(rollout.jump_damage(call, dense, judge, noise, run.edges, steps, bin)))
     if all(map(math.isfinite, damages)):  # one that is not would stay in the running means
         run.policy.observe_jump(bin, *damages, {i: row for i, row in rows.items() if steps[i]})
 
@@ -178,6 +147,7 @@ def main(config: DictConfig) -> None:
     try:
         settings = typed(config, TrainConfig)
         check_train(settings)
+        check_objective(settings)
         if settings.dry_run:
             report(settings)
         else:

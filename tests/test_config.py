@@ -18,6 +18,7 @@ from usv.config import (
     keys_of,
     typed,
 )
+from usv.objectives import check_objective
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = config_groups(ROOT / "conf")
@@ -53,9 +54,10 @@ def test_every_choice_composes_and_types(group, choice):
     """Every file under conf/, alone over the default; its values arrive."""
     import yaml
 
-    needed = ["distill.init=my_student"] if choice == "inherit" else []  # a plan is inherited from somewhere
+    needed = ["objective.init=my_student"] if choice == "inherit" else []  # a plan is inherited from somewhere
     config = train(f"{group}={choice}", *needed)
     check_train(config)
+    check_objective(config)
     for key, value in (yaml.safe_load((ROOT / "conf" / group / f"{choice}.yaml").read_text()) or {}).items():
         if group != "experiment" and key != "defaults":
             arrived = getattr(getattr(config, group), key)
@@ -68,7 +70,7 @@ def test_every_choice_composes_and_types(group, choice):
 
 def test_groups_are_fields_of_the_schema():
     assert set(GROUPS) <= {f.name for f in fields(TrainConfig)}
-    assert set(GROUPS) == {"attention", "data", "distill", "experiment", "logger", "model", "optim", "policy", "runtime"}
+    assert set(GROUPS) == {"attention", "data", "objective", "experiment", "logger", "model", "optim", "policy", "runtime"}
 
 
 def test_every_setting_can_be_overridden():
@@ -114,6 +116,29 @@ def test_unknown_choice_names_the_nearest_and_all(argument, nearest):
 
 
 @pytest.mark.parametrize(
+    ("argument", "new"),
+    [
+        ("distill=trajectory", "objective=trajectory"),
+        ("distill=few_step", "objective=distribution"),
+        ("distill.init=outputs/x", "objective.init=outputs/x"),
+        ("+distill.guide=teacher", "objective.guide=teacher"),
+        ("distill.distribution=0.5", "objective=distribution objective.matching_weight=0.5"),
+    ],
+)
+def test_the_old_name_of_the_objective_is_refused_with_the_new(argument, new):
+    with pytest.raises(SettingError) as caught:
+        check_overrides([argument], TrainConfig, GROUPS)
+    assert str(caught.value).endswith(f"is called objective now; write {new}")
+
+
+def test_the_old_name_in_a_file_is_refused_with_the_new():
+    from omegaconf import OmegaConf
+
+    with pytest.raises(SettingError, match="distill: is called objective now"):
+        typed(OmegaConf.create({"distill": {"name": "trajectory"}}), TrainConfig)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [["policy=static", "optim.steps=3"], ["--cfg", "job"], ["hydra.verbose=true"], ["experiment=usv_mini"], ["+seed=1"], ["output_dir=a=b"]],
 )
@@ -156,7 +181,7 @@ def test_values_out_of_range_are_refused(setting, value):
     ("changes", "refusal"),
     [
         ({"policy.bins": 1}, "policy.bins: got 1, accepted: at least 2 with policy.steps"),
-        ({"distill.distribution": 0.5, "distill.student_timesteps": [1000.0, 600.0]}, "distill.distribution: got 0.5, accepted: 0 with policy.steps"),
+        ({"objective.name": "distribution"}, "objective.name: got distribution, accepted: consistency with policy.steps"),
         ({"policy.axes": ["merge"]}, "policy.most_density: got 0.25, accepted: 1 where policy.axes leave density alone"),
     ],
 )
@@ -168,6 +193,7 @@ def test_what_learned_steps_do_not_go_with(changes, refusal):
         setattr(getattr(config, owner), key, value)
     with pytest.raises(SettingError, match=f"^{refusal}"):
         check_train(config)
+        check_objective(config)
 
 
 def test_wrong_type_is_one_line():

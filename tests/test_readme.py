@@ -95,7 +95,7 @@ def test_settings_named_in_the_text_exist():
 
     keys = {*keys_of(TrainConfig), *keys_of(InferConfig)}
     prose = re.sub(r"```.*?```", "", text(), flags=re.S)
-    named = re.findall(r"`((?:model|policy|attention|distill|data|optim|runtime|logger)\.\w+)(?:=[^`]*)?`", prose)
+    named = re.findall(r"`((?:model|policy|attention|objective|data|optim|runtime|logger)\.\w+)(?:=[^`]*)?`", prose)
     assert named and set(named) <= keys
 
 

@@ -75,7 +75,7 @@ class ModelConfig:
 class PolicyConfig:
     """How sparsity is decided. `budget`: mean cost of a forward as a fraction of the dense one's FLOPs.
 
-    name: gumbel (learned) | entropy | static | inherit (the plan of distill.init, from the first step on). mode: plan (every input
+    name: gumbel (learned) | entropy | static | inherit (the plan of objective.init, from the first step on). mode: plan (every input
     computes the plan's densities) | dynamic (once the plan is fixed each input computes what it needs for a share of its attention
     mass, steered in training so that the plan's densities are met on average; all else is the plan's). axes: what is
     decided, or inherited; an axis left out stays dense. steps: also decide which of the bins' upper edges a few-step student runs at; budget is
@@ -116,26 +116,35 @@ class AttentionConfig:
 
 
 @dataclass
-class DistillConfig:
-    """What the student learns (usv/objectives/distill.py).
+class ObjectiveConfig:
+    """What the student is trained towards (usv/objectives).
 
     name: velocity (the teacher's guided velocity; sampled like the teacher) | consistency (where the flow ends; few steps) |
-    trajectory (where the flow of a guide ends, from what the student's own rollouts meet; few steps). guide: a student's folder,
-    or teacher; none: the student of distill.init, as it was, else the teacher; a student of velocity distillation. solver_steps: of the guide, from noise to clip.
-    reuse: how often a batch of trajectories is trained on, on average; they cost most of a step. student_timesteps: those of the
-    few-step student, 1000 first; empty: model.num_inference_steps of the teacher's sampler. distribution: weight of distribution
-    matching on the student's own samples, with `critic_updates` of the critic a step. init: a student folder to start from.
+    trajectory (where the flow of a guide ends, from what the student's own rollouts meet; few steps) | distribution (the student's
+    own samples, judged by teacher and critic, beside one of the others; few steps). init: a student folder to start from. guide: a
+    student's folder, or teacher; none: the student of objective.init, as it was, else the teacher; a student of velocity distillation.
+    solver_steps: of the guide, from noise to clip. reuse: how often a batch of trajectories is trained on, on average; they cost most of
+    a step. student_timesteps: those of the few-step student, 1000 first; empty: model.num_inference_steps of the teacher's sampler.
+
+    Of distribution: base: velocity | consistency | trajectory, which goes on with base_weight beside matching_weight. critic_updates
+    of the critic for each step of the student, at critic_lr, on samples made afresh; critic_warmup: batches on which it learns before
+    the student's first step. adversarial: non_saturating | hinge, the loss of a head that tells samples from clips; adversarial_weight 0: none.
     """
 
     name: str = "velocity"
     solver_steps: int = 20
     reuse: int = 1
     student_timesteps: list[float] = field(default_factory=list)
-    distribution: float = 0.0
-    critic_lr: float = 3e-4
-    critic_updates: int = 1
     init: str | None = None
     guide: str | None = None
+    base: str = "consistency"
+    base_weight: float = 1.0
+    matching_weight: float = 1.0
+    critic_lr: float = 5e-5
+    critic_updates: int = 5
+    critic_warmup: int = 50
+    adversarial: str = "non_saturating"
+    adversarial_weight: float = 0.0
 
 
 @dataclass
@@ -229,7 +238,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -278,6 +287,7 @@ def check_overrides(arguments: list[str], schema: type, groups: dict[str, list[s
             continue
         key, value = argument.split("=", 1)
         key = key.lstrip("+~")
+        refuse_old(key, value)
         if key in groups and value in groups[key]:
             continue
         if key in groups and (key == "experiment" or key not in keys or not isinstance(getattr(schema(), key, None), str)):
@@ -293,6 +303,16 @@ def check_overrides(arguments: list[str], schema: type, groups: dict[str, list[s
             raise SettingError(f"{argument}: there is no setting {key!r}; did you mean {nearest[0]!r}? See conf/ for all")
 
 
+def refuse_old(key: str, value: str) -> None:
+    """SettingError for a setting that has another name now."""
+    if key.split(".")[0] != "distill":
+        return
+    new = f"{key.replace('distill', 'objective')}={'distribution' if (key, value) == ('distill', 'few_step') else value}"
+    if key == "distill.distribution":
+        new = f"objective=distribution objective.matching_weight={value}"
+    raise SettingError(f"{key}={value}: distill is called objective now; write {new}")
+
+
 def config_groups(folder: Path) -> dict[str, list[str]]:
     """Groups under conf/ and their choices."""
     return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(folder.iterdir()) if d.is_dir()}
@@ -300,6 +320,8 @@ def config_groups(folder: Path) -> dict[str, list[str]]:
 
 def typed(config: DictConfig, schema: type):
     """Hydra's config as `schema`; SettingError for a wrong type or key."""
+    if "distill" in config:
+        raise SettingError("distill: is called objective now, its few_step distribution; write objective: in your own files, see conf/objective")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
         return OmegaConf.to_object(merged)
@@ -316,30 +338,16 @@ def _ascending(pair: list[float]) -> bool:
     return len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1
 
 
-def _ladder(steps: list[float]) -> bool:
-    return not steps or (steps[0] == 1000 and all(a > b for a, b in zip(steps, [*steps[1:], 0])))
-
-
 def check_train(config: TrainConfig) -> None:
     """Values that types cannot check. SettingError names setting, got, accepted."""
     rules = [
         ("policy.name", config.policy.name, config.policy.name in POLICIES, " | ".join(POLICIES)),
         ("policy.mode", config.policy.mode, config.policy.mode in ("plan", "dynamic"), "plan | dynamic"),
-        ("policy.name", config.policy.name, config.policy.name != "inherit" or bool(config.distill.init), "inherit only with distill.init=FOLDER"),
-        ("distill.name", config.distill.name, config.distill.name in ("velocity", "consistency", "trajectory"), "velocity | consistency | trajectory"),
+        ("policy.name", config.policy.name, config.policy.name != "inherit" or bool(config.objective.init), "inherit only with objective.init=FOLDER"),
         ("model.expert", config.model.expert, config.model.expert in ((None,) if config.model.experts == 1 else (None, "high", "low")), "high | low, where model.experts is 2"),
-        ("distill.name", config.distill.name, config.model.expert is None or config.distill.name == "velocity", "velocity, for one of two experts"),
-        ("distill.distribution", config.distill.distribution, config.model.expert is None or not config.distill.distribution, "0, for one of two experts"),
-        ("distill.solver_steps", config.distill.solver_steps, config.distill.solver_steps >= 1, "at least 1"),
-        ("distill.reuse", config.distill.reuse, config.distill.reuse >= 1, "at least 1"),
-        ("distill.reuse", config.distill.reuse, config.distill.reuse == 1 or config.distill.name == "trajectory", "1, but for distill=trajectory"),
-        ("distill.guide", config.distill.guide, config.distill.guide is None or config.distill.name == "trajectory", "none, but for distill=trajectory"),
-        ("distill.student_timesteps", config.distill.student_timesteps, _ladder(config.distill.student_timesteps), "1000 first, then descending above 0, or none"),
-        ("distill.student_timesteps", config.distill.student_timesteps, bool(config.distill.student_timesteps) or not (config.distill.distribution or config.distill.name == "trajectory"), "timesteps, where distill.distribution is above 0 or distill=trajectory"),
         ("policy.axes", config.policy.axes, (bool(config.policy.axes) or config.policy.name == "inherit") and set(config.policy.axes) <= {"density", "merge"}, "[density], [merge] or both; with policy=inherit also none"),
         ("policy.most_density", config.policy.most_density, 0 < config.policy.most_density <= 1, "a density in (0, 1]"),
-        ("policy.steps", config.policy.steps, not config.policy.steps or (config.policy.name == "gumbel" and config.distill.name == "consistency"), "true with policy=gumbel and distill=consistency"),
-        ("distill.distribution", config.distill.distribution, not (config.policy.steps and config.distill.distribution), "0 with policy.steps; distill=few_step goes on from its student, with policy=inherit"),
+        ("policy.steps", config.policy.steps, not config.policy.steps or config.policy.name == "gumbel", "true with policy=gumbel"),
         ("policy.bins", config.policy.bins, config.policy.bins >= 2 or not config.policy.steps, "at least 2 with policy.steps"),
         ("policy.most_density", config.policy.most_density, config.policy.most_density == 1 or config.policy.name != "gumbel" or "density" in config.policy.axes, "1 where policy.axes leave density alone"),
         ("policy.budget", config.policy.budget, 0 < config.policy.budget <= 1, "a fraction of the dense cost in (0, 1]"),

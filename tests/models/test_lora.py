@@ -7,7 +7,7 @@ from diffusers import WanPipeline
 
 from usv.config import LoraConfig
 from usv.models import lora
-from usv.objectives.matching import Critic
+from usv.objectives.distribution import Critic
 from usv.sparse.grid import Tile
 
 

@@ -7,7 +7,7 @@ import torch
 from runs import interrupt, program, same
 from safetensors.torch import load_file
 
-from usv.config import DistillConfig, SettingError
+from usv.config import ObjectiveConfig, SettingError
 from usv.sampling.checkpoint import read_config
 from usv.sparse.plan import Rung, SparsityPlan
 from usv.training.build import inherit_steps
@@ -17,7 +17,7 @@ from usv.training.build import inherit_steps
 def test_steps_are_decided_with_the_rungs(make, watched, tmp_path, every, jumps):
     """policy.steps: jumps are measured, the plan says which steps run, the student samples with those, the budget is all steps'."""
     config = make(tmp_path / "run")
-    config.policy.steps, config.policy.bins, config.policy.budget, config.distill.name = True, 3, 0.4, "consistency"
+    config.policy.steps, config.policy.bins, config.policy.budget, config.objective.name = True, 3, 0.4, "consistency"
     config.policy.jump_every = every
     seen = []
     watched(config, at={4: lambda run: seen.append(run.policy.jump_seen.clone())})
@@ -35,8 +35,8 @@ def test_steps_are_decided_with_the_rungs(make, watched, tmp_path, every, jumps)
 
 def test_a_probe_that_is_not_finite_is_not_remembered(make, watched, tmp_path, monkeypatch):
     config = make(tmp_path / "run", steps=3)
-    config.policy.steps, config.policy.bins, config.distill.name, seen = True, 3, "consistency", []
-    monkeypatch.setattr(program.matching, "jump_damage", lambda *a: (float("nan"), 1.0))
+    config.policy.steps, config.policy.bins, config.objective.name, seen = True, 3, "consistency", []
+    monkeypatch.setattr(program.rollout, "jump_damage", lambda *a: (float("nan"), 1.0))
     watched(config, at={1: lambda run: seen.append((float(run.policy.jump_seen.sum()), run.policy.jump_damage.isfinite().all()))})
     assert seen == [(0.0, True)]
 
@@ -44,13 +44,13 @@ def test_a_probe_that_is_not_finite_is_not_remembered(make, watched, tmp_path, m
 def test_a_forwards_target_is_of_those_that_run(make, watched, tmp_path):
     """What the bar and the log show beside a forward's cost: where steps are decided the budget is shared by those that run."""
     config, seen = make(tmp_path / "steps"), []
-    config.policy.steps, config.policy.bins, config.policy.budget, config.distill.name = True, 3, 0.2, "consistency"
+    config.policy.steps, config.policy.bins, config.policy.budget, config.objective.name = True, 3, 0.2, "consistency"
     watched(config, at={8: lambda run: seen.append((sum(run.plan.steps), run.forward_target(0.2), run.policy.tau, run.config.policy))})
     running, target, tau, policy = seen[0]
     assert target == min(1.0, 0.2 * 3 / running) and tau == policy.tau_end, "after the freeze its gates are as cold as they were before"
     inherited = make(tmp_path / "part", policy="inherit", steps=1)
-    inherited.policy.axes, inherited.distill.name, inherited.distill.init = [], "trajectory", str(tmp_path / "steps" / "student")
-    inherited.distill.guide, inherited.policy.budget = "teacher", 0.2
+    inherited.policy.axes, inherited.objective.name, inherited.objective.init = [], "trajectory", str(tmp_path / "steps" / "student")
+    inherited.objective.guide, inherited.policy.budget = "teacher", 0.2
     watched(inherited, at={1: lambda run: seen.append(run.forward_target(0.2))})
     assert seen[1] == 1.0, "dense, whatever the budget"
 
@@ -59,7 +59,7 @@ def test_a_forwards_target_is_of_those_that_run(make, watched, tmp_path):
 def test_every_bin_that_the_solver_reaches_has_its_row(make, watched, tmp_path, monkeypatch, bins, solver_steps):
     """The student's answer below is asked under the row of the bin it lies in, however few steps the solver has."""
     config = make(tmp_path / "run", steps=2 * bins)
-    config.policy.steps, config.policy.bins, config.distill.name, config.distill.solver_steps = True, bins, "consistency", solver_steps
+    config.policy.steps, config.policy.bins, config.objective.name, config.objective.solver_steps = True, bins, "consistency", solver_steps
     config.policy.jump_every, original, reached = 99, program.Run.sparse_by_bin, set()
 
     def spy(run, text, rows):
@@ -87,7 +87,7 @@ def test_a_part_of_an_inherited_plan(make, watched, tmp_path):
     assert any(d and m for row in rungs("first") for d, m in row)
     for name, axes in (("attention", ["density"]), ("merge", ["merge"]), ("dense", [])):
         config = make(tmp_path / name, policy="inherit", steps=1)
-        config.policy.axes, config.distill.init = axes, str(tmp_path / "first" / "student")
+        config.policy.axes, config.objective.init = axes, str(tmp_path / "first" / "student")
         watched(config)
         wanted = [[[d * ("density" in axes), m * ("merge" in axes)] for d, m in row] for row in rungs("first")]
         assert rungs(name) == wanted
@@ -95,24 +95,25 @@ def test_a_part_of_an_inherited_plan(make, watched, tmp_path):
 
 def test_inherited_steps_are_those_that_are_trained():
     plan = SparsityPlan((400.0, 700.0, 1000.0), ((Rung(),),) * 3, (True, False, True))
-    settings = DistillConfig(name="trajectory", student_timesteps=[1000.0, 750.0])
-    inherit_steps(settings, plan)
+    settings = ObjectiveConfig(name="trajectory", student_timesteps=[1000.0, 750.0])
+    inherit_steps(settings, True, plan)
     assert settings.student_timesteps == [1000.0, 400.0]
-    with pytest.raises(SettingError, match="the plan of distill.init decides"):
-        inherit_steps(DistillConfig(name="velocity"), plan)
-    inherit_steps(settings, SparsityPlan(plan.edges, plan.rungs))
+    with pytest.raises(SettingError, match="the plan of objective.init decides"):
+        inherit_steps(ObjectiveConfig(name="velocity"), False, plan)
+    inherit_steps(settings, True, SparsityPlan(plan.edges, plan.rungs))
     assert settings.student_timesteps == [1000.0, 400.0], "a plan that leaves steps alone leaves them alone"
 
 
 def test_few_steps_from_a_velocity_student(make, watched, tmp_path):
-    """distill=few_step on the plan of another run: the plan is inherited, the critic learns, resume is exact."""
+    """objective=distribution on the plan of another run: the plan is inherited, the critic learns, resume is exact."""
     first = make(tmp_path / "first", steps=2)
     watched(first)
 
     def few(folder):
         config = make(folder, policy="inherit", steps=3)
-        d = config.distill
-        d.name, d.init, d.student_timesteps, d.distribution = "consistency", str(tmp_path / "first" / "student"), [1000.0, 600.0], 0.5
+        d = config.objective
+        d.name, d.init, d.student_timesteps, d.matching_weight = "distribution", str(tmp_path / "first" / "student"), [1000.0, 600.0], 0.5
+        d.critic_updates, d.critic_warmup, d.adversarial_weight = 2, 1, 0.1
         return config
 
     watched(few(tmp_path / "whole"))
@@ -120,7 +121,7 @@ def test_few_steps_from_a_velocity_student(make, watched, tmp_path):
     assert plan("whole")["plan"] == plan("first")["plan"]
     assert plan("whole")["sampling"]["student_timesteps"] == [1000.0, 600.0]
     values = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert any("loss/critic" in row for row in values) and any("validation/velocity_error" in row for row in values)
+    assert any({"loss/critic", "loss/head", "loss/adversarial", "loss/distribution"} <= row.keys() for row in values) and any("validation/velocity_error" in row for row in values)
     watched(few(tmp_path / "parts"), at={2: interrupt})
     watched(few(tmp_path / "parts"))
     a, b = (load_file(tmp_path / n / "student" / "student.safetensors") for n in ("whole", "parts"))
@@ -128,14 +129,14 @@ def test_few_steps_from_a_velocity_student(make, watched, tmp_path):
 
 
 def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
-    """The student of distill.init guides: asked at the levels of its flow, and left as it was; without it the teacher does."""
+    """The student of objective.init guides: asked at the levels of its flow, and left as it was; without it the teacher does."""
     first = make(tmp_path / "first", steps=2)
     watched(first)
     kept = load_file(tmp_path / "first" / "student" / "student.safetensors")
 
     def few(folder, init, **settings):
         config = make(folder, policy="inherit" if init else "static", **settings)
-        d = config.distill
+        d = config.objective
         d.name, d.init, d.student_timesteps, d.solver_steps = "trajectory", init, [1000.0, 600.0], 3
         config.logger.validate_every = 2
         return config
@@ -147,16 +148,16 @@ def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
     assert any(not torch.equal(weights[k], v) for k, v in kept.items() if k in weights)
     watched(make(tmp_path / "second", steps=1))
     other = few(tmp_path / "other", init, steps=1)
-    other.distill.guide = str(tmp_path / "second" / "student")
+    other.objective.guide = str(tmp_path / "second" / "student")
     watched(other, at={1: lambda run: guides.append(run.guide.model.state_dict())})
     assert all(torch.equal(guides[1][k], v) for k, v in load_file(tmp_path / "second" / "student" / "student.safetensors").items())
     for start, guide in ((init, str(tmp_path / "whole" / "student")), (str(tmp_path / "whole" / "student"), None)):
         refused = few(tmp_path / "refused", start, steps=1)
-        refused.distill.guide = guide
-        with pytest.raises(SettingError, match="distill.guide: got .*whole/student, a student of few steps, accepted: teacher, or"):
+        refused.objective.guide = guide
+        with pytest.raises(SettingError, match="objective.guide: got .*whole/student, a student of few steps, accepted: teacher, or"):
             watched(refused)
     other = few(tmp_path / "by_teacher", init, steps=1)
-    other.distill.guide = "teacher"
+    other.objective.guide = "teacher"
     watched(other, at={1: lambda run: guides.append(run.guide)})
     assert guides[2] is None
     taught, _, _ = watched(few(tmp_path / "taught", None, steps=2))
@@ -167,13 +168,14 @@ def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
 
 
 def test_a_few_step_student_of_adapters_starts_from_one(make, watched, tmp_path):
-    """distill.init with lora.rank: adapters go on from adapters; whole weights are refused."""
+    """objective.init with lora.rank: adapters go on from adapters; whole weights are refused."""
 
     def adapted(folder, init=None, seed=3, lr=1e-3):
         config = make(folder, policy="inherit" if init else "gumbel", steps=3)
-        config.lora.rank, config.seed, config.optim.lr, d = 4, seed, lr, config.distill
+        config.lora.rank, config.seed, config.optim.lr, d = 4, seed, lr, config.objective
         if init:
-            d.name, d.init, d.student_timesteps, d.solver_steps, d.distribution = "trajectory", str(init), [1000.0, 600.0], 3, 0.5
+            d.name, d.base, d.init, d.student_timesteps, d.solver_steps = "distribution", "trajectory", str(init), [1000.0, 600.0], 3
+            d.matching_weight, d.critic_updates, d.critic_warmup, d.adversarial_weight = 0.5, 1, 1, 0.1
         return config
 
     watched(adapted(tmp_path / "first"))
@@ -185,7 +187,7 @@ def test_a_few_step_student_of_adapters_starts_from_one(make, watched, tmp_path)
     assert record["sampling"]["student_timesteps"] == [1000.0, 600.0]
     other = adapted(tmp_path / "other", tmp_path / "first" / "student")
     other.lora.alpha *= 2
-    with pytest.raises(ValueError, match="distill.init: got adapters of"):
+    with pytest.raises(ValueError, match="objective.init: got adapters of"):
         watched(other)
     watched(make(tmp_path / "whole", steps=2))
     with pytest.raises(ValueError, match="a student of adapters"):

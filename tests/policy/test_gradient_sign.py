@@ -7,7 +7,8 @@ import torch
 
 from usv import flow
 from usv.models.forward import Probe, SparseTransformer
-from usv.objectives import distill
+from usv.objectives.regression import velocity_loss
+from usv.objectives.velocity import guided_velocity
 from usv.sampling.generate import load_pipeline
 from usv.sparse.grid import Tile
 from usv.sparse.plan import Rung
@@ -41,7 +42,7 @@ def case(number, world):
     generator = torch.Generator().manual_seed(number)
     sigma = flow.shift_sigma((number % 8 + torch.rand(1, generator=generator)) / 8, 3.0).expand(CLIPS)
     x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator), sigma)
-    wanted = distill.guided_velocity(model, x_t, 1000 * sigma, text, empty, 3.0)
+    wanted = guided_velocity(model, x_t, 1000 * sigma, text, empty, 3.0)
     rungs = [Rung(int(d), int(m)) for d, m in zip(torch.randint(0, 5, (8,), generator=generator), torch.randint(0, 3, (8,), generator=generator))]
     layer, axis = int(torch.randint(8, (1,), generator=generator)), ("density", "merge")[number % 2]
     fields = {"density": rungs[layer].density, "merge": rungs[layer].merge}
@@ -51,7 +52,7 @@ def case(number, world):
 
 def loss_of(model, inputs, wanted, rungs, probes=None):
     velocity, _ = model(*inputs, rungs, probes)
-    return distill.velocity_loss(velocity, wanted).mean()
+    return velocity_loss(velocity, wanted).mean()
 
 
 def test_probe_gradients_agree_with_the_loss(world):

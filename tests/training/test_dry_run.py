@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from usv.config import SettingError, TrainConfig, check_train, typed
+from usv.objectives import check_objective
 from usv.sparse.cost import ModelShape
 from usv.training.dry_run import GIB, activation_bytes, report, transformer_config
 
@@ -19,6 +20,7 @@ def settings(*overrides) -> TrainConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = typed(compose("train", list(overrides)), TrainConfig)
     check_train(config)
+    check_objective(config)
     return config
 
 

@@ -233,8 +233,8 @@ def test_clips_of_two_sizes_on_two_ranks_equal_one(sizes, runtime, sharing):
 
 def judged(world, name, runtime, **more):
     config = world(name, runtime, **more)
-    d = config.distill
-    d.name, d.student_timesteps, d.distribution, d.critic_updates = "consistency", [1000.0, 600.0], 0.5, 2
+    d = config.objective
+    d.name, d.student_timesteps, d.matching_weight, d.critic_updates, d.critic_warmup = "distribution", [1000.0, 600.0], 0.5, 2, 1
     return config
 
 
@@ -250,11 +250,11 @@ def test_distribution_matching_on_two_ranks_equals_one(world, judged_reference, 
     config = judged(world, f"judged_{runtime}_{sharing}", runtime, sequence_parallel=sharing)
     assert_same(config, run(2, config), judged_reference)
     mine, whole = (
-        torch.load(folder + "/state/trainer.pt", weights_only=True)["critic"]["model"]
+        torch.load(folder + "/state/trainer.pt", weights_only=True)["objective"]["critic"]["model"]
         for folder in (config.output_dir, str(Path(config.output_dir).parent / "judged"))
     )
     worst = max(float((mine[name] - whole[name]).abs().max()) for name in whole)
-    assert worst < config.distill.critic_lr * 2 * STEPS / 20
+    assert worst < config.objective.critic_lr * 2 * (STEPS + 1) / 20
 
 
 def judged_adapters(world, name, runtime, **more):

@@ -239,8 +239,8 @@ def test_state_of_another_length_or_policy_or_damaged_is_refused(make, state):
     with pytest.raises(CheckpointError, match="policy.name is static there and gumbel here"):
         program.train(make(state, "gumbel", steps=2))
     other = make(state, "static", steps=2)
-    other.distill.solver_steps += 1
-    with pytest.raises(CheckpointError, match="distill.solver_steps is"):
+    other.objective.solver_steps += 1
+    with pytest.raises(CheckpointError, match="objective.solver_steps is"):
         program.train(other)
     file = state / "state" / "trainer.pt"
     file.write_bytes(file.read_bytes()[:1000])

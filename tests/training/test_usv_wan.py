@@ -18,6 +18,7 @@ import shards  # noqa: E402
 
 import train as program  # noqa: E402
 from usv.config import SettingError, TrainConfig, check_train, typed  # noqa: E402
+from usv.objectives import check_objective  # noqa: E402
 from usv.sampling.checkpoint import read_config  # noqa: E402
 
 SHAPE, LENGTH, WIDTH = (16, 2, 8, 8), 8, 4096
@@ -51,6 +52,7 @@ def settings(*overrides) -> TrainConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = typed(compose("train", ["experiment=usv_wan", *overrides]), TrainConfig)
     check_train(config)
+    check_objective(config)
     return config
 
 
@@ -107,7 +109,7 @@ def test_two_experts_and_missing_packages_are_refused():
     config = settings("model=wan22_a14b")
     with pytest.raises(SettingError, match="model.expert: got none"):
         start(config)
-    for override, words in (("distill=consistency", "distill.name: got consistency"), ("model=wan_1_3b", "model.expert: got high")):
+    for override, words in (("objective=consistency", "objective.name: got consistency"), ("model=wan_1_3b", "model.expert: got high")):
         with pytest.raises(SettingError, match=words):
             settings("model=wan22_a14b", override, "model.expert=high")
     config = settings("optim.optimizer=adamw8bit")

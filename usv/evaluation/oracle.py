@@ -33,7 +33,8 @@ from usv.cpu import keep_freed_memory
 from usv.evaluation import oracle_steps
 from usv.evaluation.evaluate import machine
 from usv.models.forward import SparseTransformer
-from usv.objectives import distill
+from usv.objectives.regression import velocity_loss
+from usv.objectives.velocity import guided_velocity
 from usv.policy.fixed import uniform_plan
 from usv.policy.knapsack import choose, least_price
 from usv.sampling.checkpoint import CheckpointError, Student, load_student
@@ -59,9 +60,9 @@ class Judge:
             generator = torch.Generator().manual_seed(seed + index)
             sigma = flow.bin_levels(index, (torch.arange(len(x0)) + 0.5) / len(x0), len(edges), shift)
             x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator), sigma)
-            wanted = distill.guided_velocity(teacher, x_t, 1000 * sigma, text, empty, settings.guidance_scale)
+            wanted = guided_velocity(teacher, x_t, 1000 * sigma, text, empty, settings.guidance_scale)
             weight = flow.slope(sigma, shift)
-            scale = (weight * distill.velocity_loss(wanted, torch.zeros_like(wanted))).mean()
+            scale = (weight * velocity_loss(wanted, torch.zeros_like(wanted))).mean()
             self.points.append((x_t, sigma, text, wanted, weight, scale))
 
     @torch.no_grad()
@@ -69,7 +70,7 @@ class Judge:
         """Weighted squared error under a row of rungs (None: all dense), and the weighted square of what is wanted."""
         x_t, sigma, text, wanted, weight, scale = self.points[bin]
         velocity, _ = self.model(x_t, 1000 * sigma, text, row)
-        return float((weight * distill.velocity_loss(velocity, wanted)).mean()), float(scale)
+        return float((weight * velocity_loss(velocity, wanted)).mean()), float(scale)
 
     def plan_error(self, plan: SparsityPlan) -> float:
         """Relative weighted error of a whole plan."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from usv.config import ModelConfig
 from usv.models.forward import SparseTransformer
-from usv.objectives import matching
+from usv.objectives import rollout
 from usv.sampling.checkpoint import Student
 from usv.sparse.cost import ModelShape, plan_cost
 from usv.sparse.grid import tile_layout
@@ -47,13 +47,13 @@ class SampleJudge:
 
     @torch.no_grad()
     def residual(self, timesteps) -> float:
-        """Mean squared distance (`matching.teacher_residual`) of the samples made in these steps."""
+        """Mean squared distance (`rollout.teacher_residual`) of the samples made in these steps."""
         plan, total = SparsityPlan(tuple(sorted(timesteps)), self.student.plan.running()), 0.0
         call = lambda x, t: self.student.model(x, t, self.text, plan.at(float(t[0])))[0]  # noqa: E731
         for seed in self.seeds:
             generator = torch.Generator().manual_seed(seed)
-            samples = matching.rollout(call, torch.randn(self.shape, generator=generator), timesteps)
-            total += matching.teacher_residual(samples, self.text, self.empty, self.teacher, self.settings.guidance_scale, generator)
+            samples = rollout.rollout(call, torch.randn(self.shape, generator=generator), timesteps)
+            total += rollout.teacher_residual(samples, self.text, self.empty, self.teacher, self.settings.guidance_scale, generator)
         return total / DRAWS
 
 

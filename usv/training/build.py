@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from usv import flow
-from usv.config import DistillConfig, SettingError, TrainConfig
+from usv.config import ObjectiveConfig, SettingError, TrainConfig
 from usv.models import lora
 from usv.models.forward import SparseTransformer
-from usv.objectives.matching import Critic
+from usv.objectives.distribution import Critic, Head
 from usv.policy import allowed
 from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
@@ -102,60 +102,72 @@ def open_data(run: Run, config: TrainConfig, student: SparseTransformer, latent_
     )  # fmt: skip
 
 
-def inherit_steps(distill: DistillConfig, plan: SparsityPlan) -> None:
+def inherit_steps(settings: ObjectiveConfig, few_steps: bool, plan: SparsityPlan) -> None:
     """A plan that decides its steps decides what is trained, too."""
     if not plan.steps:
         return
-    if distill.name == "velocity":
-        raise SettingError("distill: got velocity, accepted: trajectory with distill.guide=teacher, or few_step, since the plan of distill.init decides its few steps")
-    distill.student_timesteps = plan.student_timesteps()
+    if not few_steps:
+        raise SettingError(
+            f"objective: got {settings.name}, accepted: trajectory with objective.guide=teacher, or distribution, since the plan of objective.init "
+            "decides its few steps"
+        )
+    settings.student_timesteps = plan.student_timesteps()
 
 
 def warm_start(run: Run, config: TrainConfig) -> None:
-    """Weights, and with policy=inherit the plan, of the student that distill.init names; the critic where there is one."""
-    d = config.distill
-    if d.init is not None:
-        start = load_student(d.init, run.pipe.transformer)
+    """Weights, and with policy=inherit the plan, of the student that objective.init names; guide and critic where the objective needs them."""
+    o, start = config.objective, None
+    if o.init is not None:
+        start = load_student(o.init, run.pipe.transformer)
         refuse_other_kind(config, start)
         run.engine.load_weights(start.model.state_dict() | (start.adapters or {}))
         if config.policy.name == "inherit":
             run.plan = start.plan.only(config.policy.axes)
-            inherit_steps(d, start.plan)
+            inherit_steps(o, run.objective.few_steps, start.plan)
             run.edges = start.plan.edges
-        if d.name == "trajectory" and d.guide is None:
-            run.guide = start
-    if d.name == "trajectory" and d.guide not in (None, "teacher"):
-        run.guide = load_student(d.guide, run.pipe.transformer)
-    if run.guide is not None:
+    if run.objective.needs.guide:
+        run.guide = start if o.guide is None else load_student(o.guide, run.pipe.transformer)
         if run.guide.sampling.get("student_timesteps"):
             raise SettingError(
-                f"distill.guide: got {d.guide or d.init}, a student of few steps, accepted: teacher, or the folder of a student of velocity "
+                f"objective.guide: got {o.guide or o.init}, a student of few steps, accepted: teacher, or the folder of a student of velocity "
                 "distillation; what the former says is where flows end, which no solver can follow"
             )
         run.guide.model.to(run.device).eval().requires_grad_(False)
         run.guide.model.sequence_group = run.ranks.sequence
-    if d.distribution:
-        if config.lora.rank:
-            model = lora.Branch(run.engine.model, config.lora.rank, config.lora.alpha)
-        else:
-            model = SparseTransformer(type(run.pipe.transformer).from_config(run.pipe.transformer.config), run.teacher.tile).to(run.device)
-            model.load_state_dict(run.teacher.state_dict())
-            model.sequence_group = run.ranks.sequence
-            if config.runtime.gradient_checkpointing:
-                model.transformer.enable_gradient_checkpointing()
-        run.critic = Critic(model, d.critic_lr, config.model.flow_shift, run.share, run.ranks.average_gradients, run.engine.autocast)
+    if run.objective.needs.critic:
+        run.objective.critic = make_critic(run, config)
+
+
+def make_critic(run: Run, config: TrainConfig) -> Critic:
+    """A copy of the teacher that learns, or adapters beside the student's; with a head where the adversarial term is asked for."""
+    o = config.objective
+    if config.lora.rank:
+        model = lora.Branch(run.engine.model, config.lora.rank, config.lora.alpha)
+        transformer = run.engine.model.transformer
+    else:
+        model = SparseTransformer(type(run.pipe.transformer).from_config(run.pipe.transformer.config), run.teacher.tile).to(run.device)
+        model.load_state_dict(run.teacher.state_dict())
+        model.sequence_group = run.ranks.sequence
+        transformer = model.transformer
+        if config.runtime.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+    head = Head(transformer.proj_out.in_features).to(run.device) if o.adversarial_weight else None
+    return Critic(
+        model, o.critic_lr, config.model.flow_shift, run.share, run.ranks.average_gradients, run.engine.autocast,
+        head, transformer.proj_out, o.adversarial, o.adversarial_weight,
+    )  # fmt: skip
 
 
 def refuse_other_kind(config: TrainConfig, start: Student) -> None:
-    """SettingError where the student of distill.init cannot go on as what is trained now."""
+    """SettingError where the student of objective.init cannot go on as what is trained now."""
     mine, theirs = config.lora, start.lora if start.adapters is not None else None
     if mine.rank and theirs is None:
-        raise SettingError(f"distill.init: got {config.distill.init}, whose weights are whole, accepted with lora.rank: a student of adapters")
+        raise SettingError(f"objective.init: got {config.objective.init}, whose weights are whole, accepted with lora.rank: a student of adapters")
     wanted = {"rank": mine.rank, "alpha": mine.alpha, "targets": list(mine.targets)}
     if mine.rank and theirs | {"targets": sorted(theirs["targets"])} != wanted | {"targets": sorted(wanted["targets"])}:
-        raise SettingError(f"distill.init: got adapters of {theirs}, accepted with lora={wanted}: the same")
+        raise SettingError(f"objective.init: got adapters of {theirs}, accepted with lora={wanted}: the same")
     if start.sampling.get("expert") != config.model.expert:
-        raise SettingError(f"distill.init: got a student of the expert {start.sampling.get('expert')}, accepted: of {config.model.expert}")
+        raise SettingError(f"objective.init: got a student of the expert {start.sampling.get('expert')}, accepted: of {config.model.expert}")
 
 
 def least_cost(config: TrainConfig, costs: Mapping[Rung, float], num_layers: int) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from usv.config import SettingError, TrainConfig
+from usv.objectives import make_objective
 from usv.sparse.cost import ModelShape, block_flops, dense_flops
 from usv.sparse.grid import TokenGrid
 
@@ -219,18 +220,18 @@ def validation_bytes(config: TrainConfig, shape: ModelShape, tokens: int, bf16: 
 
 def has_guide(config: TrainConfig) -> bool:
     """Whether another student than the trained one gives the trajectories."""
-    return config.distill.name == "trajectory" and config.distill.guide != "teacher" and bool(config.distill.guide or config.distill.init)
+    return make_objective(config.objective, config.model.flow_shift).needs.guide
 
 
 def has_critic(config: TrainConfig) -> bool:
     """Whether the losses of this run need a critic."""
-    return config.distill.distribution > 0
+    return make_objective(config.objective, config.model.flow_shift).needs.critic
 
 
 def step_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> dict[str, float]:
     """FLOPs of one optimiser step over the whole batch, by part. Backward is 2 forwards (1 of frozen weights), of attention 2.5.
 
-    Where the policy decides steps, two of them are assumed to share the budget, and all probes (`matching.jump_damage`) to be made, of a
+    Where the policy decides steps, two of them are assumed to share the budget, and all probes (`rollout.jump_damage`) to be made, of a
     third step.
     """
     batch, dense = config.optim.batch_size, dense_flops(shape, tokens)
@@ -240,27 +241,19 @@ def step_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> dict[str,
     sparse = budget * (1 + config.policy.probes / shape.num_layers)
     linear = 1 if config.lora.rank else 2  # frozen weights need no gradient of their own
     backward = linear * (dense - attention) + 2.5 * attention + (dense if config.runtime.gradient_checkpointing else 0)
+    beside = make_objective(config.objective, config.model.flow_shift).forwards()
+    guide = budget if has_guide(config) else guided
     flops = {
-        "teacher": batch * dense * guided,
-        "student forward": batch * sparse * dense,
-        "student backward": batch * sparse * backward,
+        "teacher": batch * dense * (guided * beside.teacher + guide * beside.guide),
+        "student forward": batch * dense * (sparse + budget * (beside.student + beside.rollouts)),
+        "student backward": batch * backward * (sparse + budget * beside.rollouts),
     }
-    if config.distill.name == "consistency":  # the student asked once more, without gradient
-        flops["student forward"] += batch * budget * dense
     if config.policy.steps:  # rollouts with the step, without and dense, each judged at four noise levels
         flops["student forward"] += batch * dense * (3 + budget * 5) / config.policy.jump_every
         flops["teacher"] += batch * dense * 3 * 4 * guided / config.policy.jump_every
-    if config.distill.name == "trajectory":  # rollouts of half the ladder and of the solver on average; the guide may be sparse
-        own = (len(config.distill.student_timesteps) - 1) / 2
-        flops["student forward"] += batch * budget * dense * own / config.distill.reuse
-        guide = budget if has_guide(config) else guided
-        flops["teacher"] = batch * dense * guide * (config.distill.solver_steps + 1) / 2 / config.distill.reuse
-    if has_critic(config):  # a rollout of half the ladder on average is judged by teacher and critic; then the critic's steps
-        calls = (1 + len(config.distill.student_timesteps)) / 2
-        flops["student forward"] += batch * budget * dense * calls
-        flops["student backward"] *= 2
-        flops["teacher"] *= 2
-        flops["critic"] = batch * (dense + config.distill.critic_updates * (dense + 2 * dense + 0.5 * attention))
+    if has_critic(config):
+        forwards, backwards = beside.critic
+        flops["critic"] = batch * (forwards * dense + backwards * (2 * dense + 0.5 * attention))
     return flops
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from usv.objectives import of_older
 from usv.policy.fixed import EntropyPolicy
 from usv.policy.gumbel import GumbelPolicy
 from usv.sampling.checkpoint import CheckpointError, atomic_folder, save_file_atomic, save_student, settle
@@ -34,8 +35,8 @@ def policy_tables(policy) -> dict:
 
 
 def settings_of(config) -> dict:
-    """What a run cannot change half way: how sparsity is decided and what is distilled."""
-    return {f"{part}.{name}": value for part in ("policy", "distill") for name, value in asdict(getattr(config, part)).items()}
+    """What a run cannot change half way: how sparsity is decided and what the student is trained towards."""
+    return {f"{part}.{name}": value for part in ("policy", "objective") for name, value in asdict(getattr(config, part)).items()}
 
 
 def save(run) -> Path:
@@ -47,7 +48,7 @@ def save(run) -> Path:
         "policy": run.policy.state_dict(), "data": run.data.state_dict(), "best": run.best,
         "policy_optimizer": None if run.policy_optimizer is None else run.policy_optimizer.state_dict(),
         "plan": None if run.plan is None else run.plan.to_dict(), "steps": run.config.optim.steps,
-        "critic": None if run.critic is None else run.critic.state_dict(), "settings": settings_of(run.config),
+        "objective": run.objective.state_dict(), "settings": settings_of(run.config),
     }  # fmt: skip
     if run.ranks.first:
         save_student(run.folder / "student", student)
@@ -111,7 +112,7 @@ def resume(run) -> None:
             "differ; use the same optim.steps, another output_dir, or runtime.resume=never"
         )
     mine = settings_of(run.config)
-    changed = [f"{name} is {theirs} there and {mine[name]} here" for name, theirs in state.get("settings", {}).items() if name in mine and mine[name] != theirs]
+    changed = [f"{name} is {theirs} there and {mine[name]} here" for name, theirs in of_older(state.get("settings", {})).items() if name in mine and mine[name] != theirs]
     if changed:
         raise CheckpointError(f"{folder}: of a run with other settings ({'; '.join(changed)}); use the same, another output_dir, or runtime.resume=never")
     if state.get("expert") != run.config.model.expert:
@@ -122,8 +123,8 @@ def resume(run) -> None:
         run.policy.load_state_dict(state["policy"])
         if run.policy_optimizer is not None:
             run.policy_optimizer.load_state_dict(state["policy_optimizer"])
-        if run.critic is not None:
-            run.critic.load_state_dict(state["critic"])
+        critic = state.get("critic")  # where it lay before there were objectives
+        run.objective.load_state_dict(state.get("objective", {} if critic is None else {"critic": critic}))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}: of another model or policy ({str(error).splitlines()[0]}); use another output_dir"

@@ -18,8 +18,9 @@ from usv import flow
 from usv.config import TrainConfig
 from usv.models import lora
 from usv.models.forward import SparseTransformer
-from usv.objectives import distill
-from usv.objectives.matching import Replay
+from usv.objectives import make_objective
+from usv.objectives.protocol import Clips
+from usv.objectives.velocity import guided_velocity
 from usv.policy import Decisions
 from usv.policy.gumbel import GumbelPolicy
 from usv.sampling.checkpoint import Student
@@ -104,14 +105,18 @@ class Run:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.share = ranks.share
         self.folder = Path(config.output_dir)
-        self.step, self.plan, self.running, self.critic, self.best, self.guide = 0, None, None, None, None, None
+        self.step, self.plan, self.running, self.best, self.guide = 0, None, None, None, None
         self.skipped, self.skipped_in_a_row = 0, 0
-        self.replay = Replay(config.distill.reuse)
+        self.objective = make_objective(config.objective, config.model.flow_shift)
 
     @property
     def clips_at_once(self) -> int:
         """Clips of a step on this device."""
         return self.config.optim.batch_size // self.share.world
+
+    def clips(self, batch: dict) -> Clips:
+        """A batch of the data on this device."""
+        return Clips(batch["latents"].to(self.device), batch["text"].to(self.device))
 
     def record(self) -> Record:
         run = self
@@ -174,10 +179,10 @@ class Run:
 
     def taught(self, text: torch.Tensor):
         """(x, timestep (B,)) -> the dense teacher's guided velocity for text (B, L, D)."""
-        return lambda x, t: distill.guided_velocity(self.teacher, x, t, text, self.empty, self.config.model.guidance_scale)
+        return lambda x, t: guided_velocity(self.teacher, x, t, text, self.empty, self.config.model.guidance_scale)
 
     def guided(self, text: torch.Tensor):
-        """The same of the guide (`distill.guide`, else `distill.init` as it was) under its own plan; without one the teacher's."""
+        """The same of the guide (`objective.guide`, else `objective.init` as it was) under its own plan; without one the teacher's."""
         if self.guide is None:
             return self.taught(text)
         impl = self.config.attention.impl
@@ -267,7 +272,7 @@ class Run:
         }  # fmt: skip
         if m.expert is not None:
             sampling |= {"expert": m.expert, "boundary": m.boundary}
-        if steps := self.current_plan().student_timesteps() or list(self.config.distill.student_timesteps):
+        if steps := self.current_plan().student_timesteps() or list(self.config.objective.student_timesteps):
             sampling |= {"student_timesteps": steps, "num_inference_steps": len(steps)}
         training = {"steps": self.step, "policy": self.config.policy.name, "seed": self.config.seed, "commit": commit()}
         model = model.to(device or self.device).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ import torch
 from usv import flow
 from usv.metrics import flicker, psnr, subject_consistency
 from usv.models import lora
-from usv.objectives import distill
+from usv.objectives.regression import velocity_loss
 from usv.sampling.checkpoint import Student
 from usv.sampling.enable import disable, enable
 from usv.sampling.generate import generate
@@ -19,14 +19,6 @@ from usv.training.run import Run
 from usv.video import contact_sheet, write_mp4
 
 
-def _reference(run: Run, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """What a held-out velocity is measured against: the teacher's, or for few steps the way to the end of the teacher's flow."""
-    d, teacher = run.config.distill, run.taught(text)
-    if d.name == "velocity":
-        return teacher(x_t, 1000 * sigma)
-    return flow.velocity_to(x_t, distill.flow_end(teacher, x_t, sigma, run.config.model.flow_shift, d.solver_steps), sigma)
-
-
 @torch.no_grad()
 def references(run: Run) -> list[tuple]:
     """Held-out inputs and what is wanted there: (name, x_t, timestep, text, wanted), one a noise level, made once.
@@ -35,7 +27,7 @@ def references(run: Run) -> list[tuple]:
     timesteps are the same for every call, method and run.
     """
     decided = run.plan.student_timesteps() if run.plan is not None else []
-    ladder = decided if run.config.policy.steps else run.config.distill.student_timesteps
+    ladder = decided if run.config.policy.steps else run.config.objective.student_timesteps
     if getattr(run, "asked_at", None) != ladder:
         run.references, run.asked_at = [], ladder
         batch = next(iter(run.validation))
@@ -47,7 +39,7 @@ def references(run: Run) -> list[tuple]:
             sigma = sigma.to(run.device)
             x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator).to(run.device), sigma)
             with alone(getattr(run.teacher, "student", run.teacher)):  # only rank 0 is here
-                wanted = torch.cat([_reference(run, *part) for part in parts(run, x_t, sigma, text)])
+                wanted = torch.cat([run.objective.reference(run.taught(words), x, s) for x, s, words in parts(run, x_t, sigma, text)])
             run.references.append((f"t_{ladder[index]:.0f}" if ladder else f"bin_{index}", x_t, 1000 * sigma, text, wanted))
     return run.references
 
@@ -67,7 +59,7 @@ def velocity_error(run: Run, student: Student) -> dict[str, float]:
     for name, x_t, timestep, text, wanted in references(run):
         row = student.plan.at(float(timestep[0]))
         velocity = torch.cat([student.model(*part, row)[0] for part in parts(run, x_t, timestep, text)])
-        both = torch.stack([distill.velocity_loss(velocity, wanted), distill.velocity_loss(wanted, torch.zeros_like(wanted))])
+        both = torch.stack([velocity_loss(velocity, wanted), velocity_loss(wanted, torch.zeros_like(wanted))])
         errors[f"validation_by_noise/{name}"] = float(both[0].mean() / both[1].mean())
         weighted += (both * flow.slope(timestep / 1000, run.config.model.flow_shift)).mean(1).cpu()
     mean = sum(errors.values()) / len(errors)

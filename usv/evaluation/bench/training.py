@@ -19,7 +19,8 @@ from usv.config import ModelConfig
 from usv.evaluation.bench.measure import environment, now, quantiles
 from usv.evaluation.bench.sides import Inputs, Side, executed
 from usv.models.forward import SparseTransformer
-from usv.objectives import distill
+from usv.objectives.regression import velocity_loss
+from usv.objectives.velocity import guided_velocity
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Trainer:
         autocast = torch.autocast(x_t.device.type, torch.bfloat16, enabled=x_t.device.type == "cuda")  # as runtime.precision=auto
         begun = now()
         with autocast:
-            wanted = distill.guided_velocity(
+            wanted = guided_velocity(
                 self.teacher, x_t, timestep, text, torch.zeros_like(text[0]), self.guidance_scale
             )
         taught = now()
         with autocast:
             velocity, _ = self.side.model(x_t, timestep, text, self.side.rows[index])
-        distill.velocity_loss(velocity.float(), wanted.float()).mean().backward()
+        velocity_loss(velocity.float(), wanted.float()).mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         ended = now()
