@@ -1,127 +1,24 @@
-"""Videos as training clips: which files, which captions, how long, and frames at a regular rate (decoded by PyAV)."""
+"""Videos as training clips: how many a file gives, and their frames at a regular rate (decoding.py, display.py)."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-EXTENSIONS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif", ".flv", ".wmv"}
-TOLERANCE = 1e-3  # seconds by which two time stamps may differ and still mean the same moment
-
-
-class Unusable(Exception):
-    """A file or clip that has to be left out; the text is `<kind>: <reason>`."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One captioned video: path relative to the folder, caption, and what else its row of captions.jsonl says."""
-
-    file: str
-    caption: str
-    labels: dict = field(default_factory=dict)
-
-
-def skip(file: str, reason: str, clip: int | None = None) -> dict:
-    """A line of skipped.jsonl; `clip` None means the whole file."""
-    return {"file": file, "clip": clip, "reason": reason}
-
-
-def find_videos(folder: Path, default_caption: str | None = None) -> tuple[list[Source], list[dict]]:
-    """All captioned videos below `folder` in order of their names, and what has to be left out.
-
-    A caption comes from the folder's captions.jsonl or captions.csv (columns file, caption), else from clip.txt beside
-    clip.mp4, else it is `default_caption`. ValueError when the folder or the columns of captions.csv do not exist.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"--videos {folder}: no such folder; name a folder of videos with captions beside them")
-    table, skipped = read_captions(folder)
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    sources = []
-    for path in files:
-        name = path.relative_to(folder).as_posix()
-        labels = table.pop(name, {})
-        try:
-            caption = labels.get("caption") or _text_beside(path) or default_caption
-        except UnicodeDecodeError:
-            skipped.append(skip(name, f"no caption: {path.stem}.txt is not UTF-8 text"))
-            continue
-        if not caption:
-            skipped.append(
-                skip(name, f"no caption: neither {path.stem}.txt, captions.csv, captions.jsonl nor --caption")
-            )
-            continue
-        labels = {key: value for key, value in labels.items() if key not in ("file", "caption")}
-        sources.append(Source(name, caption, labels))
-    skipped += [skip(name, "missing: named by the captions, but no such video in the folder") for name in table]
-    return sources, skipped
-
-
-def _text_beside(path: Path) -> str:
-    text = path.with_suffix(".txt")
-    return " ".join(text.read_text(encoding="utf-8-sig").split()) if text.is_file() else ""
-
-
-def read_captions(folder: Path) -> tuple[dict[str, dict], list[dict]]:
-    """Rows of captions.csv and captions.jsonl by file name, and the lines that could not be read."""
-    table: dict[str, dict] = {}
-    skipped = []
-    path = folder / "captions.csv"
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if not {"file", "caption"} <= set(rows.fieldnames or ()):
-                raise ValueError(
-                    f"{path} has columns {rows.fieldnames}; its first line has to name 'file' and 'caption'"
-                )
-            table = {row["file"]: {"caption": (row["caption"] or "").strip()} for row in rows if row["file"]}
-    path = folder / "captions.jsonl"
-    if path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                table[row["file"]] = {**row, "caption": row["caption"].strip()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                reason = f'unreadable: line {number} is not {{"file": "...", "caption": "..."}}'
-                skipped.append(skip(path.name, reason))
-    return table, skipped
+from decoding import BROKEN, TOLERANCE, Moment, Unusable, moments, reason_of, scan
+from display import Deinterlacer, Display
 
 
 def extent(path: Path) -> tuple[float, float]:
-    """(start, end) of the video stream in seconds, from its packets: headers are often wrong, and decoding is slow.
-
-    Raises Unusable when the file is no video or holds no time stamps.
-    """
-    try:
-        with av.open(str(path)) as container:
-            stream = _stream(container)
-            rate = stream.average_rate or stream.guessed_rate or 25
-            start, end = float("inf"), float("-inf")
-            for packet in container.demux(stream):
-                stamp = packet.dts if packet.pts is None else packet.pts
-                if stamp is None:  # the empty packet that ends a stream
-                    continue
-                time = float(stamp * packet.time_base)
-                start, end = (
-                    min(start, time),
-                    max(end, time + float((packet.duration or 0) * packet.time_base or 1 / rate)),
-                )
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise Unusable(f"corrupt: {type(error).__name__}: {_first_line(error)}") from None
-    if end <= start:
-        raise Unusable("corrupt: it holds no video frames with time stamps")
-    return start, end
+    """(start, end) in seconds of what a file shows. Raises Unusable when it is no video or shows nothing."""
+    found = scan(path)
+    return found.start, found.end
 
 
 def count_frames(seconds: float, fps: float) -> int:
@@ -129,85 +26,70 @@ def count_frames(seconds: float, fps: float) -> int:
     return max(0, int(np.ceil((seconds - TOLERANCE) * fps)))
 
 
+def count_clips(seconds: float, fps: float, num_frames: int) -> int:
+    """How many clips: the last frame of the last one may fall on the very end, where the last picture still stands.
+
+    Wan's 81 frames at 16 fps are exactly 5 s, and so are many clips.
+    """
+    return max(0, int((seconds + TOLERANCE) * fps + 1)) // num_frames
+
+
 def read_clips(
-    path: Path, start: float, fps: float, num_frames: int, first: int, stop: int, size: tuple[int, int]
-) -> Iterator[tuple[int, torch.Tensor | str]]:
+    path: Path, start: float, fps: float, num_frames: int, first: int, stop: int, size: tuple[int, int],
+    sequential: bool = False,
+) -> Iterator[tuple[int, torch.Tensor | str]]:  # fmt: skip
     """Clips number `first` … `stop` - 1 of a video: (number, frames (T, 3, H, W) uint8), or (number, reason left out).
 
     Frame j of the video at `fps` is the picture shown at start + j / fps. Clips follow each other without overlap; the
-    result does not depend on `first`, which is reached by seeking. `size` is (H, W): scaled to cover, centre-cropped.
+    result does not depend on `first`, which is reached by seeking unless `sequential`. `size` is (H, W): scaled to
+    cover, centre-cropped.
     """
     clip = first
     try:
-        frames = _shown(_decode(path, start, first * num_frames / fps), fps, first * num_frames)
-        for clip in range(first, stop):
-            pictures = [_picture(frame, size) for frame in islice(frames, num_frames)]
-            if len(pictures) < num_frames:
-                raise Unusable(f"corrupt: it ends after {len(pictures)} of this clip's {num_frames} frames")
-            if any(picture is None for picture in pictures):
-                yield clip, "corrupt: damaged frames"
-            else:
-                yield clip, torch.stack(pictures)
-    except FileNotFoundError:  # it was there when planned: a lost disk must stop the run, not empty the shards
-        raise
-    except (av.FFmpegError, OSError, ValueError, Unusable) as error:
-        reason = str(error) if isinstance(error, Unusable) else f"corrupt: {type(error).__name__}: {_first_line(error)}"
+        with closing(moments(path, start, first * num_frames / fps, sequential)) as source:
+            pictures = _shown(_woven(source), fps, first * num_frames, Display(size))
+            for clip in range(first, stop):
+                shown = list(islice(pictures, num_frames))
+                wrong = next((picture for picture in shown if isinstance(picture, str)), "")
+                if wrong:
+                    yield clip, wrong
+                elif len(shown) < num_frames:
+                    raise Unusable(f"corrupt: it ends after {len(shown)} of this clip's {num_frames} frames")
+                else:
+                    yield clip, torch.stack(shown)
+    except BROKEN as error:
+        reason = reason_of(error)
         for left in range(clip, stop):
             yield left, reason
 
 
-def _stream(container):
-    if not container.streams.video:
-        raise Unusable("corrupt: it has no video stream")
-    stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # --workers sets the number of busy cores
-    return stream
+def _woven(source: Iterator[Moment]) -> Iterator[Moment]:
+    """Interlaced frames as whole pictures."""
+    weaver = Deinterlacer()
+    for moment in source:
+        for done, frame in weaver.push(moment, moment.frame):
+            yield replace(done, frame=frame)
+    for done, frame in weaver.flush():
+        yield replace(done, frame=frame)
 
 
-def _decode(path: Path, start: float, since: float) -> Iterator[tuple[float, float, av.VideoFrame]]:
-    """(time since `start`, duration, frame) in order, beginning at or before `since` (seconds)."""
-    with av.open(str(path)) as container:
-        stream = _stream(container)
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        if since > 0:
-            container.seek(int((start + since) / stream.time_base), stream=stream, backward=True)
-        early = since > 0
-        for frame in container.decode(stream):
-            if frame.time is None:
-                raise Unusable("corrupt: frames without time stamps")
-            time = frame.time - start
-            if early and time > since + TOLERANCE:  # some containers seek too far: decode from the beginning instead
-                yield from _decode(path, start, 0.0)
-                return
-            early = False
-            yield time, float((frame.duration or 0) * frame.time_base) or 1 / rate, frame
-
-
-def _shown(frames: Iterator[tuple[float, float, av.VideoFrame]], fps: float, first: int) -> Iterator[av.VideoFrame]:
-    """The frame on screen at times first / fps, (first + 1) / fps, …, until the video ends."""
+def _shown(source: Iterator[Moment], fps: float, first: int, display: Display) -> Iterator[torch.Tensor | str]:
+    """The picture on screen at times first / fps, (first + 1) / fps, …, until the video ends; a reason for spoilt ones."""
     number, held, until = first, None, 0.0
-    for time, duration, frame in chain(frames, [(float("inf"), 0.0, None)]):
+    for moment in chain(source, [None]):
         # a frame stays on screen until the next one, the last one for its own duration
-        end = min(time, until) if frame is None else time
+        end = until + 2 * TOLERANCE if moment is None else moment.time
+        picture = None
         while held is not None and number / fps < end - TOLERANCE:
-            yield held
+            if picture is None:
+                picture = _picture(held, display)
+            gap = held.lost and number / fps > held.time + 1.5 * held.duration
+            yield "corrupt: pictures are missing" if gap else picture
             number += 1
-        held, until = frame, time + duration
+        held, until = moment, 0.0 if moment is None else moment.time + moment.duration
 
 
-def _picture(frame: av.VideoFrame, size: tuple[int, int]) -> torch.Tensor | None:
-    """(3, H, W) uint8: turned upright, scaled to cover `size`, centre-cropped. None for a damaged frame."""
-    if frame.is_corrupt:
-        return None
-    image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
-    height, width = image.shape[:2]
-    scale = max(size[0] / height, size[1] / width)
-    h, w = min(height, round(size[0] / scale)), min(width, round(size[1] / scale))
-    top, left = (height - h) // 2, (width - w) // 2
-    image = torch.from_numpy(image[top : top + h, left : left + w].copy()).permute(2, 0, 1)[None].float()
-    image = F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False)[0]
-    return image.round().clamp(0, 255).to(torch.uint8)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+def _picture(moment: Moment, display: Display) -> torch.Tensor | str:
+    if moment.spoilt:
+        return f"corrupt: damaged frames ({moment.spoilt})"
+    return display.picture(moment.frame, moment.sar)
