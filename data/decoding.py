@@ -19,6 +19,7 @@ import numpy as np
 TOLERANCE = 1e-3  # seconds by which two time stamps may differ and still mean the same moment
 MAX_PIXELS = 8192 * 8192  # a stored picture may have: twice 8K; a decoder holds up to 17 of them
 JUMP = 10.0  # seconds by which stamps jump where two recordings were joined (FFmpeg's bound)
+LONGEST_HOLD = 30.0  # seconds for which one picture may stand before the next stamp is doubted
 JOINED = ("mpegts", "mpeg", "dvd", "vob")  # formats whose stamps may begin anew in the middle
 HIDDEN = ("vp8", "vp9", "av1")  # codecs with packets that show no picture
 

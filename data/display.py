@@ -17,7 +17,6 @@ from functools import lru_cache
 import av
 import numpy as np
 import torch
-
 from decoding import Unusable
 
 # AVCOL_SPC_…: what the `scale` filter calls a matrix, and its Kr, Kb
@@ -323,8 +322,7 @@ class Deinterlacer:
         if self.graph is not None:
             self.graph.push(None)
             yield from self._pull()
-            for item, frame in self.waiting:  # nothing is lost if the filter keeps one back
-                yield item, frame
+            yield from self.waiting
         self.graph, self.waiting = None, deque()
 
     def _pull(self):

@@ -6,14 +6,15 @@ number of workers, puts every clip where the first run would have put it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import looking
 import shards
 import torch
-import videos
-from tqdm import tqdm
+from sources import Source, find_videos, skip
 
 from usv.training.data import model_identity
 
@@ -37,6 +38,9 @@ class Settings:
     shard_size: int = 64
     text: bool = True
     text_dtype: str = "float32"
+    buckets: tuple[tuple[int, int], ...] = ()  # sizes (H, W) of the run; this folder takes the clips nearest to its own
+    skip_still: bool = False
+    scenes: bool = False  # windows end where the picture is cut
     workers: int = 1
     device: str = "cpu"
 
@@ -44,7 +48,7 @@ class Settings:
         """The part that decides what stands in the shards, for comparison with a plan made earlier."""
         free = ("out", "model", "videos", "workers", "device")  # videos are compared one by one
         kept = {name: value for name, value in asdict(self).items() if name not in free}
-        return {**kept, "model": model_identity(self.model)}
+        return {**kept, "buckets": [list(size) for size in self.buckets], "model": model_identity(self.model)}
 
 
 @dataclass(frozen=True)
@@ -55,79 +59,171 @@ class Job:
     clips: list[tuple[int, int, int]]
 
 
-def load_plan(settings: Settings) -> dict:
-    """The plan of this folder, made now or by an earlier run of the same command. ValueError if that was another one."""
+def load_plan(settings: Settings, append: bool = False, looks: dict | None = None) -> dict:
+    """The plan of this folder, made now or by an earlier run of the same command. ValueError if that was another one.
+
+    `append` adds videos that were not there; `looks` are files already looked at (see looking.look_at).
+    """
     path = settings.out / "plan.json"
     if not path.exists():
         if any(settings.out.glob("*.tar")):
             raise ValueError(f"{settings.out} holds shards but no plan.json; use another --out, or --overwrite")
-        plan = {"settings": settings.content(), **make_plan(settings)}
+        plan = {"settings": settings.content(), **make_plan(settings, looks)}
         shards.write_atomic(path, json.dumps(plan).encode())
         return plan
     plan = json.loads(path.read_text())
     remedy = "use another --out, or --overwrite to begin again"
+    if "parts" not in plan:
+        raise ValueError(f"{settings.out} was begun by an earlier version of prepare.py; {remedy}")
     for name, now in settings.content().items():
         before = plan["settings"].get(name)
         if before != now:
             raise ValueError(f"{settings.out} was begun with {name} = {before}, now it is {now}; {remedy}")
     if settings.videos:
-        now, before = _seen(settings, videos.find_videos(settings.videos, settings.caption)[0]), plan["seen"]
-        for file in now:
-            if now[file] != before.get(file):
-                what = "changed" if file in before else "was added, or got its caption,"
-                raise ValueError(f"{settings.videos / file} {what} since {settings.out} was begun; {remedy}")
+        found, skipped = find_videos(settings.videos, settings.caption)
+        before, known = plan["seen"], {tuple(seen["content"]) for seen in plan["seen"].values()}
+        added = []
+        for source in found:
+            seen = before.get(source.file)
+            now = _seen(settings, source, seen)
+            if seen is not None and all(now[name] == seen[name] for name in ("content", "captions", "labels")):
+                continue
+            if seen is None and append and tuple(now["content"]) in known:
+                continue  # the same film under another name
+            if seen is not None or not append:
+                what = "changed" if seen else "was added, or got its caption,"
+                more = "" if seen else "; --append adds it"
+                raise ValueError(f"{settings.videos / source.file} {what} since {settings.out} was begun; {remedy}{more}")
+            added.append(source)
+        if added:
+            _extend(plan, settings, added, skipped)
+            shards.write_atomic(path, json.dumps(plan).encode())
     return plan
 
 
-def _seen(settings: Settings, sources: list[videos.Source]) -> dict[str, list]:
-    """What tells a changed video or caption: size in bytes, time of change in ns, caption and labels, by file."""
-    stats = {source.file: (settings.videos / source.file).stat() for source in sources}
-    return {s.file: [stats[s.file].st_size, stats[s.file].st_mtime_ns, s.caption, s.labels] for s in sources}
+def _seen(settings: Settings, source: Source, before: dict | None = None) -> dict:
+    """What tells a changed video or caption: its content (size in bytes and hash), captions and labels.
+
+    The hash is of the first, middle and last MiB; it is taken again only where size or time of change are others.
+    """
+    path = settings.videos / source.file
+    stat = path.stat()
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    if before is not None and before["stamp"] == stamp:
+        content = before["content"]
+    else:
+        digest, chunk = hashlib.sha256(), 1 << 20
+        with open(path, "rb") as file:
+            for begin in sorted({0, max(0, stat.st_size // 2 - chunk // 2), max(0, stat.st_size - chunk)}):
+                file.seek(begin)
+                digest.update(file.read(chunk))
+        content = [stat.st_size, digest.hexdigest()[:32]]
+    return {"stamp": stamp, "content": content, "captions": source.captions, "labels": source.labels}
 
 
-def make_plan(settings: Settings) -> dict:
-    """Sources with their split and number of clips, in order, the files that cannot be used, and all files seen."""
+def make_plan(settings: Settings, looks: dict | None = None) -> dict:
+    """Sources with their split and windows, in order, the files that cannot be used, and all files seen."""
     if settings.camera_motion:
-        sources = [{"clips": 1} for _ in range(settings.camera_motion)]
-        return {"sources": assign_splits(sources, settings.split, settings.seed), "skipped": []}
-    found, skipped = videos.find_videos(settings.videos, settings.caption)
-    sources = []
-    for source in tqdm(found, desc="looking at videos", unit="file"):
-        try:
-            start, end = videos.extent(settings.videos / source.file)
-            frames = videos.count_frames(end - start, settings.fps)
-            if frames < settings.num_frames:
-                raise videos.Unusable(f"too short: {frames} frames at {settings.fps:g} fps, "
-                                      f"a clip has {settings.num_frames}")  # fmt: skip
-        except videos.Unusable as reason:
-            skipped.append(videos.skip(source.file, str(reason)))
+        sources = [{"windows": [[0.0, 1]]} for _ in range(settings.camera_motion)]
+        return {"sources": assign_splits(sources, settings.split, settings.seed), "skipped": [],
+                "parts": [settings.camera_motion]}  # fmt: skip
+    found, skipped = find_videos(settings.videos, settings.caption)
+    plan = {"sources": [], "skipped": [], "seen": {}, "parts": []}
+    _extend(plan, settings, found, skipped, looks)
+    return plan
+
+
+def _extend(plan: dict, settings: Settings, found: list[Source], skipped: list[dict], looks: dict | None = None) -> None:
+    """Add videos to a plan: a part of their own, so that the shards before keep their clips."""
+    looks = looks if looks is not None else looking.look_at(found, settings)
+    seen = {source.file: _seen(settings, source) for source in found}
+    sources, skipped = [], list(skipped)
+    for source in found:
+        look = looks[source.file]
+        if look.reason:
+            skipped.append(skip(source.file, look.reason))
             continue
-        sources.append({**asdict(source), "start": start, "clips": frames // settings.num_frames})
-    sources = assign_splits(sources, settings.split, settings.seed)
-    return {"sources": sources, "skipped": skipped, "seen": _seen(settings, found)}
+        if settings.buckets and looking.nearest(look.shape, settings.buckets) != (settings.height, settings.width):
+            continue
+        windows, left_out = looking.windows(look, settings)
+        if left_out and not windows:
+            skipped.append(skip(source.file, left_out))
+            continue
+        if left_out:
+            skipped.append(skip(source.file, f"partly {left_out}"))
+        sources.append({**asdict(source), "start": look.start, "windows": windows, "sequential": look.sequential,
+                        "oddities": look.oddities(settings, windows)})  # fmt: skip
+    if not plan["parts"] or len(sources) > 1:
+        sources = assign_splits(sources, settings.split, settings.seed + len(plan["parts"]))
+    else:
+        sources = [{**source, "split": "train"} for source in sources]
+    listed = {source.file for source in found}
+    plan["skipped"] = [line for line in plan["skipped"] if line["file"] in listed or line["file"] in plan["seen"]]
+    plan["skipped"] += [line for line in skipped if line not in plan["skipped"]]
+    plan["sources"] += sources
+    plan["seen"].update(seen)
+    plan["parts"].append(len(plan["sources"]))
+
+
+def count_clips(source: dict) -> int:
+    """Samples a source gives: its clips, once for every caption."""
+    return sum(count for _, count in source["windows"]) * len([1, *source.get("more", ())])
 
 
 def assign_splits(sources: list[dict], shares: dict[str, float], seed: int) -> list[dict]:
-    """Give every source a split; all clips of a video stay together, so none is seen in training and held out."""
+    """Give every source a split; all clips of a video stay together, so none is seen in training and held out.
+
+    A single video is split in time: its last clips are held out. ValueError where there is nothing to split.
+    """
+    if not shares or not sources:
+        return [{**source, "split": "train"} for source in sources]
+    if len(sources) == 1:
+        return _split_in_time(sources[0], shares)
+    if len(shares) >= len(sources):
+        raise ValueError(f"--split {_spelt(shares)}: {len(sources)} usable videos cannot be shared by {len(shares)} splits "
+                         "and train, for all clips of a video stay together; add videos, or leave a split out")  # fmt: skip
     order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(seed)).tolist()
     names = {}
-    for split, share in shares.items():
-        count = max(1, round(share * len(sources))) if len(sources) > 1 else 0
+    for number, (split, share) in enumerate(shares.items()):
+        rest = len(shares) - number  # one is left for every split that follows, and for train
+        count = min(max(1, round(share * len(sources))), len(sources) - len(names) - rest)
         names |= {index: split for index in order[len(names) : len(names) + count]}
     return [{**source, "split": names.get(i, "train")} for i, source in enumerate(sources)]
 
 
+def _spelt(shares: dict[str, float]) -> str:
+    return " ".join(f"{name}={share:g}" for name, share in shares.items())
+
+
+def _split_in_time(source: dict, shares: dict[str, float]) -> list[dict]:
+    total = sum(count for _, count in source["windows"])
+    if total <= len(shares):
+        raise ValueError(f"--split {_spelt(shares)}: there is one usable video, and it has {total} clips; "
+                         f"splitting it in time takes {len(shares) + 1}; add videos, or leave --split out")  # fmt: skip
+    parts, end = [], total
+    for number, (split, share) in enumerate(shares.items()):
+        count = min(max(1, round(share * total)), end - (len(shares) - number))
+        parts.append((split, end - count, end))
+        end -= count
+    parts.append(("train", 0, end))
+    return [{**source, "split": split, "first": first, "stop": stop} for split, first, stop in reversed(parts)]
+
+
 def make_jobs(plan: dict) -> list[Job]:
-    """Shards of `shard_size` consecutive clips of one split."""
-    by_split: dict[str, list] = {}
-    number = 0
-    for index, source in enumerate(plan["sources"]):
-        for clip in range(source["clips"]):
-            by_split.setdefault(source["split"], []).append((number, index, clip))
-            number += 1
-    size = plan["settings"]["shard_size"]
-    return [
-        Job(f"{split}-{i // size:05d}.tar", clips[i : i + size])
-        for split, clips in sorted(by_split.items())
-        for i in range(0, len(clips), size)
-    ]
+    """Shards of `shard_size` consecutive clips of one split; videos that were appended later begin shards of their own."""
+    size, number, jobs, written, first = plan["settings"]["shard_size"], 0, [], {}, 0
+    for stop in plan["parts"]:
+        by_split: dict[str, list] = {}
+        for index in range(first, stop):
+            source = plan["sources"][index]
+            captions = len([1, *source.get("more", ())])
+            inside = range(source.get("first", 0) * captions, source.get("stop", count_clips(source) // captions) * captions)
+            for clip in inside:
+                by_split.setdefault(source["split"], []).append((number, index, clip))
+                number += 1
+        for split, clips in sorted(by_split.items()):
+            for i in range(0, len(clips), size):
+                jobs.append(Job(f"{split}-{written.setdefault(split, 0):05d}.tar", clips[i : i + size]))
+                written[split] += 1
+        first = stop
+    return jobs

@@ -53,16 +53,21 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, torch.Tensor]
                 for key, tensors, info in samples:
                     tensors = {name: value.contiguous() for name, value in tensors.items()}
                     _add(tar, f"{key}.safetensors", save(tensors))
-                    _add(tar, f"{key}.json", json.dumps(info, ensure_ascii=False).encode())
+                    _add(tar, f"{key}.json", _json(info))
                     count += 1
                 if report is not None:
-                    _add(tar, REPORT, json.dumps(report, ensure_ascii=False).encode())
+                    _add(tar, REPORT, _json(report))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return count
+
+
+def _json(value) -> bytes:
+    # a file's name may be no UTF-8; its odd bytes are then written as JSON writes them
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

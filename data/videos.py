@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from decoding import BROKEN, TOLERANCE, Moment, Unusable, moments, reason_of, scan
 from display import Deinterlacer, Display
 
@@ -36,17 +35,17 @@ def count_clips(seconds: float, fps: float, num_frames: int) -> int:
 
 def read_clips(
     path: Path, start: float, fps: float, num_frames: int, first: int, stop: int, size: tuple[int, int],
-    sequential: bool = False,
+    at: float = 0.0, sequential: bool = False,
 ) -> Iterator[tuple[int, torch.Tensor | str]]:  # fmt: skip
     """Clips number `first` … `stop` - 1 of a video: (number, frames (T, 3, H, W) uint8), or (number, reason left out).
 
-    Frame j of the video at `fps` is the picture shown at start + j / fps. Clips follow each other without overlap; the
-    result does not depend on `first`, which is reached by seeking unless `sequential`. `size` is (H, W): scaled to
+    Frame j of the video at `fps` is the picture shown at start + at + j / fps. Clips follow each other without overlap;
+    the result does not depend on `first`, which is reached by seeking unless `sequential`. `size` is (H, W): scaled to
     cover, centre-cropped.
     """
     clip = first
     try:
-        with closing(moments(path, start, first * num_frames / fps, sequential)) as source:
+        with closing(moments(path, start + at, first * num_frames / fps if first or not at else TOLERANCE, sequential)) as source:
             pictures = _shown(_woven(source), fps, first * num_frames, Display(size))
             for clip in range(first, stop):
                 shown = list(islice(pictures, num_frames))

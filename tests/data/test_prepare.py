@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "data"))
 
 import camera_motion  # noqa: E402
+import decoding  # noqa: E402
+import display  # noqa: E402
 import prepare  # noqa: E402
 import shards  # noqa: E402
 import videos  # noqa: E402
@@ -149,9 +151,9 @@ def test_slow_videos_repeat_frames(tmp_path):
 def test_pictures_are_scaled_to_cover_and_cropped_in_the_middle():
     image = np.zeros((60, 200, 3), np.uint8)
     image[:, 70:130] = 255  # the middle square of a wide picture
-    picture = videos._picture(av.VideoFrame.from_ndarray(image, format="rgb24"), (16, 16))
+    picture = display.Display((16, 16)).picture(av.VideoFrame.from_ndarray(image, format="rgb24"), 1.0)
     assert picture.shape == (3, 16, 16) and (picture == 255).all()
-    tall = videos._picture(av.VideoFrame.from_ndarray(image.transpose(1, 0, 2).copy(), format="rgb24"), (8, 16))
+    tall = display.Display((8, 16)).picture(av.VideoFrame.from_ndarray(image.transpose(1, 0, 2).copy(), format="rgb24"), 1.0)
     assert tall.shape == (3, 8, 16) and (tall == 255).all()
 
 
@@ -203,15 +205,15 @@ def test_what_cannot_be_used_is_listed_and_not_fatal(model, clips, tmp_path):
 
 def test_damage_found_while_decoding_skips_those_clips_only(model, clips, tmp_path, monkeypatch):
     """Packets stand, pictures do not: the plan promises 3 clips of c.mp4, decoding breaks off in the second."""
-    out, decode = tmp_path / "out", videos._decode
+    out, moments = tmp_path / "out", videos.moments
 
-    def breaks(path, start, since):
-        for time_, duration, frame in decode(path, start, since):
-            if path.name == "c.mp4" and time_ > 1.0:
+    def breaks(path, start, since, sequential):
+        for moment in moments(path, start, since, sequential):
+            if path.name == "c.mp4" and moment.time > 1.0:
                 raise av.InvalidDataError(1, "Invalid data found when processing input")
-            yield time_, duration, frame
+            yield moment
 
-    monkeypatch.setattr(videos, "_decode", breaks)
+    monkeypatch.setattr(videos, "moments", breaks)
     index = prepare.run(settings(model, out, videos=clips))
     assert [(line["file"], line["clip"]) for line in skipped_of(out)] == [("c.mp4", 1), ("c.mp4", 2)]
     assert index["splits"]["train"]["num_samples"] == 4 and index["num_skipped"] == 2
