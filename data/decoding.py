@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import av
@@ -46,7 +46,9 @@ def _first_line(error: Exception) -> str:
 class Moment:
     """A decoded frame: seconds after the start of the video, how long it lasts if nothing follows, and what is wrong.
 
-    `spoilt` says why the picture cannot be trusted; `lost`: pictures are missing between this one and the next.
+    `spoilt` says why the picture cannot be trusted; `lost`: pictures are missing between this one and the next. `group`
+    numbers the group of pictures, between two key pictures; `ruined` are the groups, of all decoded up to now, in which
+    the decoder complained: what is wrong in a group may be wrong before it is noticed.
     """
 
     time: float
@@ -55,6 +57,8 @@ class Moment:
     sar: float
     spoilt: str = ""
     lost: bool = False
+    group: int = 0
+    ruined: dict[int, str] = field(default_factory=dict)
 
 
 class Video:
@@ -191,9 +195,9 @@ def _decoded(video: Video, start: float) -> Iterator[Moment]:
             stamp = stamps.best(frame)
             if not trust.begins(stamp):
                 continue
-            spoilt, missing = trust.judge(frame)
+            spoilt, group, missing = trust.judge(frame)
             duration = float((frame.duration or 0) * base) or step
-            moment = Moment(float(stamp * base) - start, duration, frame, video.sar, spoilt)
+            moment = Moment(float(stamp * base) - start, duration, frame, video.sar, spoilt, False, group, trust.ruined)
             if last is not None:
                 gap = moment.time - last.time > 1.75 * step
                 yield replace(last, lost=gap and (missing > trust.tolerated or bool(spoilt and not last.spoilt)))
@@ -240,7 +244,8 @@ class _Trust:
         self.first_key: int | None = None
         self.started, self.keys_are_clean = False, True
         self.spoilt, self.leading, self.leading_end = "", "", -(1 << 63)
-        self.verdicts: dict[int, str] = {}
+        self.verdicts: dict[int, tuple[str, int]] = {}
+        self.group, self.ruined = 0, {}
         self.keys: set[int] = set()
         self.expected: list[int] = []  # stamps of packets whose picture has not come out, sorted
         # one packet without a picture: VP8's hidden ones, a second field of its own
@@ -252,7 +257,7 @@ class _Trust:
             stamp = packet.dts if packet.pts is None else packet.pts
             if packet.is_keyframe and self.keys_are_clean:
                 self.leading, self.leading_end = self.spoilt, stamp or 0
-                self.spoilt = ""
+                self.spoilt, self.group = "", self.group + 1
                 if self.first_key is None and stamp is not None:
                     self.first_key = stamp
             if packet.is_corrupt:
@@ -264,14 +269,17 @@ class _Trust:
         frames, complaint = self._decode(packet)
         if complaint and (self.started or self.first_key is not None):
             self.spoilt = complaint
-        if stamp is not None:
-            self.verdicts[stamp] = self.spoilt or (self.leading if stamp < self.leading_end else "")
+        if self.spoilt:
+            self.ruined.setdefault(self.group, self.spoilt)
+        if stamp is not None:  # leading pictures need the group before as well
+            leading = stamp < self.leading_end
+            self.verdicts[stamp] = self.spoilt or (self.leading if leading else ""), self.group - leading
         return frames
 
     def _decode(self, packet) -> tuple[list[av.VideoFrame], str]:
         complaint = ""
         av.logging.set_skip_repeated(False)
-        av.logging.set_level(av.logging.ERROR)
+        av.logging.set_level(av.logging.INFO)
         try:
             with av.logging.Capture() as log:
                 frames = self.decoder.decode(packet)
@@ -281,7 +289,8 @@ class _Trust:
             frames, complaint = [], _first_line(error)
         finally:
             av.logging.set_level(None)
-        said = [text.strip() for level, _, text in log if level <= av.logging.ERROR]
+        # a slice that ends too early is no error to FFmpeg: it says how much it has concealed, for information
+        said = [text.strip() for level, _, text in log if level <= av.logging.ERROR or text.startswith("concealing")]
         return frames, complaint or (said[0] if said else "")
 
     def begins(self, stamp: int) -> bool:
@@ -291,10 +300,10 @@ class _Trust:
             self.started = self.codec == "h264" if self.first_key is None else stamp >= self.first_key
         return self.started
 
-    def judge(self, frame: av.VideoFrame) -> tuple[str, int]:
-        """(why the picture is spoilt or "", how many pictures should have come out before it and did not)."""
+    def judge(self, frame: av.VideoFrame) -> tuple[str, int, int]:
+        """(why the picture is spoilt or "", its group, how many pictures should have come out before it and did not)."""
         if frame.pts is None:
-            return self.spoilt or ("damaged frame" if frame.is_corrupt else ""), 0
+            return self.spoilt or ("damaged frame" if frame.is_corrupt else ""), self.group, 0
         missing = 0
         while self.expected and self.expected[0] < frame.pts:
             self.verdicts.pop(self.expected.pop(0), None)
@@ -305,10 +314,10 @@ class _Trust:
             self.keys.discard(frame.pts)
             # an intra refresh marks where it begins, not where pictures are whole again
             self.keys_are_clean &= frame.pict_type in (0, 1, 5, 7) or self.codec not in ("h264", "hevc")
-        verdict = self.verdicts.pop(frame.pts, self.spoilt)
+        verdict, group = self.verdicts.pop(frame.pts, (self.spoilt, self.group))
         if frame.is_corrupt and not verdict:
-            verdict = self.spoilt = "damaged frame"
-        return verdict, missing
+            verdict = self.spoilt = self.ruined[group] = "damaged frame"
+        return verdict, group, missing
 
 
 # ---- a whole file, looked at but not decoded -------------------------------------------------------------------------

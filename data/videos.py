@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -12,6 +14,8 @@ import numpy as np
 import torch
 from decoding import BROKEN, TOLERANCE, Moment, Unusable, moments, reason_of, scan
 from display import Deinterlacer, Display
+
+HELD_BACK = 1 << 29  # bytes of clips that wait until their group of pictures has been decoded to its end
 
 
 def extent(path: Path) -> tuple[float, float]:
@@ -43,22 +47,41 @@ def read_clips(
     the result does not depend on `first`, which is reached by seeking unless `sequential`. `size` is (H, W): scaled to
     cover, centre-cropped.
     """
-    clip = first
+    begin = first
+    since = first * num_frames / fps if first or not at else TOLERANCE
+    most = max(1, HELD_BACK // (num_frames * 3 * size[0] * size[1]))
+    waiting: deque[tuple[int, torch.Tensor | str, set[int], dict]] = deque()
+
+    def settle(group: float, most: int) -> Iterator[tuple[int, torch.Tensor | str]]:
+        """Clips of groups of pictures before `group`, which have been decoded to their end, and those beyond `most`."""
+        nonlocal begin
+        while waiting and (len(waiting) > most or max(waiting[0][2]) < group):
+            begin, clip, groups, ruined = waiting.popleft()
+            why = next((ruined[g] for g in groups if g in ruined), "")
+            yield begin, f"corrupt: damaged frames ({why})" if why and not isinstance(clip, str) else clip
+            begin += 1
+
     try:
-        with closing(moments(path, start + at, first * num_frames / fps if first or not at else TOLERANCE, sequential)) as source:
-            pictures = _shown(_woven(source), fps, first * num_frames, Display(size))
+        with closing(moments(path, start + at, since, sequential)) as source:
+            woven = _woven(source)
+            shown = _shown(woven, fps, first * num_frames, Display(size))
             for clip in range(first, stop):
-                shown = list(islice(pictures, num_frames))
-                wrong = next((picture for picture in shown if isinstance(picture, str)), "")
-                if wrong:
-                    yield clip, wrong
-                elif len(shown) < num_frames:
-                    raise Unusable(f"corrupt: it ends after {len(shown)} of this clip's {num_frames} frames")
-                else:
-                    yield clip, torch.stack(shown)
+                pictures = list(islice(shown, num_frames))
+                if len(pictures) < num_frames:
+                    yield from settle(math.inf, 0)
+                    raise Unusable(f"corrupt: it ends after {len(pictures)} of this clip's {num_frames} frames")
+                wrong = next((picture for picture, _ in pictures if isinstance(picture, str)), "")
+                groups, last = {moment.group for _, moment in pictures}, pictures[-1][1]
+                waiting.append((clip, wrong or torch.stack([picture for picture, _ in pictures]), groups, last.ruined))
+                del pictures
+                yield from settle(last.group, most)
+            while waiting and (moment := next(woven, None)) is not None:
+                yield from settle(moment.group, most)
+            yield from settle(math.inf, 0)
     except BROKEN as error:
         reason = reason_of(error)
-        for left in range(clip, stop):
+        yield from settle(math.inf, 0)
+        for left in range(begin, stop):
             yield left, reason
 
 
@@ -72,8 +95,13 @@ def _woven(source: Iterator[Moment]) -> Iterator[Moment]:
         yield replace(done, frame=frame)
 
 
-def _shown(source: Iterator[Moment], fps: float, first: int, display: Display) -> Iterator[torch.Tensor | str]:
-    """The picture on screen at times first / fps, (first + 1) / fps, …, until the video ends; a reason for spoilt ones."""
+def _shown(
+    source: Iterator[Moment], fps: float, first: int, display: Display
+) -> Iterator[tuple[torch.Tensor | str, Moment]]:
+    """The picture on screen at times first / fps, (first + 1) / fps, …, until the video ends, and its moment.
+
+    A reason stands for a spoilt picture.
+    """
     number, held, until = first, None, 0.0
     for moment in chain(source, [None]):
         # a frame stays on screen until the next one, the last one for its own duration
@@ -83,7 +111,7 @@ def _shown(source: Iterator[Moment], fps: float, first: int, display: Display) -
             if picture is None:
                 picture = _picture(held, display)
             gap = held.lost and number / fps > held.time + 1.5 * held.duration
-            yield "corrupt: pictures are missing" if gap else picture
+            yield ("corrupt: pictures are missing" if gap else picture), held
             number += 1
         held, until = moment, 0.0 if moment is None else moment.time + moment.duration
 

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+BT709 = 1  # matrix, primaries and transfer in ITU-T H.273
+LIMITED = 1  # AVCOL_RANGE_MPEG
+
 
 def _uint8(video: torch.Tensor) -> np.ndarray:
     """(T, 3, H, W) in [0, 1] -> (T, H, W, 3) uint8."""
@@ -18,7 +21,11 @@ def _uint8(video: torch.Tensor) -> np.ndarray:
 
 
 def write_mp4(path: Path, video: torch.Tensor, fps: int = 8, scale: int = 1) -> None:
-    """Write (T, 3, H, W) in [0, 1]. `scale` enlarges small clips by pixel repetition. Sides are cropped to even."""
+    """Write (T, 3, H, W) in [0, 1]. `scale` enlarges small clips by pixel repetition. Sides are cropped to even.
+
+    Colours are stored as BT.709 of limited range and tagged so: players guess the matrix of what is untagged by its
+    height, and were up to 40 levels off.
+    """
     frames = _uint8(video).repeat(scale, 1).repeat(scale, 2)
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,8 +35,13 @@ def write_mp4(path: Path, video: torch.Tensor, fps: int = 8, scale: int = 1) -> 
             stream = container.add_stream("libx264", rate=Fraction(fps))
             stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
             stream.options = {"crf": "16"}
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = BT709
+            context.color_range = LIMITED
             for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+                rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                stored = rgb.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED)
+                container.mux(stream.encode(stored))
             container.mux(stream.encode())
         os.replace(temporary, path)
     finally:

@@ -62,7 +62,7 @@ class ShardDataset:
 
     A batch is a dict: `latents` (B, C, T, h, w) float32, normalised as the transformer takes them; `text` (B, L, D)
     float32, zero rows beyond each caption's end; `captions`, list of B, "" where dropped; `index` (B,) int64, number of
-    each sample; `subject`, `motion` (B,) int64 where all of the batch have them. `text` is missing where data was made
+    each sample; `subject`, `motion` (B,) int64 where all of the batch have them as whole numbers. `text` is missing where data was made
     without it.
 
     Raises DataError: nothing found, unfinished folder, unknown split, other model or latent shape, damaged shard.
@@ -218,7 +218,8 @@ class ShardDataset:
             batch["text"] = torch.stack([_pad(text, self.text_length) for text in texts])
         batch["index"] = torch.tensor(numbers)
         for label in ("subject", "motion"):
-            if all(label in info for info in infos):
+            # people's own labels may be anything; only CameraMotion's are numbers of a class
+            if all(type(info.get(label)) is int for info in infos):
                 batch[label] = torch.tensor([info[label] for info in infos])
         return batch
 
