@@ -81,7 +81,7 @@ class Video:
             raise
         self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
         self.joined = self.container.format.name in JOINED
-        self.spliced = False
+        self.spliced = self.joint = False
         self._first_sar = self.decoder.sample_aspect_ratio
 
     def close(self) -> None:
@@ -108,7 +108,8 @@ class Video:
         for packet in self.container.demux(self.stream):
             stamp = packet.pts if packet.dts is None else packet.dts
             if packet.size and self.joined and stamp is not None:
-                if due is not None and abs(stamp + offset - due) * packet.time_base > JUMP:
+                self.joint = due is not None and abs(stamp + offset - due) * packet.time_base > JUMP
+                if self.joint:  # a new recording also counts its packets anew, which looks like a loss
                     offset, self.spliced = due - stamp, True
                 due = stamp + offset + (packet.duration or int(1 / self.rate / packet.time_base))
                 if offset:
@@ -240,7 +241,7 @@ class _Trust:
     """
 
     def __init__(self, video: Video):
-        self.decoder, self.codec = video.decoder, video.stream.codec_context.name
+        self.video, self.decoder, self.codec = video, video.decoder, video.stream.codec_context.name
         self.first_key: int | None = None
         self.started, self.keys_are_clean = False, True
         self.spoilt, self.leading, self.leading_end = "", "", -(1 << 63)
@@ -260,7 +261,7 @@ class _Trust:
                 self.spoilt, self.group = "", self.group + 1
                 if self.first_key is None and stamp is not None:
                     self.first_key = stamp
-            if packet.is_corrupt:
+            if packet.is_corrupt and not self.video.joint:
                 self.spoilt = "lost or damaged packets"
             if packet.is_keyframe and stamp is not None:
                 self.keys.add(stamp)
@@ -268,9 +269,7 @@ class _Trust:
                 insort(self.expected, packet.pts)
         frames, complaint = self._decode(packet)
         if complaint and (self.started or self.first_key is not None):
-            self.spoilt = complaint
-        if self.spoilt:
-            self.ruined.setdefault(self.group, self.spoilt)
+            self.spoilt = self.ruined[self.group] = complaint
         if stamp is not None:  # leading pictures need the group before as well
             leading = stamp < self.leading_end
             self.verdicts[stamp] = self.spoilt or (self.leading if leading else ""), self.group - leading

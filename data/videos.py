@@ -105,7 +105,7 @@ def _shown(
     number, held, until = first, None, 0.0
     for moment in chain(source, [None]):
         # a frame stays on screen until the next one, the last one for its own duration
-        end = until + 2 * TOLERANCE if moment is None else moment.time
+        end = until if moment is None else moment.time
         picture = None
         while held is not None and number / fps < end - TOLERANCE:
             if picture is None:
@@ -113,7 +113,8 @@ def _shown(
             gap = held.lost and number / fps > held.time + 1.5 * held.duration
             yield ("corrupt: pictures are missing" if gap else picture), held
             number += 1
-        held, until = moment, 0.0 if moment is None else moment.time + moment.duration
+        # the clip that ends with the film may ask for the picture on its very end
+        held, until = moment, 0.0 if moment is None else moment.time + 1.5 * moment.duration
 
 
 def _picture(moment: Moment, display: Display) -> torch.Tensor | str:

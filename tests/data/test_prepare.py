@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "data"))
 
 import camera_motion  # noqa: E402
-import decoding  # noqa: E402
 import display  # noqa: E402
 import prepare  # noqa: E402
 import shards  # noqa: E402

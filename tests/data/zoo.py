@@ -72,7 +72,7 @@ GEOMETRY: dict[str, str] = {
     "gray.mkv": f"{S} {FFV1} gray gray.mkv",
     "rgb.mkv": f"{S} {FFV1} bgr0 rgb.mkv",
     "rgb.avi": f"{S} -c:v rawvideo -pix_fmt bgr24 rgb.avi",
-    "palette.gif": f"{S} palette.gif",
+    "palette.gif": f"{test_source(r=25)} palette.gif",
     "ten_bit.mp4": f"{S} -c:v libx265 -x265-params log-level=error -preset ultrafast -crf 12 -pix_fmt yuv420p10le ten_bit.mp4",
     "av1.mp4": f"{S} -c:v libsvtav1 -preset 12 -crf 20 -svtav1-params fast-decode=1 av1.mp4",
     "theora.ogv": f"{S} -c:v libtheora -q:v 9 theora.ogv",
@@ -88,6 +88,74 @@ GEOMETRY: dict[str, str] = {
                  "|-i cover.png -i cover.a.mp4 -map 0 -map 1 -c copy -disposition:v:0 attached_pic cover.mp4",
     "two_films.mkv": f"{test_source('64x48')} -f lavfi -i testsrc=s=160x120:r=24:d=1.3 {H264} -map 0 -map 1 "
                      "-disposition:v:0 0 -disposition:v:1 default two_films.mkv",
+}  # fmt: skip
+
+
+# time stamps
+LONG = test_source("96x64", 24, 12)
+TIMING: dict[str, str] = {
+    "cut.mp4": f"{LONG} {X264} -g 250 long.mp4|-ss 8 -i long.mp4 -t 3 -c copy cut.mp4|"
+               "-ss 8 -i long.mp4 -t 0.6 -c copy cut_short.mp4",
+    "one.mp4": f"{test_source('96x64', 24, 8)} {X264} -g 250 one.mp4|-i one.mp4 -c copy one.ts",
+    "one.mpg": f"{test_source('96x64', 24, 8)} -c:v mpeg2video -g 250 -bf 2 -q:v 3 one.mpg",
+    "vfr_b.mp4": f"{test_source('96x64', 30, 6)} -vf select='lt(t,0.5)+between(t,3,3.2)+between(t,5.5,6)' "
+                 f"-fps_mode vfr {X264} vfr_b.mp4",
+    "mid_gop.ts": f"{test_source('96x64', 24, 6)} {X264} -g 48 mid.mp4|-i mid.mp4 -c copy mid.ts",
+    "intra_refresh.ts": f"{test_source('96x64', 24, 6)} -c:v libx264 -preset veryfast -bf 0 -g 24 -pix_fmt yuv420p "
+                        "-x264-params intra-refresh=1 refresh.ts",
+    "joined.ts": f"{test_source('96x64', 24, 2)} {X264} -output_ts_offset 100 first.ts|{test_source('96x64', 24, 2)} {X264} second.ts",
+    "open_gop.mkv": f"{test_source('96x64', 24, 3)} {X264} -x264-params open-gop=1:keyint=12 open_gop.mkv",
+    "r23976.mp4": f"{test_source('96x64', '24000/1001', 2)} {X264} r23976.mp4",
+    "r5994.mp4": f"{test_source('96x64', '60000/1001', 2)} {X264} r5994.mp4",
+    "start_late.mkv": f"{test_source('96x64', 24, 2)} {X264} -output_ts_offset 5 start_late.mkv",
+    "five24.mp4": f"{test_source('96x64', 24, 5)} {H264} five24.mp4",
+    "five30.mp4": f"{test_source('96x64', 30, 5)} {H264} five30.mp4",
+}  # fmt: skip
+
+# colours: a sheet of 6 x 4 patches of 16 pixels
+PATCHES = np.array([(r, g, b) for r in (0, 128, 255) for g in (0, 128, 255) for b in (0, 255)] + [(64,) * 3, (192,) * 3,
+                   (255, 128, 64), (40, 80, 160), (10, 10, 10), (245, 245, 245)])  # fmt: skip
+BARS = np.array([(191, 191, 191), (191, 191, 0), (0, 191, 191), (0, 191, 0), (191, 0, 191), (191, 0, 0), (0, 0, 191)])
+TAGS = {"bt709": "bt709", "smpte170m": "smpte170m", "bt470bg": "bt470bg", "bt2020nc": "bt2020", "fcc": "fcc",
+        "smpte240m": "smpte240m"}  # fmt: skip
+
+
+def coloured(name: str, matrix: str, levels: str, pixels: str, tag: str = "") -> str:
+    convert = f"scale=out_color_matrix={TAGS[matrix]}:out_range={levels}:flags=neighbor+accurate_rnd+full_chroma_int"
+    tags = f"setparams=colorspace={tag or matrix}:range={levels}"
+    return f"-i patches.ppm -vf {convert},format={pixels},{tags} -c:v ffv1 {name}"
+
+
+COLOURS = {
+    **{f"{matrix}_{levels}_{pixels}.mkv": coloured(f"{matrix}_{levels}_{pixels}.mkv", matrix, levels, pixels)
+       for matrix in TAGS for levels, pixels in (("tv", "yuv444p"), ("pc", "yuv420p"), ("tv", "yuv420p10le"))},
+    "untagged_hd.mkv": "-i patches.ppm -vf scale=out_color_matrix=bt709:out_range=tv:flags=neighbor+accurate_rnd+full_chroma_int,"
+                       "format=yuv444p,setparams=colorspace=unknown,pad=96:720 -c:v ffv1 untagged_hd.mkv",
+    "untagged_sd.mkv": "-i patches.ppm -vf scale=out_color_matrix=bt601:out_range=tv:flags=neighbor+accurate_rnd+full_chroma_int,"
+                       "format=yuv444p,setparams=colorspace=unknown -c:v ffv1 untagged_sd.mkv",
+    "ycgco.mkv": "-i patches.ppm -vf zscale=m=ycgco:r=limited,format=yuv444p -c:v ffv1 ycgco.mkv",
+    "rgb48.mkv": "-i patches.ppm -c:v ffv1 -pix_fmt gbrp10le rgb48.mkv",
+}  # fmt: skip
+
+HDR = "zscale=tin=bt709:min=bt470bg:pin=bt709:rin=limited:t={t}:m=bt2020nc:p=bt2020:npl=203,format=yuv420p10le"
+X265 = "-c:v libx265 -preset ultrafast -crf 2 -x265-params log-level=error"
+HOLE = "format=yuva420p,geq=lum='lum(X,Y)':cb='cb(X,Y)':cr='cr(X,Y)':a='if(lt(X,80),0,255)'"
+WOVEN = test_source("704x576", 50, 0.4) + " -vf tinterlace=interleave_top,setfield=tff -c:v mpeg2video -flags +ilme+ildct -q:v 2"
+OTHERS: dict[str, str] = {
+    "pq.mp4": f"-f lavfi -i smptebars=s=320x192:r=24:d=0.1 -vf {HDR.format(t='smpte2084')} {X265} pq.mp4",
+    "hlg.mp4": f"-f lavfi -i smptebars=s=320x192:r=24:d=0.1 -vf {HDR.format(t='arib-std-b67')} {X265} hlg.mp4",
+    "alpha.webm": f"{test_source(d=0.3)} -vf {HOLE} -c:v libvpx-vp9 -pix_fmt yuva420p -cpu-used 8 -auto-alt-ref 0 alpha.webm",
+    "alpha.mov": f"{test_source(d=0.3)} -vf {HOLE} -c:v prores_ks -profile:v 4444 -pix_fmt yuva444p10le alpha.mov",
+    "alpha.gif": f"{test_source(d=0.3)} -vf {HOLE},split[a][b];[a]palettegen=reserve_transparent=1[p];[b][p]paletteuse alpha.gif",
+    "tff.mpg": f"{WOVEN} tff.mpg",
+    "bff.mpg": f"{WOVEN} bff.mpg".replace("interleave_top,setfield=tff", "interleave_bottom,setfield=bff"),
+    "twin25.mkv": f"{test_source('704x576', 50, 0.4)} -vf framestep=2 -c:v ffv1 twin25.mkv",
+    "dv.dv": test_source("720x576", 50, 0.4) + " -vf tinterlace=interleave_bottom,setfield=bff,setsar=16/15 -c:v dvvideo "
+             "-pix_fmt yuv420p -r 25 dv.dv",
+    "twin_dv.mkv": f"{test_source('720x576', 50, 0.4)} -vf framestep=2,setsar=16/15 -c:v ffv1 twin_dv.mkv",
+    "only_cover.mp3": "-f lavfi -i color=red:s=64x64:d=1 -frames:v 1 art.png|-f lavfi -i sine=d=1 -i art.png -map 0 -map 1 "
+                      "-c:v copy -disposition:v attached_pic only_cover.mp3",
+    "sound.wav": "-f lavfi -i sine=d=1 sound.wav",
 }  # fmt: skip
 
 
@@ -110,6 +178,8 @@ def shown(path: Path, count: int, before: str = "", decoder: str = "") -> np.nda
 def make(recipes: dict[str, str], folder: Path, workers: int = 2) -> None:
     """Make all files of a table."""
     folder.mkdir(parents=True, exist_ok=True)
+    sheet = PATCHES.reshape(4, 6, 3).repeat(16, 0).repeat(16, 1).astype(np.uint8)
+    (folder / "patches.ppm").write_bytes(b"P6 96 64 255\n" + sheet.tobytes())
 
     def one(recipe: str) -> None:
         for command in recipe.split("|"):
@@ -117,7 +187,12 @@ def make(recipes: dict[str, str], folder: Path, workers: int = 2) -> None:
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, recipes.values()))
+    if (folder / "mid.ts").exists():  # cut without regard to pictures, and two recordings in one file
+        for whole, cut in (("mid.ts", "mid_gop.ts"), ("refresh.ts", "intra_refresh.ts")):
+            data = (folder / whole).read_bytes()
+            (folder / cut).write_bytes(data[len(data) // 188 // 4 * 188 :])
+        (folder / "joined.ts").write_bytes((folder / "first.ts").read_bytes() + (folder / "second.ts").read_bytes())
 
 
 if __name__ == "__main__":
-    make(GEOMETRY, Path(sys.argv[1]))
+    make({**GEOMETRY, **TIMING, **COLOURS, **OTHERS}, Path(sys.argv[1]))
