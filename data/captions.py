@@ -112,9 +112,10 @@ def _take(table: Table, rows: list, path: Path, folder: Path, known: set[str]) -
         table.sources.append(path.relative_to(folder).as_posix())
     for name, captions, labels in rows:
         captions = [captions] if isinstance(captions, str) else captions
-        captions = [" ".join(caption.split()) for caption in captions]
         row = table.rows.setdefault(_place(name, path.parent, folder, known), {"captions": []})
-        row["captions"] += [caption for caption in captions if caption and caption not in row["captions"]]
+        for caption in (" ".join(caption.split()) for caption in captions):
+            if caption and caption not in row["captions"]:
+                row["captions"].append(caption)
         row.update(labels)
 
 

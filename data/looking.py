@@ -213,7 +213,7 @@ def summary(plan: dict, settings, cut_captions: list[str]) -> list[str]:
         lines.append(f"{several} with several captions: each clip becomes a sample with each")
     if cut_captions:
         lines.append(f"{len(cut_captions)} captions longer than {settings.max_sequence_length} tokens, which are cut, e.g. "
-                     f"{cut_captions[0]!r}; --max-sequence-length raises it")  # fmt: skip
+                     f"{cut_captions[0][:60]!r}; --max-sequence-length raises it")  # fmt: skip
     left_out = Counter(line["reason"].partition(":")[0] for line in plan["skipped"])
     if left_out:
         what = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())

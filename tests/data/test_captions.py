@@ -1,0 +1,125 @@
+"""Captions in the layouts of other trainers; paths, encodings and errors."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
+
+from sources import find_videos  # noqa: E402
+
+
+def folder_of(tmp_path, *names):
+    for name in names or ("a.mp4", "sub/b.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+def found(folder, **options):
+    sources, skipped = find_videos(folder, **options)
+    return {s.file: s.captions if len(s.captions) > 1 else s.caption for s in sources}, skipped
+
+
+WHOLE = {"a.mp4": "one, two", "sub/b.mp4": "three"}
+ROWS = [("a.mp4", "one, two"), ("sub/b.mp4", "three")]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    {
+        "captions.csv": 'file,caption\na.mp4,"one, two"\nsub/b.mp4,three\n',
+        "metadata.csv": 'file_name,text\n./a.mp4,"one, two"\nsub\\b.mp4,three\n',  # Hugging Face, from Windows
+        "metadata_.csv": 'video,prompt\na.mp4,"one, two"\nsub/b.mp4,three\n',  # DiffSynth
+        "semi.csv": "file;caption\na.mp4;one, two\nsub/b.mp4;three\n",
+        "metadata.jsonl": "\n".join(json.dumps({"file_name": f, "text": t}) for f, t in ROWS),
+        "musubi.jsonl": "\n".join(json.dumps({"video_path": f"/another/machine/{f}", "caption": t}) for f, t in ROWS),
+        "metadata.json": json.dumps([{"file_path": f"train/{f}", "text": t, "type": "video"} for f, t in ROWS]),  # VideoX-Fun
+        "captions.json": json.dumps(dict(ROWS)),  # diffusion-pipe
+    }.items(),
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tables_of_other_trainers(tmp_path, name, text, encoding):
+    folder = folder_of(tmp_path)
+    (folder / name).write_text(text, encoding=encoding)
+    assert found(folder) == (WHOLE, [])
+
+
+def test_absolute_paths_and_tables_in_sub_folders(tmp_path):
+    folder = folder_of(tmp_path)
+    (folder / "captions.csv").write_text(f'file,caption\n{folder / "a.mp4"},"one, two"\n')
+    (folder / "sub" / "metadata.csv").write_text("file_name,text\nb.mp4,three\n")
+    assert found(folder) == (WHOLE, [])
+
+
+def test_lists_of_videos_and_prompts(tmp_path):
+    folder = folder_of(tmp_path, "videos/a.mp4", "videos/b.mp4")
+    (folder / "videos.txt").write_text("videos/a.mp4\nvideos/b.mp4\n")
+    (folder / "prompts.txt").write_text("one\ntwo\n\n")
+    assert found(folder)[0] == {"videos/a.mp4": "one", "videos/b.mp4": "two"}
+    (folder / "prompts.txt").write_text("one\n")
+    with pytest.raises(ValueError, match=r"videos.txt has 2 lines and prompts.txt 1"):
+        found(folder)
+
+
+def test_several_captions_a_clip(tmp_path):
+    folder = folder_of(tmp_path, "a.mp4")
+    (folder / "captions.json").write_text(json.dumps({"a.mp4": ["one", "two", "one"]}))
+    assert found(folder)[0] == {"a.mp4": ["one", "two"]}
+
+
+def test_labels_stay_and_long_captions_too(tmp_path):
+    folder = folder_of(tmp_path, "a.mp4", "b.mp4")
+    row = {"file": "a.mp4", "caption": "a", "subject": "dog", "tags": ["x"], "score": None}
+    (folder / "captions.jsonl").write_text(json.dumps(row))
+    (folder / "metadata.csv").write_text("file_name,text\nb.mp4," + "word " * 40_000)
+    sources, skipped = find_videos(folder)
+    assert sources[0].labels == {"subject": "dog", "tags": ["x"], "score": None} and not skipped
+    assert len(sources[1].caption) == 5 * 40_000 - 1
+
+
+def test_errors_name_the_file(tmp_path):
+    folder = folder_of(tmp_path, "a.mp4")
+    (folder / "captions.csv").write_bytes("file,caption\na.mp4,café\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"captions.csv is not UTF-8: byte 0xe9 in line 2; save it as UTF-8"):
+        found(folder)
+    (folder / "captions.csv").unlink()
+    (folder / "captions.json").write_text("{")
+    with pytest.raises(ValueError, match="captions.json is not JSON"):
+        found(folder)
+    (folder / "captions.json").unlink()
+    (folder / "a.txt").write_bytes("café".encode("cp1252"))
+    assert "a.txt is not UTF-8" in found(folder)[1][0]["reason"]
+    (folder / "a.txt").unlink()
+    (folder / "other.csv").write_text("x,y\n1,2\n")  # a table of something else is none of our business
+    (folder / "dataset.json").write_text('{"a": 1}')
+    [line] = found(folder)[1]
+    assert line["reason"].startswith("no caption: neither a.txt, captions.csv, captions.jsonl, metadata.csv")
+
+
+def test_folders_that_are_links_are_followed_once(tmp_path):
+    real = folder_of(tmp_path / "elsewhere", "b.mp4")
+    folder = folder_of(tmp_path / "videos", "a.mp4")
+    (folder / "linked").symlink_to(real, target_is_directory=True)
+    (real / "back").symlink_to(folder, target_is_directory=True)
+    assert set(found(folder, default_caption="x")[0]) == {"a.mp4", "linked/b.mp4"}
+
+
+def test_other_containers_and_what_is_none(tmp_path):
+    names = [f"v{suffix}" for suffix in (".mts", ".m2ts", ".3gp", ".ogv", ".vob", ".mxf", ".dv", ".MP4")]
+    folder = folder_of(tmp_path, *names, "named.bin", "strange.xyz", "._v.mp4", *[f"frames/{i:04d}.png" for i in range(5)])
+    (folder / "captions.csv").write_text("file,caption\nnamed.bin,a\ngone.mp4,b\n")
+    files, skipped = found(folder, default_caption="x")
+    assert set(files) == {*names, "named.bin"}
+    reasons = {line["file"]: line["reason"] for line in skipped}
+    assert reasons.keys() == {"strange.xyz", "frames", "gone.mp4"}
+    assert "a folder of 5 pictures; make a video of it" in reasons["frames"] and "missing" in reasons["gone.mp4"]
+
+
+def test_accents_of_two_kinds(tmp_path):
+    folder = folder_of(tmp_path, "cafe\u0301.mp4")  # as macOS writes it
+    (folder / "captions.csv").write_text("file,caption\ncaf\u00e9.mp4,one\n", encoding="utf-8")
+    assert os.listdir(folder) and list(found(folder)[0].values()) == ["one"]
