@@ -79,4 +79,32 @@ def chronoedit():
     return model, wan_arguments(9, 512, encoder_hidden_states_image=normal(2, 7, 12, seed=2))
 
 
-CASES = (wan, wan_ti2v, wan_i2v, wan_vace, wan_animate, skyreels_v2, skyreels_v2_forcing, chronoedit)
+HUNYUAN = dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, num_single_layers=2,
+               num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=12, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6))  # fmt: skip
+
+
+def padded_text(text=7, width=12, valid=(7, 3)):
+    """Texts of two lengths, and the mask of what is real."""
+    return {"encoder_hidden_states": normal(2, text, width, seed=1), "encoder_attention_mask": (torch.arange(text) < torch.tensor(valid)[:, None]).long()}
+
+
+def hunyuan_video(**more):
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    model = HunyuanVideoTransformer3DModel(**HUNYUAN | more)
+    return model, {
+        "hidden_states": normal(2, model.config.in_channels, *SIDES), "timestep": torch.tensor([900.0, 350.0]), **padded_text(),
+        "pooled_projections": normal(2, 8, seed=2), "guidance": torch.tensor([6000.0, 6000.0]),
+    }  # fmt: skip
+
+
+def hunyuan_video_concat():
+    return hunyuan_video(in_channels=9, image_condition_type="latent_concat", guidance_embeds=False)
+
+
+def hunyuan_video_replace():
+    """A given first frame, whose tokens have a modulation of their own."""
+    return hunyuan_video(image_condition_type="token_replace")
+
+
+CASES = (wan, wan_ti2v, wan_i2v, wan_vace, wan_animate, skyreels_v2, skyreels_v2_forcing, chronoedit, hunyuan_video, hunyuan_video_concat, hunyuan_video_replace)

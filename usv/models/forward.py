@@ -194,9 +194,8 @@ class Run:
         call[blocks.video] = None
         order = tokens.own.order
         call[blocks.carrier] = self.ordered(call.get(blocks.carrier), blocks.rotary, order)
-        for name, (dims, dim) in blocks.per_token.items():
-            if torch.is_tensor(call.get(name)) and call[name].ndim == dims:
-                call[name] = self.ordered(call[name], lambda value, order, dim=dim: value.index_select(dim, order), order)
+        for name, dim in _rows(blocks, call):
+            call[name] = self.ordered(call[name], lambda value, order, dim=dim: value.index_select(dim, order), order)
         rung = self.rungs[index]
         layer = (self, index, tokens, call, rung, self.probes.get(index))
         if self.checkpointing:
@@ -216,6 +215,12 @@ class Run:
         if known is None or known[0] is not value:
             known = self._ordered[id(value)] = (value, reorder(value, order))
         return known[1]
+
+
+def _rows(blocks: Blocks, call: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """The arguments of a call with a row for each video token, and which dimension the rows are."""
+    found = ((name, dim, call.get(name)) for name, (dims, dim) in blocks.per_token.items() if getattr(call.get(name), "ndim", None) == dims)
+    return [(name, dim) for name, dim, value in found if value.shape[dim] > 1]
 
 
 def _run_layer(run: Run, index: int, tokens: Tokens, call: dict, rung: Rung | LayerPlan, probe: Probe | None):
@@ -261,9 +266,8 @@ def _run_block(run: Run, index: int, x: Tensor, tokens: Tokens, call: dict, plan
         attend = Attend(call[blocks.carrier], tokens.layout, plan, run.gates[index], merge_map, tokens.shards, fine, run.impl)
         call[blocks.carrier] = attend
     if merge_map is not None:
-        for name, (dims, dim) in blocks.per_token.items():
-            if torch.is_tensor(call.get(name)) and call[name].ndim == dims:
-                call[name] = gather_kept(call[name].transpose(1, dim), merge_map).transpose(1, dim)
+        for name, dim in _rows(blocks, call):
+            call[name] = gather_kept(call[name].transpose(1, dim), merge_map).transpose(1, dim)
     out = block(**call)
     if len(blocks.returns) == 1:
         return out, {}, None if attend is None else attend.stats
@@ -318,7 +322,7 @@ class SparseTransformer(nn.Module):
     def grid_of(self, latents_shape: Sequence[int]) -> TokenGrid:
         """The token grid of latents (B, C, T, H, W). ValueError where the patch does not divide them."""
         latents = torch.empty(tuple(latents_shape)[-5:] if len(latents_shape) > 4 else (1, *latents_shape), device="meta")
-        return self.family.grid(self.transformer, self.family.inputs(latents, None, None))
+        return self.family.grid(self.transformer, self.family.inputs(self.transformer, latents, None, None))
 
     def forward(
         self,
@@ -341,9 +345,9 @@ class SparseTransformer(nn.Module):
         Returns:
             (B, C, T, H, W) and the statistics of the sparse layers.
         """
-        arguments = self.family.inputs(latents, timestep, text, **conditions)
+        arguments = self.family.inputs(self.transformer, latents, timestep, text, **conditions)
         sample, stats = self.run(arguments, rungs, probes, impl, fine)
-        return self.family.outputs(sample), stats
+        return self.family.outputs(sample, arguments), stats
 
     def run(
         self,

@@ -22,13 +22,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from usv.models.attend import Attend
 from usv.sparse.grid import TokenGrid
 from usv.sparse.joint import Text
 
-__all__ = ["Attend", "Blocks", "Family", "Text", "at_positions", "order_pair", "patch_grid"]
+__all__ = ["Attend", "Blocks", "Family", "Processor", "Text", "at_positions", "order_pair", "patch_grid", "rotate", "sides_of"]
 
 
 def at_positions(table: Tensor, positions: Tensor | None) -> Tensor:
@@ -41,6 +42,13 @@ def order_pair(tables: tuple[Tensor, Tensor] | None, order: Tensor) -> tuple[Ten
     return None if tables is None else tuple(table[order] for table in tables)
 
 
+def sides_of(config) -> tuple[int, int, int]:
+    """(t, h, w) of a transformer's patches, from the config of any family."""
+    if isinstance(config.patch_size, int):
+        return (getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size)
+    return tuple(config.patch_size)
+
+
 def patch_grid(latents: Tensor, patch: tuple[int, int, int]) -> TokenGrid:
     """The token grid of latents (B, C, T, H, W). ValueError where the patch does not divide them."""
     sides = tuple(latents.shape[-3:])
@@ -49,7 +57,28 @@ def patch_grid(latents: Tensor, patch: tuple[int, int, int]) -> TokenGrid:
     return TokenGrid(*(side // p for side, p in zip(sides, patch)))
 
 
-def _inputs(latents: Tensor, timestep: Tensor, text: Tensor, **conditions) -> dict[str, Any]:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of neighbouring pairs, as most of diffusers' video models have it: x (…, D) with cos, sin that broadcast to it, in fp32."""
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return (x * cos + torch.stack((-imaginary, real), -1).flatten(-2) * sin).to(x.dtype)
+
+
+class Processor:
+    """diffusers' attention processor, which a family's own replaces where the carrier is an `Attend`; else it does what it did."""
+
+    def __init__(self, original):
+        self.__dict__["original"] = original
+
+    def __getattr__(self, name: str):
+        if name == "original" or name.startswith("__"):  # of a copy that is still being made
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+    def __setattr__(self, name: str, value) -> None:  # the attention backend, the parallel config
+        setattr(self.original, name, value)
+
+
+def _inputs(transformer: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor, **conditions) -> dict[str, Any]:
     return {"hidden_states": latents, "timestep": timestep, "encoder_hidden_states": text, **conditions}
 
 
@@ -67,7 +96,7 @@ class Blocks:
         video: argument that holds the video tokens (B, S, C), or (B, T + S, C) where the block's own text is not apart.
         returns: what a block returns, by name: its arguments anew (`video`, text), or else a value with a row for each token.
         per_token: other arguments with a row for each video token: name -> (dimensions it has then, which of them is S). Where it
-            has another number of dimensions it is one for all tokens.
+            has another number of dimensions, or one row, it is one for all tokens.
         rotary: (value of the carrier in row-major order, order) -> the same in that order.
         attention: block -> its self-attention.
         merges: False where tokens of these blocks are never merged.
@@ -94,9 +123,10 @@ class Family:
         grid: (transformer, keyword arguments of its forward) -> TokenGrid of the video tokens. ValueError where there is none.
         adapt: (block, attention) -> None, teaches a block's self-attention to call an `Attend` that it finds in the carrier, and to
             do what it did without one. Called once for each block, may be called again.
-        inputs: (latents (B, C, T, H, W), timestep (B,), text (B, L, E), **conditions) -> keyword arguments of the transformer's
-            forward, for training.
-        outputs: what the forward returned -> velocity in the layout of `latents`, for training.
+        inputs: (transformer, latents (B, C, T, H, W), timestep (B,), text (B, L, E), **conditions) -> keyword arguments of the
+            transformer's forward, for training. latents and timestep as in usv/flow.py; text is one matrix a caption, all that
+            the pipeline's `encode_prompt` gives packed into it, zero rows behind it. timestep and text may be None: the grid is asked for.
+        outputs: (what the forward returned, its keyword arguments) -> velocity (B, C, T, H, W) as in usv/flow.py, for training.
         view: (transformer, run) -> further attributes that the forward shall see replaced, e.g. what runs between blocks.
         refuse: (transformer, keyword arguments) -> None, or the reason why this call cannot run sparse.
         shape_keys: entries of the transformer's config that make a checkpoint fit it.
@@ -109,7 +139,7 @@ class Family:
     adapt: Callable[[nn.Module, nn.Module], None]
     shape_keys: tuple[str, ...]
     inputs: Callable[..., dict[str, Any]] = _inputs
-    outputs: Callable[[Tensor], Tensor] = lambda sample: sample
+    outputs: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda sample, arguments: sample
     view: Callable[[nn.Module, Any], dict[str, Any]] = lambda transformer, run: {}
     refuse: Callable[[nn.Module, Mapping[str, Any]], str | None] = lambda transformer, arguments: None
 
