@@ -5,16 +5,19 @@
     python infer.py attention=svg2 prompt='"a cat, the camera pans left"'       # no training: a pattern on the dense model
     python infer.py ckpt=outputs/usv_mini/student attention=svg2 prompt=...   # the student's densities, SVG2's clusters
 
-Each prompt and seed gives an mp4; a contact sheet and infer.json (seconds by stage, executed density, merging, attention recall
+Each prompt, seed and student gives an mp4 of its own, written as soon as it is made; a contact sheet and infer.json (seconds by stage, executed density, merging, attention recall
 and the seconds of a pattern's stages, steps, seeds, commit) stand beside them. compare=true also runs the dense model at the same seeds and prints both.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import sys
+import unicodedata
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
@@ -23,17 +26,20 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 import usv
-from usv.config import InferConfig, SettingError, check_overrides, config_groups, typed
+from usv.config import InferConfig, SettingError, check_numbers, check_overrides, config_groups, typed
 from usv.cpu import keep_freed_memory
+from usv.files import write_text
 from usv.patterns.planned import HOW_MUCH
 from usv.sampling.checkpoint import read_config
-from usv.sampling.generate import Generation, best_place, generate, load_pipeline
+from usv.sampling.generate import Generation, best_place, generated, load_pipeline, summed
 from usv.sampling.patterns import calls_report
 from usv.training.build import prepare_folder
 from usv.training.run import commit
-from usv.video import contact_sheet, write_mp4
+from usv.video import contact_sheet, magnified, thumbnails, write_mp4
 
 ROOT = Path(__file__).resolve().parent
+SHEET_ROWS = 16  # prompts and seeds on the contact sheet
+NAME_BYTES = 120  # of a prompt in a file's name; file systems take 255 in all
 RECALL_ROWS = 16  # query rows a call on which the attention recall of a pattern is measured, if its options say no other
 ConfigStore.instance().store(name="infer_schema", node=InferConfig)
 
@@ -47,7 +53,10 @@ def read_prompts(config: InferConfig) -> list[str]:
     path = Path(config.prompts)
     if not path.is_file():
         raise SettingError(f"prompts={path}: no such file; give a text file with one prompt a line")
-    lines = [line.strip() for line in path.read_text().splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise SettingError(f"prompts={path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise SettingError(f"prompts={path}: holds no prompt; put one on each line")
@@ -57,10 +66,7 @@ def read_prompts(config: InferConfig) -> list[str]:
 def run(config: InferConfig) -> dict:
     """The whole job; returns what infer.json holds."""
     keep_freed_memory()
-    for name in ("seeds", "batch_size", "fps", "num_inference_steps"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise SettingError(f"{name}: got {value}, accepted: at least 1")
+    check_numbers(config)
     prompts = read_prompts(config)
     pattern = config.attention.pattern
     options = {"recall_rows": RECALL_ROWS, **config.attention.options} if pattern is not None else {}
@@ -83,54 +89,107 @@ def run(config: InferConfig) -> dict:
     pipe = load_pipeline(config.model.path, *best_place())
     texts = [prompt for prompt in prompts for _ in range(config.seeds)]
     seeds = [config.seed + i for _ in prompts for i in range(config.seeds)]
-    methods: dict[str, tuple[Generation, dict]] = {}
     sparse = "student" if config.ckpt else pattern
-    for name in (["dense"] if sparse is None or config.compare else []) + ([sparse] if sparse else []):
-        executed = {"density": 1.0, "merged": 0.0}
+    methods = (["dense"] if sparse is None or config.compare else []) + ([sparse] if sparse else [])
+    out = Output(folder, config, methods, texts, seeds)
+    for name in methods:
         if name == "student":
             usv.enable(pipe, config.ckpt if config.ckpt_low is None else (config.ckpt, config.ckpt_low), impl=config.attention.impl, attention=pattern, **options)
         elif name == pattern:
             usv.enable(pipe, attention=pattern, impl=config.attention.impl, **options)
         steps = config.num_inference_steps or (pipe._usv.student.sampling.get("num_inference_steps") if name == "student" else None)
         with tqdm(total=len(texts), desc=name, unit="video") as bar:
-            result = generate(pipe, config.model, texts, seeds, config.batch_size, steps, progress=bar)
-        if name == "student":
-            record = pipe._usv.record
-            executed = {"density": round(record.mean_density(), 4), "merged": round(record.mean_merged(), 4)}
-        elif name == pattern:
-            record = pipe._usv.record
-            executed = {"density": round(record.mean_density(), 4), "merged": 0.0}
-        if name in ("student", pattern) and pattern is not None:
-            executed |= {"attention": pattern, **calls_report(record.calls)}
-        methods[name] = (result, executed)
-    return write(folder, config, texts, seeds, methods)
+            for batch in generated(pipe, config.model, texts, seeds, config.batch_size, steps, progress=bar):
+                out.add(name, batch, executed(pipe, name, pattern))
+    return out.finish()
 
 
-def write(folder: Path, config: InferConfig, texts: list[str], seeds: list[int], methods: dict) -> dict:
-    """Videos, contact sheet and infer.json."""
-    report = {"commit": commit(), "ckpt": config.ckpt, "ckpt_low": config.ckpt_low, "model": config.model.path, "methods": {}, "videos": []}
-    rows = []
-    for name, (result, executed) in methods.items():
-        seconds = {stage: round(value, 6) for stage, value in result.seconds.items()}
-        count = len(texts)
-        report["methods"][name] = {
-            "videos": count, "seconds": seconds, "forwards_per_video": result.forwards, **executed,
-            "denoise_seconds_per_video": round(result.seconds["denoise"] / count, 6),
+def executed(pipe, name: str, pattern: str | None) -> dict:
+    """What the forwards of a method have computed so far, as shares of the dense ones."""
+    if name == "dense":
+        return {"density": 1.0, "merged": 0.0}
+    record = pipe._usv.record
+    merged = round(record.mean_merged(), 4) if name == "student" else 0.0
+    calls = {"attention": pattern, **calls_report(record.calls)} if pattern is not None else {}
+    return {"density": round(record.mean_density(), 4), "merged": merged, **calls}
+
+
+class Output:
+    """The files of a run, each written as soon as it can be: videos and infer.json after every batch, the contact sheet at the end.
+
+    One file a prompt, seed and method; what a method is, its student, model and sampler included, is in the name as a hash.
+    """
+
+    def __init__(self, folder: Path, config: InferConfig, methods: list[str], texts: list[str], seeds: list[int]):
+        self.folder, self.config, self.texts, self.seeds = folder, config, texts, seeds
+        self.kinds = {name: identity(config, name) for name in methods}
+        self.run = hashed([self.kinds, texts, seeds])
+        self.report = {"run": self.run, "commit": commit(), "ckpt": config.ckpt, "ckpt_low": config.ckpt_low, "model": config.model.path, "methods": {}, "videos": []}
+        self.seconds: dict[str, list[dict]] = {name: [] for name in methods}
+        self.frames: dict[str, list] = {name: [] for name in methods}
+        self.set_aside()
+
+    def set_aside(self) -> None:
+        """An infer.json and contact sheet of another command keep their contents under names of their own."""
+        try:
+            earlier = json.loads((self.folder / "infer.json").read_text()).get("run", "earlier")
+        except (OSError, ValueError, AttributeError):
+            return
+        if earlier != self.run:
+            for name in ("infer.json", "contact_sheet.png"):
+                file = self.folder / name
+                if file.exists():
+                    os.replace(file, file.with_name(f"{file.stem}-{str(earlier)[:16]}{file.suffix}"))
+
+    def add(self, name: str, batch: Generation, executed: dict) -> None:
+        """The next videos of a method."""
+        done = sum(video["method"] == name for video in self.report["videos"])
+        for index, video in enumerate(batch.videos, done):
+            text, seed = self.texts[index], self.seeds[index]
+            path = self.folder / file_name(text, seed, self.kinds[name], "-dense" if name == "dense" and len(self.kinds) > 1 else "")
+            write_mp4(path, video, self.config.fps or self.config.model.fps, scale=magnified(video.shape[-1]))
+            self.report["videos"].append({"path": str(path), "prompt": text, "seed": seed, "method": name})
+            if index < SHEET_ROWS:
+                self.frames[name].append(thumbnails(video))
+        self.seconds[name].append(batch.seconds)
+        seconds, count = summed(self.seconds[name]), done + len(batch.videos)
+        self.report["methods"][name] = {
+            "videos": count, "seconds": {stage: round(value, 6) for stage, value in seconds.items()}, "forwards_per_video": batch.forwards,
+            **executed, "denoise_seconds_per_video": round(seconds["denoise"] / count, 6),
         }  # fmt: skip
-        for index, (text, seed) in enumerate(zip(texts, seeds)):
-            stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
-            path = folder / f"{stem}-s{seed}{'-dense' if name == 'dense' and len(methods) > 1 else ''}.mp4"
-            write_mp4(path, result.videos[index], config.fps or config.model.fps, scale=max(1, 384 // result.videos.shape[-1]))
-            report["videos"].append({"path": str(path), "prompt": text, "seed": seed, "method": name})
-    for index in range(min(len(texts), 16)):
-        rows += [(f"{name}: {texts[index]} (seed {seeds[index]})", result.videos[index]) for name, (result, _) in methods.items()]
-    contact_sheet(folder / "contact_sheet.png", rows)
-    temporary = folder / ".infer.json.tmp"
-    temporary.write_text(json.dumps(report, indent=1))
-    os.replace(temporary, folder / "infer.json")
-    print_table(report["methods"])
-    print(f"{len(report['videos'])} videos, contact_sheet.png and infer.json in {folder}")
-    return report
+        write_text(self.folder / "infer.json", json.dumps(self.report, indent=1))
+
+    def finish(self) -> dict:
+        """The contact sheet and a table; returns what infer.json holds."""
+        rows = [
+            (f"{name}: {self.texts[index]} (seed {self.seeds[index]})", frames[index])
+            for index in range(min(len(self.texts), SHEET_ROWS))
+            for name, frames in self.frames.items()
+        ]
+        contact_sheet(self.folder / "contact_sheet.png", rows)
+        print_table(self.report["methods"])
+        print(f"{len(self.report['videos'])} videos, contact_sheet.png and infer.json in {self.folder}")
+        return self.report
+
+
+def hashed(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def identity(config: InferConfig, name: str) -> str:
+    """A hash of all that decides a method's videos but prompt and seed."""
+    parts = [asdict(config.model), config.num_inference_steps, config.fps, "dense"]
+    if name != "dense":
+        students = [read_config(path) for path in (config.ckpt, config.ckpt_low) if path is not None]
+        parts = [*parts[:-1], students, asdict(config.attention)]
+    return hashed(parts)
+
+
+def file_name(prompt: str, seed: int, kind: str, suffix: str = "") -> str:
+    """The prompt's letters, in any script, as far as a file system takes them, then a hash of all of the prompt and its method."""
+    letters = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt).lower()).strip("-")
+    letters = letters.encode()[:NAME_BYTES].decode(errors="ignore").strip("-")
+    return f"{letters or 'video'}-{hashed([prompt, kind])}-s{seed}{suffix}.mp4"
 
 
 def print_table(methods: dict[str, dict]) -> None:

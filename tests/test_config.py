@@ -8,10 +8,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from usv import config as settings
+from usv.bounds import LISTS, leaves, range_of
 from usv.config import (
     InferConfig,
     SettingError,
     TrainConfig,
+    check_numbers,
     check_overrides,
     check_train,
     config_groups,
@@ -209,3 +211,57 @@ def test_schema_documents_itself():
         kind = getattr(settings, name)
         if is_dataclass(kind):
             assert kind.__doc__ and not kind.__doc__.startswith(f"{name}(")
+
+
+# ---- every number, every name ----------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+
+
+def put(config, setting, value):
+    owner, _, name = setting.rpartition(".")
+    for part in filter(None, owner.split(".")):
+        config = getattr(config, part)
+    setattr(config, name, value)
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, InferConfig])
+def test_every_number_has_a_range_that_refuses_what_is_none(schema):
+    """A new number without a range fails here; NaN, infinity and absurd sizes are refused by the setting's name."""
+    numbers = [name for name, value in leaves(schema()) if isinstance(value, int | float) and not isinstance(value, bool)]
+    numbers += ["fps"] if schema is InferConfig else ["runtime.threads", "policy.merge_layers", "model.codec.patch_size"]  # None: theirs to choose
+    for name in numbers:
+        assert range_of(name) is not None, f"say in usv/bounds.py which values {name} may have"
+        for value in (NAN, INF, -INF, 10**40, -(10**40), -7):
+            config = schema()
+            put(config, name, value)
+            with pytest.raises(SettingError, match=f"^{name}: got .*, accepted: (from|above) "):
+                check_numbers(config)
+
+
+def test_every_list_of_numbers_has_a_range():
+    for name, value in leaves(TrainConfig()):
+        if isinstance(value, list | dict) and all(isinstance(v, int | float) for v in value) and name != "attention.options":
+            assert range_of(name, LISTS) is not None, name
+            for wrong in ([NAN] * max(1, len(value)), [-1.0] * 3, [0.5] * 10_001):
+                config = TrainConfig()
+                put(config, name, dict(enumerate(wrong)) if isinstance(value, dict) else wrong)
+                with pytest.raises(SettingError, match=f"^{name}: got "):
+                    check_numbers(config)
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("optim.grad_clip", 0.0), ("optim.grad_clip", -1.0), ("optim.betas", [0.9]), ("optim.betas", [0.9, 1.0]), ("optim.ema", 1.5), ("optim.ema", 1.0),
+        ("lora.alpha", 0.0), ("optim.warmup", -5), ("optim.lr", -1e-3), ("model.flow_shift", 0.0), ("model.height", -96), ("model.height", 0),
+        ("dry_run_devices", 0), ("dry_run_utilisation", 0.0), ("model.tile", [1000, 1000, 1000]), ("model.fps", 0), ("objective.critic_updates", 0),
+        ("output_dir", ""), ("output_dir", " "), ("model.path", ""), ("data.path", ""), ("runtime.resume", ""), ("data.mix", {"a": NAN}),
+        ("seed", -1), ("model.num_inference_steps", 0), ("data.drop_text", 1.5), ("policy.gamma", 0.0), ("model.boundary", 1.0),
+    ],
+)  # fmt: skip
+def test_what_trains_nothing_or_the_wrong_way_is_refused(setting, value):
+    config = TrainConfig()
+    put(config, setting, value)
+    with pytest.raises(SettingError, match=f"^{setting}: got .*, accepted: "):
+        check_train(config)

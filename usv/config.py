@@ -10,6 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from usv.bounds import out_of_range
+
 
 class SettingError(ValueError):
     """A setting that cannot be used; the message says what is accepted."""
@@ -161,7 +163,8 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, gradient clipping, moving average of the student. batch_size: of the whole step, over all ranks.
+    """AdamW, gradient clipping, moving average of the student. batch_size: of the whole step, over all ranks. grad_clip: a norm above 0,
+    in every runtime; a large one, 1e9, never clips.
 
     optimizer: adamw | muon (matrices of the blocks by Muon, the rest by AdamW) | adamw8bit (moments in 8 bits; needs the package bitsandbytes and a GPU).
     """
@@ -338,8 +341,15 @@ def _ascending(pair: list[float]) -> bool:
     return len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1
 
 
+def check_numbers(config: TrainConfig | InferConfig) -> None:
+    """SettingError for a number that is not finite or out of its range (usv/bounds.py), and for a name that is empty."""
+    if (problem := out_of_range(config)) is not None:
+        raise SettingError(problem)
+
+
 def check_train(config: TrainConfig) -> None:
     """Values that types cannot check. SettingError names setting, got, accepted."""
+    check_numbers(config)
     rules = [
         ("policy.name", config.policy.name, config.policy.name in POLICIES, " | ".join(POLICIES)),
         ("policy.mode", config.policy.mode, config.policy.mode in ("plan", "dynamic"), "plan | dynamic"),

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ import av
 import browser
 import pytest
 import torch
+from strange import MARKUP, altered
 
 from usv.evaluation.report import __main__ as command
 from usv.evaluation.report.front import front, points_of, uncovered
@@ -298,3 +300,65 @@ def test_a_browser_shows_it(made, tmp_path):
         assert moved >= 4, "videos in view do not play"
     finally:
         page_of.close()
+
+
+# ---- files of strangers ----------------------------------------------------------------------------------------------
+
+
+def test_altered_inputs_never_cost_the_page(files, tmp_path):
+    """Any value anywhere: a page comes out, well formed, what is whole still on it, and no markup of a file's reaches it."""
+    kinds = [*((name, None) for name in ("peers.json", "axes.json", "policies.json")), ("run/student/config.json", "student")]
+    kernels = json.loads((ROOT / "data" / "results" / "attention_cpu.json").read_text())
+    (files / "kernels.json").write_text(json.dumps(kernels | {"rows": kernels["rows"][:2]}))
+    for name, kind in [*kinds, ("kernels.json", None)]:
+        for said, value in altered(json.loads((files / name).read_text()), 15):
+            folder = tmp_path / "strange"
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(value))
+            results = [files / "bare.json"] + ([folder / "config.json"] if kind is None else [])
+            (files / "bare.json").write_text(json.dumps({"methods": {"dense": row("dense", 8, 0.9), "whole": row("ours", 2, 0.8)}}))
+            inputs = gather(results, {"s": folder} if kind else {}, [], [])
+            text = page(inputs, "", "")
+            text.encode()
+            assert "<b title" not in text and "2.000" in text, said
+            tables(inputs)
+    parsed(text)
+    lines = [json.dumps(value) for _, value in altered({"step": 1, "loss/velocity": 0.5, "sparsity/density": 0.5}, 60)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert "<b title" not in page(gather([], {}, [tmp_path / "metrics.jsonl"], []), "", "")
+
+
+def test_a_page_holds_videos_of_their_folder_only(files, tmp_path):
+    """Neither absolute names nor .. nor links: the page goes to others."""
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(b"the secret of this machine")
+    folder = tmp_path / "videos"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "link.mp4").symlink_to(secret)
+    (folder / "sub" / "a.mp4").write_bytes(secret.read_bytes())
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "good.mp4").write_bytes((files / "videos" / "0-dense.mp4").read_bytes())
+    names = [str(secret), "../secret.mp4", "link.mp4", "sub/a.mp4", "sub/../../secret.mp4", "pipe.mp4", "videos.json", ".", "", "good.mp4"]
+    strange = [{"file": "good.mp4", "prompt": 3, "seed": MARKUP, "methods": 7}, {"file": 3}, "x", None]
+    described = [{"file": name, "prompt": MARKUP, "seed": 1, "methods": [MARKUP]} for name in names] + strange
+    (folder / "videos.json").write_text(json.dumps(described))
+    inputs = gather([], {}, [], [folder])
+    text = page(inputs, "", "")
+    assert {v.path.name for v in inputs.videos} == {"good.mp4"} and base64.b64encode(b"the secret").decode()[:10] not in text and "<b title" not in text
+    (folder / "videos.json").unlink()
+    assert {v.path.name for v in gather([], {}, [], [folder]).videos} == {"good.mp4"}
+
+
+def test_the_page_forbids_scripts_and_networks(made):
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', made.read_text())
+    assert "default-src 'none'" in policy and "script-src" not in policy and "http" not in policy and "*" not in policy
+
+
+@pytest.mark.parametrize("words", [["--results", "no.json"], ["--curves", "no.jsonl"], ["--videos", "no"], ["--student", "a=no"], ["--readme", "no.md"], ["--out", "."], ["--out", "mine.txt"], ["--picture", "mine.txt=a.json:psnr"]])
+def test_what_was_named_and_is_not_there_ends_it(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit) as caught:
+        command.main([*words, *([] if "--out" in words else ["--out", "report.html"])])
+    assert isinstance(caught.value.code, str) and caught.value.code.startswith(f"FileError: {words[0]}") and len(caught.value.code.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"] and (tmp_path / "mine.txt").read_text() == "mine"

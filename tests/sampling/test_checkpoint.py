@@ -206,7 +206,7 @@ def test_failure_of_a_rename_leaves_the_old_one(folder, student, monkeypatch, fa
             raise OSError(5, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", flaky)
+    monkeypatch.setattr(os, "replace", flaky)
     with pytest.raises(OSError, match="Input/output"):
         save_student(folder, student)
     assert snapshot(folder) == before

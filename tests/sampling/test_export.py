@@ -7,6 +7,7 @@ from diffusers import WanPipeline
 
 import usv
 from usv.config import SettingError
+from usv.files import FileError
 from usv.models import lora
 from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import CheckpointError, Student, load_student, read_config, save_student
@@ -133,3 +134,40 @@ def test_command_line_answers_in_one_line(tmp_path, capsys):
     assert main(["--ckpt", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err.strip()
     assert said.startswith("CheckpointError") and "no such checkpoint" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("command", ["whole", "lora"])
+def test_what_stands_in_out_is_never_lost(whole, tiny_wan, tmp_path, command):
+    """A folder with anything of the user's in it, a file, a link: refused, as it was. An export: only with overwrite."""
+    make = lambda out, **more: export(whole, str(tiny_wan), out, **more) if command == "whole" else export_lora(whole, str(tiny_wan), out, rank=2, **more)  # noqa: E731
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "link").symlink_to(mine)
+    for wrong in (mine, tmp_path / "file", tmp_path / "link", tiny_wan, whole, "", "."):
+        for overwrite in (False, True):
+            with pytest.raises(FileError, match="--out: got"):
+                make(wrong, overwrite=overwrite)
+    assert (mine / "thesis.txt").read_text() == "years" and (tmp_path / "file").read_text() == "a file" and (tiny_wan / "model_index.json").is_file()
+    out = tmp_path / "out"
+    out.mkdir()
+    make(out)  # an empty folder is as good as none
+    written = (out / "usv" / "config.json").stat().st_mtime_ns
+    with pytest.raises(FileError, match="--overwrite replaces it"):
+        make(out)
+    assert (out / "usv" / "config.json").stat().st_mtime_ns == written
+    make(out, overwrite=True)
+    assert (out / "usv" / "config.json").stat().st_mtime_ns > written
+    (out / "notes.md").write_text("mine")
+    with pytest.raises(FileError, match=r"no export of this program \(notes.md\)"):
+        make(out, overwrite=True)
+    assert (out / "notes.md").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    modes = {p.stat().st_mode & 0o777 for p in out.rglob("*") if p.is_file() and p.name != "notes.md"}
+    assert modes == {(out / "notes.md").stat().st_mode & 0o777}, "some files only their owner can read"
+
+
+@pytest.mark.parametrize("words, said", [(["--rank", "4"], "without --lora"), (["--lora", "--rank", "-3"], "--rank: got -3"), (["--lora", "--rank", "0"], "--rank: got 0"), (["--lora", "--rank", "33"], "--rank: got 33, accepted: 1 to 32")])
+def test_ranks_that_cannot_be_are_refused(whole, tiny_wan, tmp_path, capsys, words, said):
+    assert main(["--ckpt", str(whole), "--model", str(tiny_wan), "--out", str(tmp_path / "out"), *words]) == 1
+    assert said in capsys.readouterr().err.strip().splitlines()[-1] and not (tmp_path / "out").exists()

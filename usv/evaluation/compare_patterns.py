@@ -25,8 +25,10 @@ from tqdm import tqdm
 import usv
 from usv.config import ModelConfig, SettingError
 from usv.cpu import keep_freed_memory
+from usv.evaluation.arguments import check
 from usv.evaluation.evaluate import commit, machine, real_clips, requests
 from usv.evaluation.matched_density import TOLERANCE, settings_for, svg_densities
+from usv.files import check_folder, write_text
 from usv.metrics import build_prototypes, evaluate_videos, features
 from usv.metrics.fidelity import find_ffmpeg
 from usv.metrics.frechet import MIN_CLIPS
@@ -49,13 +51,18 @@ class Comparison:
         self.dense_file = cache / f"dense-{mark}.safetensors"
         self.report = {"settings": settings, "calibration": {}, "dense": None, "rows": []}
         if out.exists():
-            found = json.loads(out.read_text())
-            if found.get("settings") == settings:
+            try:
+                found = json.loads(out.read_text())
+            except ValueError as error:
+                raise SettingError(f"--out: got {out}, which is no JSON ({error}), accepted: a new name, or remove that file") from None
+            if isinstance(found, dict) and found.get("settings") == settings:
                 self.report = found
                 found["rows"] = [row for row in found["rows"] if self._of_these_clusters(row["options"])]
                 found["calibration"] = {k: o for k, o in found["calibration"].items() if self._of_these_clusters(o)}
             else:
-                print(f"{out}: of other settings or another model, begun anew")
+                earlier = out.with_name(f"{out.stem}-{int(out.stat().st_mtime)}{out.suffix}")
+                os.replace(out, earlier)
+                print(f"{out}: of other settings or another model, begun anew; it is kept as {earlier}")
 
     def _of_these_clusters(self, options: dict) -> bool:
         return "q_clusters" not in options or {k: options[k] for k in self.clusters} == self.clusters
@@ -65,10 +72,7 @@ class Comparison:
 
     def save(self) -> None:
         self.report |= {"commit": commit(), "machine": machine(best_place()[1]), "command": "python -m usv.compare_patterns " + " ".join(sys.argv[1:])}
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.out.with_name(f".{self.out.name}.tmp")
-        temporary.write_text(json.dumps(self.report, indent=1) + "\n")
-        os.replace(temporary, self.out)
+        write_text(self.out, json.dumps(self.report, indent=1) + "\n")
 
 
 class Setup:
@@ -220,6 +224,11 @@ def main(words: list[str] | None = None, model: ModelConfig | None = None) -> di
     from usv.evaluation.compare_report import publish, table
 
     args = parse(words)
+    try:
+        check(args)
+        check_folder(args.cache, "--cache")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     model = model or ModelConfig(path=args.model)
     model.path, model.num_inference_steps, model.guidance_scale = args.model, args.steps, args.guidance
     warm_up = {"dense_layers": args.dense_layers, "dense_steps": args.dense_steps}

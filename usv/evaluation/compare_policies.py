@@ -18,6 +18,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from usv.evaluation.arguments import check
+from usv.files import check_folder, write_text
 from usv.training.run import commit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +75,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("settings", nargs="*", help="settings of train.py, after --")
     args = parser.parse_args()
+    try:
+        check(args)
+        check_folder(args.runs, "--runs")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     cells: dict[str, list[dict]] = {policy: [] for policy in POLICIES}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     pool = ThreadPoolExecutor(args.jobs)
@@ -90,7 +97,6 @@ def main() -> None:
             if args.out is not None:
                 command = "python -m usv.compare_policies " + " ".join(sys.argv[1:])
                 report = {"commit": commit(), "command": command, "seeds": seed + 1, "rows": rows, "runs": cells}
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+                write_text(args.out, json.dumps(report, indent=1) + "\n")
     finally:
         pool.shutdown(cancel_futures=True)  # one that failed ends the comparison

@@ -24,6 +24,8 @@ from tqdm import tqdm
 import usv
 from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory, processor
+from usv.evaluation.arguments import check
+from usv.files import write_result, write_text
 from usv.metrics import build_prototypes, evaluate_videos, features
 from usv.metrics.frechet import MIN_CLIPS
 from usv.sampling.checkpoint import CheckpointError, Student, load_student, named
@@ -32,7 +34,7 @@ from usv.sampling.sampler import StudentScheduler
 from usv.sparse.cost import ModelShape, plan_cost
 from usv.sparse.grid import tile_layout
 from usv.training.run import commit
-from usv.video import contact_sheet, write_mp4
+from usv.video import contact_sheet, magnified, write_mp4
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL_SEED = 3  # neither the teacher's training clips (1) nor the codec's held-out ones (2)
@@ -147,7 +149,7 @@ def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_
         row["forward_speedup"] = rows["dense"]["seconds_per_forward"]["p50"] / row["seconds_per_forward"]["p50"]
         row["denoise_speedup"] = rows["dense"]["denoise_seconds"] / row["denoise_seconds"]
     if videos is not None:
-        show(videos, prompts, {name: g.videos for name, (g, _, _) in generated.items()})
+        show(videos, prompts, {name: g.videos for name, (g, _, _) in generated.items()}, model.fps)
     return {"commit": commit(), "machine": machine(pipe.device), "clips": clips, "checkpoints": checkpoints, "methods": rows}
 
 
@@ -193,16 +195,16 @@ def opened(pipe, path: str) -> Student:
     return student
 
 
-def show(folder: Path, prompts: list[str], videos: dict[str, torch.Tensor], count: int = 6) -> None:
+def show(folder: Path, prompts: list[str], videos: dict[str, torch.Tensor], fps: int, count: int = 6) -> None:
     """A contact sheet, side-by-side mp4s (dense | students) of the first prompts, and videos.json, which says what they are."""
     rows, entries = [], []
     for index in range(min(count, len(prompts))):
         beside = torch.cat([clips[index] for clips in videos.values()], dim=-1)
         rows.append((f"{' | '.join(videos)}: {prompts[index]}", beside))
-        write_mp4(folder / f"{index:02d}.mp4", beside, scale=2)
+        write_mp4(folder / f"{index:02d}.mp4", beside, fps, scale=magnified(beside.shape[-1] // len(videos), 2))
         entries.append({"file": f"{index:02d}.mp4", "prompt": prompts[index], "seed": index, "methods": list(videos)})
     contact_sheet(folder / "contact_sheet.png", rows, columns=max(2, 12 // len(videos)))
-    (folder / "videos.json").write_text(json.dumps(entries, indent=1) + "\n")
+    write_text(folder / "videos.json", json.dumps(entries, indent=1) + "\n")
 
 
 def table(report: dict) -> str:
@@ -244,6 +246,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--videos", type=Path, help="folder for side-by-side videos and a contact sheet")
     args = parser.parse_args()
+    try:
+        check(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     model = ModelConfig(path=args.model)
     if args.guidance is not None:
         model.guidance_scale = args.guidance
@@ -251,11 +257,9 @@ def main() -> None:
         model.num_inference_steps = args.steps
     try:
         report = evaluate(model, named(args.ckpt), args.clips, args.batch_size, args.videos)
+        report["command"] = "python -m usv.evaluate " + " ".join(sys.argv[1:])
+        print(table(report))
+        if args.out is not None:
+            write_result(args.out, report)
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    report["command"] = "python -m usv.evaluate " + " ".join(sys.argv[1:])
-    print(table(report))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(args.out)

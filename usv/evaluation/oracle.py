@@ -17,7 +17,6 @@ A student whose policy decided its steps (policy.steps) is asked for these inste
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -31,7 +30,9 @@ from usv import flow
 from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory
 from usv.evaluation import oracle_steps
+from usv.evaluation.arguments import check
 from usv.evaluation.evaluate import machine
+from usv.files import write_result
 from usv.models.forward import SparseTransformer
 from usv.objectives.regression import velocity_loss
 from usv.objectives.velocity import guided_velocity
@@ -177,6 +178,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     try:
+        check(args)
         pipe = load_pipeline(args.model)
         student = load_student(args.ckpt, pipe.transformer)
         s = student.sampling
@@ -194,6 +196,7 @@ def main() -> None:
         print(f"the learned plan has {report['gain']:.0%} of the oracle's gain over the uniform plan, on the {args.weights}'s weights")
     if args.out is not None:
         command = "python -m usv.oracle " + " ".join(sys.argv[1:])
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"commit": commit(), "command": command, "machine": machine(), **report}) + "\n")
-        print(args.out)
+        try:
+            write_result(args.out, {"commit": commit(), "command": command, "machine": machine(), **report}, indent=None)
+        except OSError as error:
+            sys.exit(f"{type(error).__name__}: {error}")

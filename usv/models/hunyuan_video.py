@@ -16,7 +16,18 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
-from usv.models.protocol import Attend, Blocks, Family, Processor, Text, at_positions, order_pair, patch_grid, rotate, sides_of
+from usv.models.protocol import (
+    Attend,
+    Blocks,
+    Family,
+    Processor,
+    Text,
+    at_positions,
+    order_pair,
+    patch_grid,
+    rotate,
+    sides_of,
+)
 from usv.sparse.grid import TokenGrid
 
 

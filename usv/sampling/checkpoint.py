@@ -8,8 +8,7 @@ the rest being the exported pipeline's own transformer ("fingerprint", usv/sampl
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,16 +17,17 @@ from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from usv.files import atomic_folder, checksum, replacing, settle
 from usv.models import lora
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
+from usv.sampling.record import CheckpointError, check_record, plan_of
 from usv.sparse.grid import Tile
 from usv.sparse.plan import SparsityPlan
 
 FORMAT = "usv-student-1"
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what to do."""
+READS = 3  # of a folder that is replaced while it is read
+DENSE = "dense"  # what comparisons call the model itself
 
 
 @dataclass
@@ -51,47 +51,32 @@ class Student:
         return self.plan.sampled(self.sampling.get("student_timesteps") or ())
 
 
-def atomic_folder(path: Path, write) -> None:
-    """Fill a temporary sibling by `write(folder)`, then put it in the place of `path`; the old one stands until then."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settle(path)
-    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        write(fresh)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(fresh, path)
-    finally:
-        settle(path)
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def settle(path: Path) -> None:
-    """Put the old folder back where a kill or an error came between the two renames of `atomic_folder`."""
-    old = path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        os.replace(old, path)
-
-
 def save_student(path: str | Path, student: Student) -> None:
-    """Write a student folder."""
+    """Write a student folder. CheckpointError where a weight is not finite."""
     state, record = student.model.state_dict(), record_of(student)
     if student.adapters is not None:
         record["lora"] = student.lora
         gates = {name: value for name, value in state.items() if name.startswith("gates.")}
         state = {**gates, **lora.diffusers_names(student.adapters)}
 
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    if wrong := not_finite(tensors):
+        raise CheckpointError(f"{path}: not saved, {wrong}; what stood there before still stands")
+
     def write(folder: Path) -> None:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         save_file(tensors, folder / "student.safetensors")
+        record["checksum"] = checksum(folder / "student.safetensors")
         (folder / "config.json").write_text(json.dumps(record, indent=1))
 
     atomic_folder(Path(path), write)
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """A line about the first tensor with NaN or infinity; None where all are finite."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            return f"{name} is not finite in {int((~torch.isfinite(value)).sum())} of {value.numel()} places"
+    return None
 
 
 def record_of(student: Student) -> dict:
@@ -125,7 +110,7 @@ def read_config(path: str | Path) -> dict:
         raise CheckpointError(f"{path}: not a student folder (no config.json){hint}; give one written by train.py")
     try:
         record = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable ({error}); the checkpoint is damaged, use another") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         record = record if isinstance(record, dict) else {}
@@ -136,16 +121,22 @@ def read_config(path: str | Path) -> dict:
     missing = [key for key in ("transformer", "tile", "plan", "sampling", "training") if key not in record]
     if missing:
         raise CheckpointError(f"{file}: lacks {', '.join(missing)}; the checkpoint is damaged, use another")
+    check_record(record, file)
     return record
 
 
 def named(entries: list[str]) -> dict[str, str]:
-    """[name=]path arguments; the default name is the folder's, or the run's that it lies in. ValueError for a name given twice."""
+    """[name=]path arguments; the default name is the folder's, or the run's that it lies in. ValueError for a name given twice, and for
+    the dense model's."""
     found: dict[str, str] = {}
     for entry in entries:
         name, _, path = entry.rpartition("=")
         folder = Path(path.partition("@")[0]).resolve()
         name = name or (folder.parent if folder.name == "student" else folder).name
+        if not folder.name or not name or {"/", "\\", "\0"} & set(name):
+            raise ValueError(f"students: got {entry!r}, accepted: FOLDER or name=FOLDER, the name without / and \\")
+        if name == DENSE:
+            raise ValueError(f"students: got the name {name!r}, which is the model's own, accepted: another, as in other={path}")
         if name in found:
             raise ValueError(f"students: got the name {name!r} twice, accepted: one name a student, as in other=FOLDER")
         found[name] = path
@@ -154,8 +145,19 @@ def named(entries: list[str]) -> dict[str, str]:
 
 def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
     """A student for the model `base` belongs to. CheckpointError when shapes differ or a file is damaged."""
-    path, record = Path(path), read_config(path)
-    path = path / "usv" if (path / "usv" / "config.json").exists() else path
+    path = Path(path)
+    for attempt in range(READS):
+        record = read_config(path)
+        folder = path / "usv" if (path / "usv" / "config.json").exists() else path
+        try:
+            return _load(folder, record, base)
+        except CheckpointError:  # a training run may have put a newer student in its place between the two files
+            if attempt == READS - 1 or read_config(path) == record:
+                raise
+
+
+def _load(path: Path, record: dict, base: WanTransformer3DModel) -> Student:
+    """As `load_student`, from the folder that holds student.safetensors."""
     wanted = {key: _plain(dict(base.config)[key]) for key in family_of(base).shape_keys}
     differing = [
         f"{k}: {record['transformer'].get(k)} against {v}"
@@ -172,18 +174,15 @@ def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
             f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; load "
             f"WanPipeline.from_pretrained({str(path.parent)!r}) first"
         )
+    plan, tile = plan_of(record, path / "config.json"), Tile(*record["tile"])
     transformer = type(base).from_config(base.config)
-    try:
-        plan, tile = SparsityPlan.from_dict(record["plan"]), Tile(*record["tile"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}/config.json: no usable plan or tile ({error}); use another checkpoint") from None
     if plan.num_layers != len(transformer.blocks):
         raise CheckpointError(
             f"{path}/config.json: a plan of {plan.num_layers} layers for a model of {len(transformer.blocks)}; use another checkpoint"
         )
     model, adapters = SparseTransformer(transformer, tile), None
+    tensors = read_weights(path, record)
     try:
-        tensors = load_file(path / "student.safetensors")
         if record.get("lora") or record.get("fingerprint"):  # the rest is the model's own
             tensors = {
                 **{f"transformer.{name}": value for name, value in base.state_dict().items()},
@@ -193,16 +192,28 @@ def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
             adapters = {name: value for name, value in tensors.items() if lora.is_adapter(name)}
             tensors = lora.merged(tensors, record["lora"]["alpha"] / record["lora"]["rank"])
         model.load_state_dict(tensors)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}/student.safetensors: damaged or incomplete ({error}); use another checkpoint"
-        ) from None
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}/student.safetensors: damaged or incomplete ({str(error).splitlines()[0]}); use another checkpoint") from None
     kinds = {name.replace(".base_layer.", "."): p.dtype for name, p in base.named_parameters()}
     for name, p in transformer.named_parameters():  # a bf16 model keeps some parts in fp32
         p.data = p.data.to(kinds[name])
     model.gates.to(base.dtype)
     model = model.to(device=base.device).eval().requires_grad_(False)
     return Student(model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters)
+
+
+def read_weights(path: Path, record: dict) -> dict[str, torch.Tensor]:
+    """student.safetensors of a folder, as its config.json says it was written. CheckpointError."""
+    file = path / "student.safetensors"
+    try:
+        tensors = load_file(file)
+        changed = record.get("checksum") is not None and checksum(file) != record["checksum"]
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: damaged or incomplete ({error}); use another checkpoint") from None
+    wrong = "its checksum is not the one in config.json" if changed else not_finite(tensors)
+    if wrong:
+        raise CheckpointError(f"{file}: damaged or incomplete ({wrong}); use another checkpoint")
+    return tensors
 
 
 def fingerprint(transformer: WanTransformer3DModel) -> dict[str, list[float]]:
@@ -238,10 +249,6 @@ def _plain(value):
 
 
 def save_file_atomic(path: Path, obj) -> None:
-    """torch.save to a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    """torch.save, whole or not at all."""
+    with replacing(path) as temporary:
         torch.save(obj, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

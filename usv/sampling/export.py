@@ -10,6 +10,8 @@
       pytorch_lora_weights.safetensors      the student's own adapters, or with --rank the best low-rank part of its update
       usv/…                                 as above
 
+--out names a folder that is new or empty; --overwrite replaces an earlier export, and nothing else.
+
 Without usv.enable both run the student's weights densely. A LoRA cut from a fully trained student is an approximation; how much
 of the update it holds is printed and kept in usv/config.json.
 """
@@ -25,11 +27,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from usv.config import LoraConfig, SettingError
+from usv.files import FileError, atomic_folder, check_folder, checksum
 from usv.models import lora
 from usv.sampling.checkpoint import (
     CheckpointError,
     Student,
-    atomic_folder,
     fingerprint,
     load_student,
     read_config,
@@ -37,13 +39,39 @@ from usv.sampling.checkpoint import (
 )
 from usv.sampling.generate import load_pipeline
 
+# what an export is made of: with anything else in it a folder is not replaced
+PARTS = {
+    "usv", "model_index.json", "pytorch_lora_weights.safetensors", "transformer", "transformer_2", "vae", "text_encoder", "tokenizer",
+    "scheduler", "image_encoder", "image_processor",
+}  # fmt: skip
+
+
+def check_out(out: str | Path, overwrite: bool) -> Path:
+    """The folder to write, as it is called without links. FileError where something else than an export stands there, or one may not
+    be replaced."""
+    path = Path(out)
+    if not str(out) or path == Path("."):
+        raise FileError(f"--out: got {str(out)!r}, accepted: the name of a new folder")
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise FileError(f"--out: got {out}, which is a file, accepted: the name of a new folder")
+    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    if names and (not names <= PARTS or not (path / "usv" / "config.json").is_file()):
+        other = ", ".join(sorted(names - PARTS)[:3]) or "no usv/config.json"
+        raise FileError(f"--out: got {out}, which is not empty and no export of this program ({other}), accepted: a new or an empty folder")
+    if names and not overwrite:
+        raise FileError(f"--out: got {out}, where an export stands; --overwrite replaces it, or give a new folder")
+    check_folder(path.parent)
+    return path
+
 
 def write_usv(folder: Path, student: Student, transformer, **more) -> None:
     """usv/: everything of the student that a diffusers folder has no place for."""
     folder.mkdir()
     gates = {n: v.detach().cpu().contiguous() for n, v in student.model.state_dict().items() if n.startswith("gates.")}
     save_file(gates, folder / "student.safetensors")
-    record = {**record_of(student), "fingerprint": fingerprint(transformer), **more}
+    weights = {"checksum": checksum(folder / "student.safetensors")}
+    record = {**record_of(student), "fingerprint": fingerprint(transformer), **weights, **more}
     (folder / "config.json").write_text(json.dumps(record, indent=1))
 
 
@@ -53,12 +81,13 @@ def refuse_expert(ckpt: str | Path) -> None:
         raise CheckpointError(f"{ckpt}: a student of one of two experts ({expert}) is not exported; usv.enable(pipe, (HIGH, LOW)) runs both")
 
 
-def export(ckpt: str | Path, model: str, out: Path, dtype: torch.dtype | None = None) -> Path:
+def export(ckpt: str | Path, model: str, out: Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
     """A whole pipeline folder with the student's weights. Raises CheckpointError, SettingError, OSError.
 
-    dtype: of the transformer's weights; None keeps fp32.
+    dtype: of the transformer's weights; None keeps fp32. overwrite: an earlier export in `out` is replaced.
     """
     refuse_expert(ckpt)
+    place = check_out(out, overwrite)
     pipe = load_pipeline(model)
     student = load_student(ckpt, pipe.transformer)
     pipe.transformer = student.model.transformer
@@ -69,17 +98,23 @@ def export(ckpt: str | Path, model: str, out: Path, dtype: torch.dtype | None = 
         pipe.save_pretrained(folder)
         write_usv(folder / "usv", student, pipe.transformer)
 
-    atomic_folder(out, write)
+    atomic_folder(place, write)
     return out
 
 
-def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None) -> float:
+def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None, overwrite: bool = False) -> float:
     """A diffusers LoRA folder; returns the share of the update's squared norm that it holds (1 for a student of adapters).
 
-    rank: for a student without adapters, of the LoRA that is cut from its update.
+    rank: for a student without adapters, of the LoRA that is cut from its update. overwrite: an earlier export in `out` is replaced.
     """
     refuse_expert(ckpt)
     record = read_config(ckpt)
+    own = (record.get("lora") or {}).get("rank")
+    if rank is not None and rank < 1:
+        raise SettingError(f"--rank: got {rank}, accepted: at least 1, e.g. --rank 64")
+    if None not in (own, rank) and own != rank:
+        raise SettingError(f"--rank: got {rank} for a student of adapters of rank {own}, accepted: none, which exports them as they are")
+    place = check_out(out, overwrite)
     pipe = load_pipeline(model)
     student = load_student(ckpt, pipe.transformer)
     if record.get("lora"):
@@ -90,6 +125,9 @@ def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None
             "--rank: got none, and this student has no adapters; accepted: the rank of the LoRA to cut, e.g. --rank 64"
         )
     else:
+        widest = min(student.model.transformer.blocks[0].attn1.to_q.weight.shape)
+        if rank > widest:
+            raise SettingError(f"--rank: got {rank}, accepted: 1 to {widest}, the smaller side of a query projection")
         tensors, held = cut(
             pipe.transformer.state_dict(), student.model.transformer.state_dict(), LoraConfig().targets, rank
         )
@@ -107,7 +145,7 @@ def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None
         save_file({n: v.contiguous() for n, v in tensors.items()}, folder / "pytorch_lora_weights.safetensors")
         write_usv(folder / "usv", student, pipe.transformer, lora_holds=held)
 
-    atomic_folder(out, write)
+    atomic_folder(place, write)
     return held
 
 
@@ -137,24 +175,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="a student folder of train.py")
     parser.add_argument("--model", default="data/wan-mini", help="the model it was trained from: folder or hub id")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the transformer"
     )
     parser.add_argument("--lora", action="store_true", help="write a diffusers LoRA instead of a whole pipeline")
     parser.add_argument("--rank", type=int, help="with --lora, for a fully trained student")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     args = parser.parse_args(argv)
     try:
+        if args.rank is not None and not args.lora:
+            raise SettingError(f"--rank: got {args.rank} without --lora, accepted: --lora --rank {args.rank}, or neither")
         if args.lora:
-            held = export_lora(args.ckpt, args.model, args.out, args.rank)
+            held = export_lora(args.ckpt, args.model, args.out, args.rank, args.overwrite)
             print(f"{args.out}: a LoRA that holds {held:.1%} of the update. pipe.load_lora_weights({str(args.out)!r}); "
                   f"pipe.fuse_lora(); pipe.unload_lora_weights(); usv.enable(pipe, {str(args.out)!r})")  # fmt: skip
         else:
-            export(args.ckpt, args.model, args.out, getattr(torch, args.dtype))
+            export(args.ckpt, args.model, args.out, getattr(torch, args.dtype), args.overwrite)
             print(
                 f"{args.out}: pipe = WanPipeline.from_pretrained({str(args.out)!r}); usv.enable(pipe, {str(args.out)!r})"
             )
-    except (CheckpointError, SettingError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

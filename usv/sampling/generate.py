@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -70,8 +71,22 @@ def single_precision_rope(transformer) -> None:
     rope.freqs_cos, rope.freqs_sin = rope.freqs_cos.float(), rope.freqs_sin.float()
 
 
+def generate(pipe: WanPipeline, model: ModelConfig, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 4, *args, **kwargs) -> Generation:
+    """All of `generated` together, in memory."""
+    parts = list(generated(pipe, model, prompts, seeds, batch_size, *args, **kwargs))
+    return Generation(torch.cat([part.videos for part in parts]), summed(part.seconds for part in parts), parts[0].forwards)
+
+
+def summed(seconds: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Seconds by stage over several batches."""
+    total: dict[str, float] = {}
+    for part in seconds:
+        total = {stage: total.get(stage, 0.0) + value for stage, value in part.items()}
+    return total
+
+
 @torch.no_grad()
-def generate(
+def generated(
     pipe: WanPipeline,
     model: ModelConfig,
     prompts: Sequence[str],
@@ -82,22 +97,21 @@ def generate(
     progress=None,
     embeds: torch.Tensor | None = None,
     empty: torch.Tensor | None = None,
-) -> Generation:
-    """One video for each (prompt, seed); the start noise depends on the seed alone, not on batching or method.
+) -> Iterator[Generation]:
+    """One video for each (prompt, seed), a batch at a time; the start noise depends on the seed alone, not on batching or method.
 
     embeds (N, L, D) and empty (L, D): embeddings of the prompts and of the empty one, instead of asking the text encoder.
-    guidance_scale None: the model's own for a dense pipeline, 1 for an enabled one.
+    guidance_scale None: the model's own for a dense pipeline, 1 for an enabled one. A prompt that is cut is named, on stderr.
     """
     enabled = isinstance(getattr(pipe, "_usv", None), Enabled)  # a training-free pattern keeps the model's guidance
     scale = guidance_scale if guidance_scale is not None else 1.0 if enabled else model.guidance_scale
     steps = num_inference_steps or model.num_inference_steps
-    seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
-    videos = []
-    with nullcontext() if enabled else levels_of(pipe, model):  # a student has brought its own
-        for start in range(0, len(prompts), batch_size):
-            texts, numbers = list(prompts[start : start + batch_size]), seeds[start : start + batch_size]
+    for start in range(0, len(prompts), batch_size):
+        texts, numbers = list(prompts[start : start + batch_size]), seeds[start : start + batch_size]
+        with nullcontext() if enabled else levels_of(pipe, model):  # a student has brought its own
             begun = now()
             if embeds is None:
+                say_cut(pipe, texts, model.max_sequence_length)
                 positive, negative = pipe.encode_prompt(
                     texts, "", scale > 1, max_sequence_length=model.max_sequence_length, device=pipe.device
                 )
@@ -112,13 +126,31 @@ def generate(
                 max_sequence_length=model.max_sequence_length,
             ).frames  # fmt: skip
             denoised = now()
-            videos.append(decode(pipe, latents).cpu())
-            seconds["text"] += encoded - begun
-            seconds["denoise"] += denoised - encoded
-            seconds["decode"] += now() - denoised
-            if progress is not None:
-                progress.update(len(texts))
-    return Generation(torch.cat(videos), seconds, steps * (2 if scale > 1 else 1))
+            videos = decode(pipe, latents).cpu()
+            seconds = {"text": encoded - begun, "denoise": denoised - encoded, "decode": now() - denoised}
+        if progress is not None:
+            progress.update(len(texts))
+        yield Generation(videos, seconds, steps * (2 if scale > 1 else 1))
+
+
+SAID: set[tuple[str, int]] = set()  # prompts already named: methods are compared on the same ones
+
+
+def say_cut(pipe: WanPipeline, texts: Sequence[str], limit: int) -> None:
+    """Name on stderr each prompt longer than the model is given, and where it ends."""
+    for text in dict.fromkeys(texts):
+        if (text, limit) not in SAID and (found := cut_at(pipe.tokenizer, text, limit)) is not None:
+            SAID.add((text, limit))
+            tokens, kept = found
+            print(f"prompt cut: {tokens} tokens, model.max_sequence_length is {limit}; the model reads “{kept}” and nothing after it", file=sys.stderr)
+
+
+def cut_at(tokenizer, text: str, limit: int) -> tuple[int, str] | None:
+    """(tokens of a text, its part that `limit` tokens hold); None where all of it fits."""
+    tokens = tokenizer(text, add_special_tokens=True).input_ids
+    if len(tokens) <= limit:
+        return None
+    return len(tokens), tokenizer.decode(tokenizer(text, max_length=limit, truncation=True).input_ids, skip_special_tokens=True)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from functools import lru_cache
 
 import torch
 
+from usv.bounds import MOST_TILE
+
 
 @dataclass(frozen=True)
 class TokenGrid:
@@ -71,9 +73,9 @@ class TileLayout:
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # kept for training too, which cannot save inference tensors
 def tile_layout(grid: TokenGrid, tile: Tile, device: str = "cpu") -> TileLayout:
-    """The TileLayout of a grid. ValueError when a tile extent is not positive."""
-    if min(tile.t, tile.h, tile.w) < 1:
-        raise ValueError(f"tile: got {tile}, expected positive extents, e.g. Tile(4, 4, 4)")
+    """The TileLayout of a grid. ValueError when a tile extent is not positive, or a tile too large."""
+    if min(tile.t, tile.h, tile.w) < 1 or tile.num_tokens > MOST_TILE:
+        raise ValueError(f"tile: got {tile}, expected positive extents of at most {MOST_TILE} tokens together, e.g. Tile(4, 4, 4)")
     position = torch.arange(grid.num_tokens).view(grid.t, grid.h, grid.w)
     runs, cells = [], []
     most = tile.t * math.ceil(tile.h / 2) * math.ceil(tile.w / 2)

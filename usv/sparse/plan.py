@@ -101,10 +101,11 @@ class SparsityPlan:
     steps: tuple[bool, ...] = ()
 
     def __post_init__(self):
-        if len(self.edges) != len(self.rungs) or list(self.edges) != sorted(self.edges):
+        ascending = all(a < b for a, b in zip((0.0, *self.edges), self.edges)) and self.edges and self.edges[-1] < 1001  # and no NaN
+        if len(self.edges) != len(self.rungs) or not ascending:
             raise ValueError(
                 f"rungs: got {len(self.rungs)} rows for {len(self.edges)} edges {self.edges}, expected one row for each of "
-                "the ascending edges"
+                "the ascending edges, timesteps above 0"
             )
         if self.steps and (len(self.steps) != len(self.edges) or not self.steps[-1]):
             raise ValueError(
@@ -167,9 +168,11 @@ class SparsityPlan:
 
     @classmethod
     def from_dict(cls, data: dict) -> SparsityPlan:
-        """Inverse of `to_dict`. ValueError for a rung beyond the ladders."""
+        """Inverse of `to_dict`. ValueError for a rung beyond the ladders, TypeError for what is no number."""
         for row in data["rungs"]:
             for density, merge, *mass in row:
+                if type(density) is not int or type(merge) is not int:
+                    raise TypeError(f"rungs: got ({density!r}, {merge!r}), expected two whole numbers")
                 if not all(0 <= value <= 1 for value in mass) or len(mass) > 1:
                     raise ValueError(f"rungs: got a mass of {mass}, expected one in [0, 1]")
                 if not (0 <= density < len(DENSITY_LADDER) and 0 <= merge < len(MERGE_LADDER)):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from usv.config import ModelConfig, SettingError
+from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory
+from usv.evaluation.arguments import check
 from usv.evaluation.bench import block, denoise, forward, memory, training
 from usv.evaluation.bench.measure import write
 from usv.evaluation.bench.sides import pipeline_sides
@@ -94,12 +95,13 @@ def run(args) -> tuple[dict, str]:
 
 def main() -> None:
     args = parser().parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     keep_freed_memory()
     try:
+        check(args)
+        if args.threads:
+            torch.set_num_threads(args.threads)
         report, text = run(args)
-    except (SettingError, ValueError, OSError) as error:
+        print(text)
+        write(report, args.out)
+    except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    print(text)
-    write(report, args.out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -18,6 +17,7 @@ import torch
 
 import usv.sparse.attention
 from usv.cpu import processor
+from usv.files import write_result
 from usv.models import forward, wan
 from usv.sampling.generate import now
 from usv.sparse.plan import SparsityPlan
@@ -140,9 +140,7 @@ def write(report: dict, out: Path | None) -> None:
     """The report with the command that made it, as JSON."""
     report["command"] = "python -m usv.bench " + " ".join(sys.argv[1:])
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
-        print(out)
+        write_result(out, report)
 
 
 def peak_bytes() -> int:

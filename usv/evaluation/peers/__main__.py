@@ -11,14 +11,15 @@ student's weights (VSA's setting); and students. A peer that is missing or fails
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory
+from usv.evaluation.arguments import check
 from usv.evaluation.peers.methods import all_methods
 from usv.evaluation.peers.run import compare
+from usv.files import write_result
 from usv.sampling.checkpoint import named
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -90,6 +91,7 @@ def main(words: list[str] | None = None, model: ModelConfig | None = None) -> di
     model.path, model.num_inference_steps = args.model, args.steps
     keep_freed_memory()
     try:
+        check(args)
         methods = all_methods(model, named(args.ckpt), args.density, args.fixed_density)
         names = [method.name for method in methods]
         if unknown := sorted(set(args.only or ()) - set(names)):
@@ -98,12 +100,10 @@ def main(words: list[str] | None = None, model: ModelConfig | None = None) -> di
             raise ValueError("--ckpt: got the name of another method, accepted: a name of its own, as in mine=FOLDER")
         methods = [method for method in methods if not args.only or method.name in {"dense", *args.only}]
         report = compare(model, methods, args.clips, args.batch_size, args.videos)
+        report = {"command": "python -m usv.peers " + " ".join(sys.argv[1:] if words is None else words), **report}
+        print(table(report))
+        if args.out is not None:
+            write_result(args.out, report, ensure_ascii=False)
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    report = {"command": "python -m usv.peers " + " ".join(sys.argv[1:] if words is None else words), **report}
-    print(table(report))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        print(args.out)
     return report

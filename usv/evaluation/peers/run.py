@@ -16,11 +16,12 @@ from tqdm import tqdm
 from usv.config import ModelConfig
 from usv.evaluation.evaluate import finite, machine, real_clips, requests
 from usv.evaluation.peers.methods import Method
+from usv.files import write_text
 from usv.metrics import build_prototypes, evaluate_videos, features
 from usv.metrics.frechet import MIN_CLIPS
 from usv.sampling.generate import best_place, generate, load_pipeline
 from usv.training.run import commit
-from usv.video import write_mp4
+from usv.video import magnified, write_mp4
 
 PACKAGES = ("torch", "diffusers", "transformers", "cache-dit", "usv")
 SHOWN = 6  # prompts whose videos are written
@@ -150,23 +151,24 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def write_videos(folder: Path, prompts: list[str], results: dict[str, Result]) -> None:
+def write_videos(folder: Path, prompts: list[str], results: dict[str, Result], fps: int) -> None:
     """One mp4 for each method and shown prompt, and videos.json, which says what they are."""
     entries = []
     for index in range(min(SHOWN, len(prompts))):
         for name, result in results.items():
             if result.reason is None:
                 file = f"{index:02d}-{name}.mp4"
-                write_mp4(folder / file, torch.cat(result.videos)[index], scale=2)
+                videos = torch.cat(result.videos)
+                write_mp4(folder / file, videos[index], fps, scale=magnified(videos.shape[-1], 2))
                 entries.append({"file": file, "prompt": prompts[index], "seed": index, "methods": [name]})
-    (folder / "videos.json").write_text(json.dumps(entries, indent=1) + "\n")
+    write_text(folder / "videos.json", json.dumps(entries, indent=1) + "\n")
 
 
 def compare(model: ModelConfig, methods: list[Method], clips: int, batch_size: int, videos: Path | None = None) -> dict:
     """The report: machine, versions, commit, and a row for each method."""
     results = run_methods(model, methods, clips, batch_size)
     if videos is not None:
-        write_videos(videos, requests(clips)[0], results)
+        write_videos(videos, requests(clips)[0], results, model.fps)
     rows = rows_of(model, methods, results, clips)
     settings = {"clips": clips, "batch_size": batch_size, "steps": model.num_inference_steps, "guidance": model.guidance_scale}
     return {"commit": commit(), "machine": machine(best_place()[1]), "versions": versions(), **settings, "methods": rows}

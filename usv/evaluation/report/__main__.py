@@ -11,14 +11,14 @@ network to be read. A section without its input says which command makes it.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from usv.evaluation.report.front import QUALITIES, points_of
-from usv.evaluation.report.inputs import gather
-from usv.evaluation.report.page import page, picture
+from usv.evaluation.report.inputs import Inputs, gather
+from usv.evaluation.report.page import page, picture, usable
 from usv.evaluation.report.readme import refreshed, tables
+from usv.files import FileError, check_output, write_text
 from usv.sampling.checkpoint import named
 from usv.training.run import commit
 
@@ -73,35 +73,46 @@ def defaults(args: argparse.Namespace) -> tuple[list[Path], dict[str, Path], lis
     return [short(p) for p in results], {n: short(p) for n, p in students.items()}, [short(p) for p in curves]
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def check(args: argparse.Namespace) -> None:
+    """FileError where a file that was named is not there, or the page cannot be written."""
+    students = named(args.student or []).values()
+    for option, paths in (("--results", args.results), ("--curves", args.curves), ("--videos", args.videos), ("--student", map(Path, students)), ("--readme", [args.readme])):
+        for path in paths or ():
+            if path is not None and not path.exists():
+                raise FileError(f"{option}: got {path}, which does not exist; nothing was written")
+    check_output(args.out, begins=("<!doctype html",))
+    for file, *_ in args.picture:
+        check_output(file, "--picture", ("<svg",))
 
 
 def main(words: list[str] | None = None) -> Path:
     args = parse(words)
     try:
+        check(args)
         inputs = gather(*defaults(args), args.videos)
-    except ValueError as error:
+        return published(args, inputs, words)
+    except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+def published(args: argparse.Namespace, inputs: Inputs, words: list[str] | None) -> Path:
+    """The page and all else that was asked for."""
+    inputs = usable(inputs)
     command = "python -m usv.report " + " ".join(sys.argv[1:] if words is None else words)
     text = page(inputs, command.strip(), commit())
-    write(args.out, text)
+    write_text(args.out, text)
     if args.readme is not None:
         said = args.readme.read_text()
         for table in tables(inputs):
             said = refreshed(said, table)
-        write(args.readme, said)
+        write_text(args.readme, said)
     for file, name, key in args.picture:
         report = next((r for path, r in inputs.results["comparison"].items() if Path(path).name == name), None)
         if report is None or not points_of(report, key):
             missing = "no such comparison among the results" if report is None else f"no row has {key}"
             inputs.problems.append(f"{name}: {missing}, {file} is not drawn")
         else:
-            write(file, picture(report, key))
+            write_text(file, picture(report, key))
     for problem in inputs.problems:
         print(f"not read: {problem}")
     print(f"{args.out} ({len(text) / 2**20:.1f} MiB)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from usv.evaluation.report.front import QUALITIES, points_of
-from usv.evaluation.report.inputs import Inputs
+from usv.evaluation.report.inputs import KINDS, Inputs
 from usv.evaluation.report.plots import pareto
 from usv.evaluation.report.sections import SECTIONS, headline
 
@@ -93,14 +93,47 @@ NAMES = {
 }  # fmt: skip
 
 
+# no scripts and nothing from elsewhere, whatever the inputs hold
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:; base-uri 'none'; form-action 'none'"
+
+
+def usable(inputs: Inputs) -> Inputs:
+    """What can be drawn: each file alone is tried, and one that fails becomes a problem in words instead of costing the page."""
+    kept = Inputs(videos=inputs.videos, problems=list(inputs.problems))
+    for kind in KINDS:
+        for file, report in inputs.results[kind].items():
+            alone = Inputs()
+            alone.results[kind][file] = report
+            if _drawn(alone, file, kept.problems):
+                kept.results[kind][file] = report
+    for name in ("students", "curves"):
+        for file, found in getattr(inputs, name).items():
+            if _drawn(Inputs(**{name: {file: found}}), file, kept.problems):
+                getattr(kept, name)[file] = found
+    return kept
+
+
+def _drawn(alone: Inputs, file: str, problems: list[str]) -> bool:
+    try:
+        headline(alone)
+        for make in SECTIONS:
+            make(alone)
+    except Exception as error:  # whatever a stranger's file can cause
+        problems.append(f"{file}: cannot be shown ({type(error).__name__}: {str(error)[:100]}), left out")
+        return False
+    return True
+
+
 def page(inputs: Inputs, command: str, commit: str) -> str:
     """The whole document."""
+    inputs = usable(inputs)
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in NAMES.items())
     body = "".join(make(inputs) for make in SECTIONS)
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>USV: what was measured</title>
 <link rel="icon" href="data:,">

@@ -41,7 +41,7 @@ def css(family: str) -> str:
 
 def legend_mark(family: str) -> str:
     """A family's mark, for the legend."""
-    shape = mark(MARKS[family], 9, 9, 5.5, class_=css(family))
+    shape = mark(MARKS.get(family, "circle"), 9, 9, 5.5, class_=css(family))
     return f'<svg aria-hidden="true" width="18" height="18" viewBox="0 0 18 18">{shape}</svg>'
 
 
@@ -104,7 +104,7 @@ def _point(p: Point, x: Axis, y: Axis, name: str) -> str:
         interval = f" ({number(p.low)}–{number(p.high)})"
     if p.fast is not None and p.slow is not None:
         parts.append(tag("line", x1=x.at(p.fast), x2=x.at(p.slow), y1=at[1], y2=at[1], class_="interval"))
-    parts.append(mark(MARKS[p.family], *at))
+    parts.append(mark(MARKS.get(p.family, "circle"), *at))
     title = tag("title", escape(f"{p.number}. {p.name}: {name} {number(p.value)}{interval}, {p.seconds:.3f} s a clip"))
     return tag("g", title + "".join(parts), class_=f"point {css(p.family)}")
 

@@ -13,10 +13,17 @@ TABLES = {"usv_mini.json": evaluate.markdown, "peers.json": peers.markdown}  # i
 
 
 def tables(inputs: Inputs) -> list[str]:
-    """The tables of the results that a README shows, as Markdown."""
+    """The tables of the results that a README shows, as Markdown; one that cannot be made is a problem in words."""
     reports = inputs.results["comparison"].items()
-    found = [TABLES[Path(file).name](report) for file, report in reports if Path(file).name in TABLES]
-    return found + [denoise.markdown(times, quality) for times, quality in axes_of(inputs)]
+    wanted = [(file, TABLES[Path(file).name], (report,)) for file, report in reports if Path(file).name in TABLES]
+    wanted += [("the axes", denoise.markdown, pair) for pair in axes_of(inputs)]
+    found = []
+    for file, make, of in wanted:
+        try:
+            found.append(make(*of))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            inputs.problems.append(f"{file}: no table for a README ({type(error).__name__}: {error})")
+    return found
 
 
 def refreshed(text: str, table: str) -> str:

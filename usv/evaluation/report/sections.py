@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 from html import escape
 
 from usv.evaluation.bench.denoise import said
@@ -58,8 +57,8 @@ def what_was_run(inputs: Inputs) -> str:
     rows = []
     for reports in inputs.results.values():
         for file, report in reports.items():
-            commit = report.get("commit") or report.get("environment", {}).get("commit") or "not stated"
-            command = report.get("command", "not stated")
+            commit = str(report.get("commit") or report.get("environment", {}).get("commit") or "not stated")
+            command = str(report.get("command", "not stated"))
             short = commit if commit.startswith("not") else commit[:9]
             rows.append([escape(file.rsplit("/", 1)[-1]), f"<code>{escape(command)}</code>", f"<code>{escape(short)}</code>", escape(environment(report))])
     body = table(["result", "command", "commit", "machine"], rows, "runs") if rows else missing("No results were found.", "comparison")
@@ -85,7 +84,7 @@ def headline(inputs: Inputs) -> str:
             if row.get(key) is not None and dense.get(key) is not None
         )  # fmt: skip
         tiles.append(f'<div class="tile"><h3>{escape(name)}</h3><p class="big">{dense["denoise_seconds"] / row["denoise_seconds"]:.1f}×</p><p>{words}</p><ul>{quality}</ul></div>')
-    note = f"<p>{report.get('clips', '?')} clips a method, the same prompts and seeds in one run; {escape(environment(report))}.</p>"
+    note = f"<p>{escape(str(report.get('clips', '?')))} clips a method, the same prompts and seeds in one run; {escape(environment(report))}.</p>"
     return note + (f'<div class="tiles">{"".join(tiles)}</div>' if tiles else missing("No student was compared.", "comparison"))
 
 
@@ -150,15 +149,15 @@ def results(inputs: Inputs) -> str:
         for index, (name, row) in enumerate(report["methods"].items(), 1):
             family = family_of(name, row)
             broken = escape(name).replace("_", "_<wbr>")
-            label = f'<span class="no">{index}</span><span title="{family}">{legend_mark(family)}</span> {broken}'
+            label = f'<span class="no">{index}</span><span title="{escape(family)}">{legend_mark(family)}</span> {broken}'
             if "reason" in row:
                 rows.append([label, escape(row["reason"])])
                 continue
             rows.append([
                 label, f"{row['denoise_seconds']:.3f}", f"{row.get('denoise_speedup', 1):.2f}×",
-                str(row["forwards"]), f"{row['attention_density']:.3f}", f"{row['merged']:.0%}", between(row, "subject_accuracy", 3),
+                escape(str(row["forwards"])), f"{row['attention_density']:.3f}", f"{row['merged']:.0%}", between(row, "subject_accuracy", 3),
                 between(row, "motion_accuracy", 3), between(row, "frechet_distance", 0), plain(row, "psnr", 1), plain(row, "ssim", 3),
-                escape(row.get("settings") or report.get("checkpoints", {}).get(name, "")),
+                escape(str(row.get("settings") or report.get("checkpoints", {}).get(name, ""))),
             ])  # fmt: skip
         parts.append(f"<h3>{escape(caption(file, report))}</h3>" + table(head, rows, "numbers"))
     text = "<p>Density: share of the attention among the tokens that merging left which was computed in these forwards; for caches, attention calls computed. In brackets 95% intervals. PSNR and SSIM against the dense model's video of the same seed, where a method approximates it.</p>"
@@ -188,7 +187,7 @@ def axes(inputs: Inputs) -> list[str]:
             quality = measured.get(name, {})
             rows.append([
                 escape(name), escape(row["axes"]), f"{row['denoise_seconds']['p50'] / report['batch_size']:.3f}", f"{row['denoise_speedup']:.1f}×",
-                str(row["forwards"]), f"{row['seconds_per_forward']['p50'] / report['batch_size']:.4f}", f"{row['density']:.3f}", f"{row['merged']:.0%}",
+                escape(str(row["forwards"])), f"{row['seconds_per_forward']['p50'] / report['batch_size']:.4f}", f"{row['density']:.3f}", f"{row['merged']:.0%}",
                 f"{row['flops_ratio']:.1f}×", f"{row['overhead']:.0%}",
                 between(quality, "subject_accuracy", 3), between(quality, "motion_accuracy", 3), between(quality, "frechet_distance", 0),
             ])  # fmt: skip
@@ -203,10 +202,10 @@ def ablations(inputs: Inputs) -> str:
     parts = axes(inputs)
     for file, report in inputs.results["policies"].items():
         rows = [
-            [escape(policy), f"{r['velocity_error_mean']:.4f}", "–" if r["velocity_error_std"] is None else f"{r['velocity_error_std']:.4f}", f"{r['plan_cost_mean']:.3f}", "" if policy == "gumbel" else str(r["learned_is_better_in"])]
+            [escape(policy), f"{r['velocity_error_mean']:.4f}", "–" if r["velocity_error_std"] is None else f"{r['velocity_error_std']:.4f}", f"{r['plan_cost_mean']:.3f}", "" if policy == "gumbel" else escape(str(r["learned_is_better_in"]))]
             for policy, r in report["rows"].items()
         ]  # fmt: skip
-        parts.append(f"<h3>Does the learned plan pay? {report['seeds']} seeds ({escape(file.rsplit('/', 1)[-1])})</h3>")
+        parts.append(f"<h3>Does the learned plan pay? {escape(str(report['seeds']))} seeds ({escape(file.rsplit('/', 1)[-1])})</h3>")
         parts.append(table(["policy", "velocity error", "± over seeds", "cost of the plan", "learned is better in"], rows, "numbers"))
     if not inputs.results["policies"]:
         parts.append(missing("Learned against fixed policies: not measured yet.", "policies"))
@@ -226,7 +225,7 @@ def policies(inputs: Inputs) -> str:
     parts = []
     for name, student in inputs.students.items():
         steps = ", ".join(f"{t:g}" for t in student.timesteps)
-        words = f"Runs at timesteps {steps} (marked)." if steps else f"Sampled by the teacher's scheduler in {student.steps} steps, the same number in every column."
+        words = f"Runs at timesteps {steps} (marked)." if steps else f"Sampled by the teacher's scheduler in {escape(str(student.steps))} steps, the same number in every column."
         pictures = "".join(f'<div class="plot"><h4>{title}</h4>{heatmap(student.plan, kind, student.timesteps)}</div>' for kind, title in (("density", "Attention density: stronger colour computes more"), ("merge", "Tokens merged: stronger colour merges more")))
         parts.append(f'<h3>{escape(name)}</h3><p>{words} {student.plan.merged():.0%} of the tokens are merged.</p><div class="plots">{pictures}</div>')
     return section("policy", "What the policy chose", "".join(parts) or missing("No student's plan was found.", "students"))
@@ -242,7 +241,7 @@ def videos(inputs: Inputs) -> str:
         group = chosen([v for v in inputs.videos if (v.prompt, v.seed) == (prompt, seed)], inputs)[:left]
         left -= len(group)
         clips = "".join(clip(video) for video in group)
-        title = f"<h3>{escape(prompt)}{'' if seed is None else f' <small>seed {seed}</small>'}</h3>" if prompt else ""
+        title = f"<h3>{escape(prompt)}{'' if seed is None else f' <small>seed {escape(str(seed))}</small>'}</h3>" if prompt else ""
         shown.append(f'{title}<div class="clips">{clips}</div>' if group else "")
     total, count = len(inputs.videos), MOST_VIDEOS - left
     note = f"<p>{count} of {total} clips: the dense model, students, and of each family of peers the most accurate.</p>" if count < total else ""
@@ -257,7 +256,7 @@ def chosen(group: list[Video], inputs: Inputs) -> list[Video]:
         row = rows.get(video.methods[0], {}) if len(video.methods) == 1 else {}
         family = row.get("family")
         if family is not None and family not in ("dense", "ours"):
-            best[family] = max(best.get(family, (-1, 0, None)), (row.get("subject_accuracy", 0), -row.get("denoise_seconds", 0), str(video.path)))
+            best[family] = max(best.get(family, (-1, 0, "")), (row.get("subject_accuracy") or 0, -(row.get("denoise_seconds") or 0), str(video.path)))
     peers = {path for *_, path in best.values()}
     known = {name for name, row in rows.items() if row.get("family") not in (None, "dense", "ours")}
     return [v for v in group if len(v.methods) != 1 or v.methods[0] not in known or str(v.path) in peers]
@@ -294,12 +293,12 @@ def training(inputs: Inputs) -> str:
 def series(rows: list[dict], x: str, wanted, log: bool = False) -> dict[str, list[tuple[float, float]]]:
     """{name: points} of the numbers whose name is wanted, by the last run: a log goes on where it was cut off."""
     names = dict.fromkeys(k for row in rows for k in row if wanted(k))
-    found = {name: sorted({row[x]: row[name] for row in rows if x in row and drawable(row.get(name), log)}.items()) for name in names}
+    found = {name: sorted({row[x]: row[name] for row in rows if drawable(row.get(x), False) and drawable(row.get(name), log)}.items()) for name in names}
     return {name: points for name, points in found.items() if points}
 
 
 def drawable(value, log: bool) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and (value > 0 or not log)
+    return isinstance(value, int | float) and abs(value) < 1e30 and (value > 0 or not log)  # which NaN is not
 
 
 def key(names) -> str:
@@ -314,7 +313,7 @@ def kernels(inputs: Inputs) -> str:
         rows = [r for r in report["rows"] if {"speedup_over_sdpa", "density", "pass", "dtype", "S", "D"} <= set(r)]
         if not rows:
             continue
-        cells = [[escape(f"{r['pass']}, {r['dtype']}"), f"{r['S']}", f"{r['D']}", f"{r['density']:g}", f"{r['speedup_over_sdpa']:.2f}×", f"{r['speedup_over_sdpa'] * r['density']:.0%}", *(f"{r['times'][side]['median_ms']:.1f}" if side in r.get("times", {}) else "–" for side in ("ours", "sdpa_dense", "flex"))] for r in rows]  # fmt: skip
+        cells = [[escape(f"{r['pass']}, {r['dtype']}"), escape(str(r["S"])), escape(str(r["D"])), f"{r['density']:g}", f"{r['speedup_over_sdpa']:.2f}×", f"{r['speedup_over_sdpa'] * r['density']:.0%}", *(f"{r['times'][side]['median_ms']:.1f}" if side in r.get("times", {}) else "–" for side in ("ours", "sdpa_dense", "flex"))] for r in rows]  # fmt: skip
         parts.append(f"<h3>{escape(file.rsplit('/', 1)[-1])}: {escape(environment(report))}</h3>")
         parts.append(f'<div class="plots"><div class="plot"><ul class="legend"><li><span class="key bar"></span>measured</li><li><span class="key ideal"></span>ideal, 1 / density</li></ul>{speed_bars(rows)}</div></div>')
         parts.append(table(["pass", "S", "D", "density", "over dense SDPA", "of ideal", "ours, ms", "dense SDPA, ms", "FlexAttention, ms"], cells, "numbers"))
