@@ -107,4 +107,55 @@ def hunyuan_video_replace():
     return hunyuan_video(image_condition_type="token_replace")
 
 
-CASES = (wan, wan_ti2v, wan_i2v, wan_vace, wan_animate, skyreels_v2, skyreels_v2_forcing, chronoedit, hunyuan_video, hunyuan_video_concat, hunyuan_video_replace)
+COGVIDEOX = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=12, num_layers=3,
+                 sample_width=6, sample_height=10, sample_frames=9, max_text_seq_length=7)  # fmt: skip
+
+
+def cogvideox(**more):
+    """2B: a table of positions, no RoPE."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    from usv.models.cogvideox import grid, rotary_tables
+
+    model = CogVideoXTransformer3DModel(**COGVIDEOX | more)
+    frames = 3 * (model.config.patch_size_t or 1)
+    call = {
+        "hidden_states": normal(2, frames, model.config.in_channels, 10, 6), "timestep": torch.tensor([900, 350]),
+        "encoder_hidden_states": normal(2, 7, 12, seed=1),
+    }  # fmt: skip
+    return model, call | {"image_rotary_emb": rotary_tables(model.config, grid(model, call), "cpu")}
+
+
+def cogvideox_rope():
+    """5B, image to video."""
+    return cogvideox(in_channels=8, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True)
+
+
+def cogvideox_15():
+    """1.5, image to video: two frames a token."""
+    model, call = cogvideox(in_channels=8, patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True, ofs_embed_dim=8)
+    return model, call | {"ofs": torch.tensor([2.0])}
+
+
+LTX = dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32, num_layers=3, caption_channels=12)
+
+
+def ltx():
+    from diffusers import LTXVideoTransformer3DModel
+
+    return LTXVideoTransformer3DModel(**LTX), {
+        "hidden_states": normal(2, 45, 4), "timestep": torch.tensor([900.0, 350.0]), **padded_text(), "num_frames": 3, "height": 5,
+        "width": 3, "rope_interpolation_scale": (8 / 25, 32, 32),
+    }  # fmt: skip
+
+
+def ltx_i2v():
+    """A timestep a token: the first frame is given."""
+    model, call = ltx()
+    timestep = torch.full((2, 45), 600.0)
+    timestep[:, :15] = 0.0
+    return model, call | {"timestep": timestep}
+
+
+CASES = (wan, wan_ti2v, wan_i2v, wan_vace, wan_animate, skyreels_v2, skyreels_v2_forcing, chronoedit, hunyuan_video, hunyuan_video_concat, hunyuan_video_replace,
+         cogvideox, cogvideox_rope, cogvideox_15, ltx, ltx_i2v)  # fmt: skip

@@ -126,7 +126,8 @@ class Family:
         inputs: (transformer, latents (B, C, T, H, W), timestep (B,), text (B, L, E), **conditions) -> keyword arguments of the
             transformer's forward, for training. latents and timestep as in usv/flow.py; text is one matrix a caption, all that
             the pipeline's `encode_prompt` gives packed into it, zero rows behind it. timestep and text may be None: the grid is asked for.
-        outputs: (what the forward returned, its keyword arguments) -> velocity (B, C, T, H, W) as in usv/flow.py, for training.
+        outputs: (transformer, what its forward returned, its keyword arguments) -> velocity (B, C, T, H, W) as in usv/flow.py, for training.
+        flow_timestep: (transformer, timesteps as its pipelines pass them) -> those of usv/flow.py, 1000 for noise alone: a plan's.
         view: (transformer, run) -> further attributes that the forward shall see replaced, e.g. what runs between blocks.
         refuse: (transformer, keyword arguments) -> None, or the reason why this call cannot run sparse.
         shape_keys: entries of the transformer's config that make a checkpoint fit it.
@@ -139,7 +140,8 @@ class Family:
     adapt: Callable[[nn.Module, nn.Module], None]
     shape_keys: tuple[str, ...]
     inputs: Callable[..., dict[str, Any]] = _inputs
-    outputs: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda sample, arguments: sample
+    outputs: Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor] = lambda transformer, sample, arguments: sample
+    flow_timestep: Callable[[nn.Module, Tensor], Tensor] = lambda transformer, timestep: timestep
     view: Callable[[nn.Module, Any], dict[str, Any]] = lambda transformer, run: {}
     refuse: Callable[[nn.Module, Mapping[str, Any]], str | None] = lambda transformer, arguments: None
 
