@@ -105,7 +105,7 @@ class PipelineProgress:
             gaps = (timesteps.float() - now).abs()
             step = int(gaps.argmin())
             # A model that is called with another unit of time (Cosmos: sigma) says nothing until its scheduler has stepped.
-            if hasattr(scheduler, "step_index") and float(gaps[step]) > 1e-3 * float(timesteps.max()):
+            if hasattr(scheduler, "step_index") and float(gaps[step]) > 1e-3 * float(timesteps[step].abs()):
                 step = 0
         return step, len(timesteps), timesteps
 

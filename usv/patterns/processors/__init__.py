@@ -15,7 +15,7 @@ from torch import nn
 
 from usv.patterns.processors.families import FAMILIES as FAMILIES
 from usv.patterns.processors.families import REFUSED as REFUSED
-from usv.patterns.processors.families import Family, call_arguments, family_of, refusal
+from usv.patterns.processors.families import Family, call_arguments, conditions_before, family_of, refusal
 from usv.patterns.processors.families import token_grid as token_grid
 from usv.patterns.processors.run import PatternRun as PatternRun
 from usv.patterns.processors.run import Processor, Progress
@@ -50,7 +50,7 @@ class Attached:
                 "the pattern's own; usv.enable again after fuse_qkv_projections or set_attn_processor")  # fmt: skip
         check_parallel(self.transformer)
         call = call_arguments(self.transformer, args, kwargs)
-        self.run.begin(family.grid(self.transformer.config, call), call[family.timestep])
+        self.run.begin(family.grid(self.transformer.config, call), call["timestep"], conditions_before(call))
 
     def after(self, *_) -> None:
         """Counts a forward."""
@@ -66,8 +66,15 @@ class Attached:
             return
         for attention, original in zip(self.attentions, self.originals):
             if isinstance(attention.processor, Processor):  # one that was set since is the user's
-                attention.set_processor(original)
+                _set(attention, original)
         delattr(self.transformer, MARK)
+
+
+def _set(attention: nn.Module, processor: object) -> None:
+    if hasattr(attention, "set_processor"):
+        attention.set_processor(processor)
+    else:  # Mochi's
+        attention.processor = processor
 
 
 def check_parallel(transformer: nn.Module) -> None:
@@ -112,7 +119,7 @@ def attach(
     run = PatternRun(pattern, len(attentions), progress, record.add, impl, recall_rows)
     attached = Attached(transformer, called, attentions, [a.processor for a in attentions], run, record)
     for layer, attention in enumerate(attentions):
-        attention.set_processor(family.processor(run, layer))
+        _set(attention, family.processor(run, layer))
     # On the compiled wrapper hooks run before the compiler looks.
     attached.handles += [
         called.register_forward_pre_hook(attached.before, with_kwargs=True), called.register_forward_hook(attached.after)

@@ -41,14 +41,12 @@ from usv.sparse.grid import TokenGrid
 @dataclass(frozen=True)
 class Family:
     """attention: in words, for the table. processor: of its long self-attentions. lists: of blocks, in the order of execution,
-    and the place of the attention in a block. grid: (config, arguments of the forward by name) -> TokenGrid. timestep: the
-    argument that says where the forward is."""
+    and the place of the attention in a block. grid: (config, arguments of the forward by name) -> TokenGrid."""
 
     attention: str
     processor: type[Processor]
     lists: tuple[tuple[str, str], ...]
     grid: Callable[[object, dict], TokenGrid]
-    timestep: str = "timestep"
 
     def attentions(self, transformer: nn.Module) -> list[nn.Module]:
         return [block.get_submodule(place) for blocks, place in self.lists for block in getattr(transformer, blocks)]
@@ -82,25 +80,31 @@ def _channels_last(config, call: dict) -> TokenGrid:
     return _divide(call["hidden_states"].shape[1:4], _patch(config))
 
 
-def _packed(video_last: bool) -> Callable[[object, dict], TokenGrid]:
+def _packed(config, call: dict) -> TokenGrid:
     """Tokens (B, S, C), packed by the pipeline, which tells the grid or else the place of each token."""
+    sides = tuple(call.get(name) for name in ("num_frames", "height", "width"))
+    if None in sides or _windowed(call):
+        return grid_of_coords(call["video_coords"], conditions_before(call))
+    return TokenGrid(*sides)
 
-    def grid(config, call: dict) -> TokenGrid:
-        sides = tuple(call.get(name) for name in ("num_frames", "height", "width"))
-        coords = call.get("video_coords")
-        # LTXI2VLongMultiPromptPipeline says (1, 1, 1) beside its coordinates
-        if coords is not None and (None in sides or math.prod(sides) == 1):
-            return grid_of_coords(coords, video_last)
-        return TokenGrid(*sides)
 
-    return grid
+def _windowed(call: dict) -> bool:
+    """LTXI2VLongMultiPromptPipeline says (1, 1, 1) beside its coordinates; it puts what conditions a window at its end."""
+    sides = (call.get(name) or 0 for name in ("num_frames", "height", "width"))
+    return call.get("video_coords") is not None and math.prod(sides) == 1
+
+
+def conditions_before(call: dict) -> bool:
+    """Whether the tokens of a call (arguments by name) that are not of the grid stand before the video: LTX-2, which has
+    audio, and windows have them after it."""
+    return not (_windowed(call) or "audio_hidden_states" in call)
 
 
 def grid_of_coords(coords: Tensor, video_last: bool) -> TokenGrid:
     """The grid of row-major video tokens from their coordinates (B, 3, S) along (t, y, x), or (B, 3, S, 2) as intervals.
 
-    Condition tokens stand before the video (video_last) or after it. A frame is a run of equal t; the video's frames are the
-    whole ones among which t only grows, from the last frame down or from the first up.
+    Condition tokens stand before the video (video_last) or after it. A frame is a run of equal t. The video's frames are the
+    whole ones at equal distances, the first distance apart: causal codecs make their first latent frame of one frame only.
     """
     if coords.dim() == 4:
         coords = coords[..., 0]
@@ -108,12 +112,20 @@ def grid_of_coords(coords: Tensor, video_last: bool) -> TokenGrid:
     if video_last:
         t, x = t.flip(0), x.flip(0)
     per_frame = int((t != t[0]).long().argmax()) or t.numel()
-    frames, direction = 1, -1 if video_last else 1
-    while (frames + 1) * per_frame <= t.numel():
-        following = t[frames * per_frame : (frames + 1) * per_frame]
-        if bool((following != following[0]).any()) or direction * float(following[0] - t[(frames - 1) * per_frame]) <= 0:
+    whole = t[: t.numel() // per_frame * per_frame].view(-1, per_frame)
+    alike = (whole == whole[:, :1]).all(1)
+    steps = (whole[1:, 0] - whole[:-1, 0]) * (-1 if video_last else 1)
+    frames, usual = 1, None
+    for step, frame_is_one in zip(steps.tolist(), alike[1:].tolist()):
+        if step <= 0 or not frame_is_one:
+            break
+        equal = usual is None or math.isclose(step, usual, rel_tol=1e-3)
+        if not equal and not (video_last and step < usual) and not (not video_last and frames == 2):
             break
         frames += 1
+        if not equal and video_last:  # the first frame, last here
+            break
+        usual = step
     width = int(torch.unique(x[:per_frame]).numel())
     return TokenGrid(frames, per_frame // width, width)
 
@@ -145,11 +157,11 @@ FAMILIES: dict[str, Family] = {
         "joint; text after", HunyuanVideo15Processor, (("transformer_blocks", "attn"),), _channels_first
     ),
     "LTXVideoTransformer3DModel": Family(
-        "self; conditions before; text by cross-attention", LTXProcessor, (("transformer_blocks", "attn1"),), _packed(True)
+        "self; conditions before; text by cross-attention", LTXProcessor, (("transformer_blocks", "attn1"),), _packed
     ),
     "LTX2VideoTransformer3DModel": Family(
         "self; conditions after; text and audio by cross-attention", LTX2Processor,
-        (("transformer_blocks", "attn1"),), _packed(False),
+        (("transformer_blocks", "attn1"),), _packed,
     ),
     "CosmosTransformer3DModel": Family(_CROSS, CosmosProcessor, (("transformer_blocks", "attn1"),), _channels_first),
     "Kandinsky5Transformer3DModel": Family(

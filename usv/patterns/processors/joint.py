@@ -50,7 +50,7 @@ class HunyuanVideoProcessor(Processor):
         video, text = _video_and_text(attn, hidden_states, encoder_hidden_states)
         if image_rotary_emb is not None:
             video = [*(apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in video[:2]), video[2]]
-        history = self.beside(video[0], before=True)
+        history = self.beside(video[0])
         num_history = 0 if history is None else history.num
         if num_history:  # what is dense lies together: video, history, text
             video = [torch.cat((x[:, num_history:], x[:, :num_history]), 1) for x in video]

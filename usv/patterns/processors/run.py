@@ -37,6 +37,7 @@ class PatternRun:
         self.record, self.impl, self.recall_rows = record, impl, recall_rows
         self.grid: TokenGrid | None = None
         self.schedule: object = None
+        self.before = True
         self.state = PatternState()
         # (run, layer) of each attention. A tensor, since a compiled block is compiled anew for every integer it meets.
         self.places = [torch.tensor([0, layer]) for layer in range(num_layers)]
@@ -57,8 +58,8 @@ class PatternRun:
         twin._number_places()
         return twin
 
-    def begin(self, grid: TokenGrid, timestep: Tensor) -> None:
-        """Notes a new forward. A new schedule, or a step back, is a new video: cached centroids are dropped."""
+    def begin(self, grid: TokenGrid, timestep: Tensor, before: bool = True) -> None:
+        """Notes a new forward; before: tokens that are not of the grid stand before the video. A new schedule, or a step back, is a new video: cached centroids are dropped."""
         step, num_steps, schedule = self.progress(timestep)
         state = self.state
         if self.grid is None or schedule is not self.schedule or step < state.step or grid != self.grid:
@@ -67,7 +68,7 @@ class PatternRun:
         else:
             state.branch = state.branch + 1 if step == state.step else 0
             state.step = step
-        self.grid, self.schedule = grid, schedule
+        self.grid, self.schedule, self.before = grid, schedule, before
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, text: Text | None = None) -> Tensor:
         """q, k, v: (B, H, S [+ T], D) -> the same shape."""
@@ -110,11 +111,11 @@ class Processor:
             out = self.run.attend(self.layer, q, k, v, text)
         return out.transpose(1, 2).flatten(2)
 
-    def beside(self, q: Tensor, before: bool) -> Text | None:
+    def beside(self, q: Tensor) -> Text | None:
         """The tokens of (B, S, H, D) that are not of the grid, conditions or history, as text: dense in rows and columns."""
         require(self.run.grid is not None, "grid", None, "a block called by its transformer, whose forward tells the grid")
         num = q.shape[1] - self.run.grid.num_tokens
-        return Text(num, before) if num > 0 else None
+        return Text(num, self.run.before) if num > 0 else None
 
 
 def project(attn, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,7 +49,7 @@ class HeliosProcessor(Processor):
         q, k, v = heads(attn, attn.norm_q(q), attn.norm_k(k), v)
         cos, sin = rotary_emb.unsqueeze(-2).chunk(2, dim=-1)
         q, k = (rotate_pairs(x, cos, sin) for x in (q, k))
-        history = self.beside(q, before=True)
+        history = self.beside(q)
         if attn.is_amplify_history and history is not None:
             scale = 1.0 + torch.sigmoid(attn.history_key_scale) * (attn.max_scale - 1.0)
             scale = scale.view(1, 1, -1, 1) if attn.history_scale_mode == "per_head" else scale
@@ -67,7 +67,7 @@ class LTXProcessor(Processor):
         if image_rotary_emb is not None:  # tables (B, S, H · D) in fp32
             q, k = (rotate_pairs(x.float(), *image_rotary_emb).to(x.dtype) for x in (q, k))
         q, k, v = heads(attn, q, k, v)
-        return project_out(attn, self.attention(q, k, v, self.beside(q, before=True)))
+        return project_out(attn, self.attention(q, k, v, self.beside(q)))
 
 
 class LTX2Processor(Processor):
@@ -90,7 +90,7 @@ class LTX2Processor(Processor):
             if query_rotary_emb is not None:
                 q, k = (self._rotate(attn, x, query_rotary_emb) for x in (q, k))
             q, k, v = heads(attn, q, k, value)
-            out = self.attention(q, k, v, self.beside(q, before=False)).to(q.dtype)
+            out = self.attention(q, k, v, self.beside(q)).to(q.dtype)
             if perturbation_mask is not None:
                 out = torch.lerp(value, out, perturbation_mask)
         if gates is not None:
@@ -139,7 +139,7 @@ class Kandinsky5Processor(Processor):
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, rotary_emb=None, sparse_params=None):
         require(sparse_params is None, "attention_type", "'nabla', a sparsity of the model's own",
-                "a Kandinsky 5 transformer whose config says attention_type 'flash'")  # fmt: skip
+                "a Kandinsky 5 transformer whose config says another attention_type, as 'regular'")  # fmt: skip
         q, k, v = _kandinsky(attn, hidden_states)
         q, k = attn.query_norm(q.float()).type_as(q), attn.key_norm(k.float()).type_as(k)
         if rotary_emb is not None:  # the model itself rounds rotated vectors to bfloat16, whatever its dtype
