@@ -714,7 +714,7 @@ def helios(cls, scheduler, **more):
     return getattr(diffusers, cls)(transformer=build("HeliosTransformer3DModel", **HELIOS), **parts)
 
 
-HELIOS_CALL = {"num_frames": 17, "num_latent_frames_per_chunk": 3, "history_sizes": [4, 2, 1]}
+HELIOS_CALL = {"num_frames": 17, "num_latent_frames_per_chunk": 4, "history_sizes": [4, 2, 1]}
 
 
 def helios_t2v():

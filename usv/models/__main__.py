@@ -19,8 +19,8 @@ from usv.models.families import families
 from usv.patterns import PATTERNS
 from usv.patterns.processors import FAMILIES, REFUSED, refusal
 
-# family of a student -> what train.py is told
-TRAINING = {"wan": "experiment=usv_wan"}
+# pipeline whose student train.py trains -> what it is told
+TRAINING = {"WanPipeline": "experiment=usv_wan"}
 # classes of a pipeline's parts that denoise
 DENOISERS = ("transformer", "transformer_2", "unet")
 HEAD = ("pipeline", "attention", "patterns", "student", "training", "refused, because")
@@ -72,7 +72,7 @@ def row(name: str, cls: type) -> Row:
     if denoiser not in FAMILIES:
         return Row(name, REFUSED[denoiser][0] if denoiser in REFUSED else "?", "-", "-", "-", refusal(denoiser))
     student = next((family.name for family in families() if denoiser in (c.__name__ for c in family.transformers)), "-")
-    return Row(name, FAMILIES[denoiser].attention, "all", student, TRAINING.get(student, "-"), "")
+    return Row(name, FAMILIES[denoiser].attention, "all", student, TRAINING.get(name, "-"), "")
 
 
 def rows() -> list[Row]:
