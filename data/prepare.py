@@ -34,7 +34,7 @@ from shard_plan import Job, Settings, load_plan, make_jobs, make_plan  # noqa: E
 from sources import EXTENSIONS, find_videos  # noqa: E402
 from writing import write_all  # noqa: E402
 
-from usv.training.data import FORMAT, model_identity  # noqa: E402
+from usv.training.shards import FORMAT, model_identity  # noqa: E402
 
 MOST_FPS = 1000.0  # frames a second that may be asked for
 

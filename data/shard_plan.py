@@ -16,7 +16,7 @@ import shards
 import torch
 from sources import Source, find_videos, skip
 
-from usv.training.data import model_identity
+from usv.training.shards import model_identity
 
 
 @dataclass(frozen=True)

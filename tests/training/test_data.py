@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
 
 import shards
 
-from usv.training.data import DataError, ShardDataset, model_identity
+from usv.training.data import DataError, ShardDataset
+from usv.training.shards import model_identity
 
 SHAPE, LENGTH, WIDTH = (4, 3, 2, 2), 6, 5
 

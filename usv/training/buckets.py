@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from usv.training.data import ShardDataset, named_paths, read_index
+from usv.training.data import ShardDataset
 from usv.training.remote import DataError, Remote
+from usv.training.shards import named_paths, read_index
 
 
 def of_shape(source) -> dict[tuple[int, ...], list]:

@@ -21,10 +21,11 @@ from usv.sparse.cost import ModelShape, rung_costs
 from usv.sparse.grid import Tile, tile_layout
 from usv.sparse.plan import RUNGS, Rung, SparsityPlan, executed_densities, timestep_bins
 from usv.training.buckets import of_shape, open_shards
-from usv.training.data import ShardDataset, find_shards
+from usv.training.data import ShardDataset
 from usv.training.engine import Engine, frozen_pipeline
 from usv.training.ranks import Ranks
 from usv.training.run import Run
+from usv.training.shards import find_shards
 
 
 def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:

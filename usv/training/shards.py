@@ -1,0 +1,192 @@
+"""Folders of shards: their index, what fits together and with a model, and the samples in a tar.
+
+A folder of shards is what data/prepare.py writes: tars of `<key>.safetensors` and `<key>.json`, an `index.json` that
+names the model the latents belong to, and `empty.safetensors`, the embedding of the empty prompt. It may lie anywhere fsspec
+reaches (s3://…, gs://…, https://…): shards are then fetched once, whole, into a local folder.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from usv.training.remote import DataError, Remote
+
+FORMAT = 1
+REMEDY = "delete that file and run the same data/prepare.py command again: it rewrites only what is missing"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its path or URL and how many samples its index promises."""
+
+    path: Path | Remote
+    count: int
+
+
+def named_paths(source) -> list[Path | Remote]:
+    """Folders and shards that `source` names, patterns filled in. DataError where one names nothing."""
+    entries = [source] if isinstance(source, (str, Path)) else list(source)
+    paths: list[Path | Remote] = []
+    for entry in entries:
+        if "://" in str(entry):
+            paths.append(Remote(str(entry).rstrip("/")))
+            continue
+        found = [Path(entry)] if Path(entry).exists() else [Path(p) for p in sorted(glob.glob(str(entry)))]
+        if not found:
+            raise DataError(f"{entry}: no such folder or shard; make one with data/prepare.py")
+        paths += found
+    if not paths:
+        raise DataError("no data folder given; name one made by data/prepare.py")
+    return paths
+
+
+def find_shards(source, split: str) -> tuple[list[Shard], dict[Path, dict]]:
+    """The shards that `source` names (see ShardDataset) in a fixed order, and the index of every folder they lie in."""
+    paths = named_paths(source)
+    indices = {}
+    shards = []
+    for path in paths:
+        whole = not path.name.endswith(".tar") if isinstance(path, Remote) else path.is_dir()
+        folder = path if whole else path.parent
+        index = indices.setdefault(folder, None) or read_index(folder)
+        indices[folder] = index
+        if whole:
+            if split not in index["splits"]:
+                raise DataError(f"{folder} has no split {split!r}, only {sorted(index['splits'])}; "
+                                "prepare it again with --split")  # fmt: skip
+            names = index["splits"][split]["shards"]
+        else:
+            names = {name: n for part in index["splits"].values() for name, n in part["shards"].items()}
+            if path.name not in names:
+                raise DataError(f"{path} is not listed in {folder / 'index.json'}; {REMEDY}")
+            names = {path.name: names[path.name]}
+        shards += [Shard(folder / name, count) for name, count in sorted(names.items()) if count]
+    if not shards:
+        raise DataError(f"{source}: no samples in split {split!r}; see skipped.jsonl there for what was left out")
+    return shards, indices
+
+
+def read_index(folder: Path | Remote) -> dict:
+    """index.json of one folder. DataError where there is none, or one of another format."""
+    path = folder / "index.json"
+    if isinstance(path, Path) and not path.exists():
+        tars = len(list(folder.glob("*.tar")))
+        what = f"{tars} shards but no index.json: preparing was not finished" if tars else "no shards and no index.json"
+        raise DataError(f"{folder}: {what}; run data/prepare.py with --out {folder} (finished shards are kept)")
+    try:
+        index = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is not readable ({error}); {REMEDY}") from None
+    if index.get("format") != FORMAT:
+        raise DataError(f"{path} has format {index.get('format')}, this version reads {FORMAT}; prepare the data again")
+    return index
+
+
+def common_form(indices: dict[Path, dict]) -> tuple[tuple[int, ...], int, int | None]:
+    """Latent shape, padded text length and text width (None: no text) that all folders share."""
+    first, *others = indices
+    for name in ("latent_shape", "max_sequence_length", "text_dim", "model"):
+        for other in others:
+            if indices[first][name] != indices[other][name]:
+                raise DataError(f"{first} and {other} cannot be mixed: {name} is {indices[first][name]} in one "
+                                f"and {indices[other][name]} in the other; prepare both with the same settings")  # fmt: skip
+    index = indices[first]
+    return tuple(index["latent_shape"]), index["max_sequence_length"], index["text_dim"]
+
+
+def check_use(indices: dict[Path, dict], found: tuple, model: str | Path | None, shape: tuple | None) -> None:
+    folder = next(iter(indices))
+    if shape is not None and tuple(shape) != found:
+        raise DataError(f"{folder} holds latents {found}, this run needs {tuple(shape)}; prepare the clips again with "
+                        "the height, width and number of frames of this run")  # fmt: skip
+    if model is None:
+        return
+    written, used = indices[folder]["model"], model_identity(model)
+    wrong = [part for part, value in used.items() if value and written.get(part) and value != written[part]]
+    if wrong:
+        raise DataError(f"{folder} was written for another model: its {' and '.join(wrong)} differ from those in "
+                        f"{model}; prepare the data again with --model {model}, or train the model it was made for")  # fmt: skip
+
+
+def model_identity(folder: str | Path) -> dict[str, str | None]:
+    """What latents and text embeddings depend on, as hashes: `vae` and `text_encoder` (None where the folder has none).
+
+    A hash covers the configuration (latents_mean and latents_std are in the VAE's) and, of every weight file, its size
+    and first and last MiB: enough to tell two trainings apart without reading 20 GB.
+    """
+    folder = Path(folder)
+    parts = {"vae": ["vae"], "text_encoder": ["text_encoder", "tokenizer"]}
+    return {name: _identity([folder / f for f in folders]) for name, folders in parts.items()}
+
+
+def _identity(folders: list[Path]) -> str | None:
+    if not (folders[0] / "config.json").exists():
+        return None
+    digest = hashlib.sha256()
+    config = json.loads((folders[0] / "config.json").read_text())
+    ignored = ("transformers_version", "dtype", "torch_dtype", "architectures")  # change without changing any output
+    config = {k: v for k, v in config.items() if not k.startswith("_") and k not in ignored}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for folder in folders:
+        patterns = ("*.safetensors", "spiece.model", "tokenizer.json")
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+            size, chunk = path.stat().st_size, 1 << 20
+            digest.update(str(size).encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(chunk))
+                file.seek(max(chunk, size - chunk))
+                digest.update(file.read(chunk))
+    return digest.hexdigest()[:16]
+
+
+def scan(shard: Shard, file: Path) -> list[tuple[int, int, int, int]]:
+    """(offset, size) in bytes of the tensors and of the json of every sample, from the tar's headers."""
+    parts: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                if suffix:
+                    parts.setdefault(key, {})[suffix] = member.offset_data, member.size
+        end = file.stat().st_size
+        samples = [(*part["safetensors"], *part["json"]) for part in parts.values()]
+        if any(part[2] + part[3] > end for part in samples):
+            raise tarfile.ReadError("it ends too early")
+    except FileNotFoundError:
+        raise DataError(f"{shard.path} is listed in index.json but is not there; {REMEDY}") from None
+    except (tarfile.TarError, KeyError, OSError) as error:
+        raise DataError(f"{shard.path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from None
+    if len(samples) != shard.count:
+        raise DataError(
+            f"{shard.path} is damaged: {len(samples)} samples where index.json says {shard.count}; {REMEDY}"
+        )
+    return samples
+
+
+def read_sample(path: Path, member: tuple[int, int, int, int]) -> tuple[dict[str, torch.Tensor], dict]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(member[0])
+            tensors = load(file.read(member[1]))
+            file.seek(member[2])
+            return tensors, json.loads(file.read(member[3]))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from None
+
+
+def read_empty(folder: Path | Remote) -> torch.Tensor:
+    """(n, D) embedding of the empty prompt."""
+    path = folder / "empty.safetensors"
+    try:
+        return load(path.read_bytes())["text"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(f"{path}, the embedding of the empty prompt, cannot be read ({error}); {REMEDY}") from None
