@@ -54,7 +54,7 @@ STAGES = [
     Stage("half size", 48, 40, 32, 2.0e-3, 5.0),
     Stage("full grid", 96, 46, 8, 1.5e-3, 4.0, cooldown=True),
 ]
-PLACES_BLOCK, PLACES_STEPS, PLACES_BATCH, PLACES_WEIGHT = 2, 400, 16, 0.1
+PLACES_BLOCK, PLACES_STEPS, PLACES_BATCH, PLACES_WEIGHT = 2, 200, 16, 0.1
 NUM_CLIPS = {48: 3_840, 96: 2_400}
 SHARD = 480
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
@@ -214,12 +214,12 @@ class Places(torch.nn.Module):
         return (self.read(torch.nn.functional.layer_norm(self.hidden, self.hidden.shape[-1:])) - target).square().mean()
 
 
-def learn_places(model, places: Places, optimizer) -> None:
+def learn_places(model, places: Places, optimizer, text_length: int = parts.TEXT_LENGTH) -> None:
     """Teach the first blocks where a token is, on pure noise; the blocks behind them are not run."""
     strided_rope(model, parts.SIZE // STAGES[0].size)
     blocks, model.blocks = model.blocks, model.blocks[: PLACES_BLOCK + 1]
     side = STAGES[0].size // parts.PATCH
-    text = torch.randn(PLACES_BATCH, parts.TEXT_LENGTH, model.config.text_dim) * 0.3
+    text = torch.randn(PLACES_BATCH, text_length, model.config.text_dim) * 0.3
     for step in (bar := tqdm(range(PLACES_STEPS), desc="places", unit="step")):
         noise = torch.randn(PLACES_BATCH, parts.Z_DIM, parts.NUM_FRAMES, side, side)
         model(noise, torch.full((PLACES_BATCH,), 1000.0), text, return_dict=False)
@@ -350,7 +350,7 @@ def run_stage(stage: Stage, modules, params, ema, state, tokenizer, out: Path, w
     log.close()
 
 
-def write_index(folder: Path) -> None:
+def write_index(folder: Path, text_length: int = parts.TEXT_LENGTH) -> None:
     """model_index.json of a WanPipeline, written by the pipeline itself from the saved parts."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import T5TokenizerFast, UMT5EncoderModel
@@ -363,7 +363,7 @@ def write_index(folder: Path) -> None:
         transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
     )
     pipe.save_pretrained(folder)
-    settings = {"max_sequence_length": parts.TEXT_LENGTH, "num_frames": parts.NUM_FRAMES, "height": parts.SIZE, "width": parts.SIZE}
+    settings = {"max_sequence_length": text_length, "num_frames": parts.NUM_FRAMES, "height": parts.SIZE, "width": parts.SIZE}
     settings |= {"fps": 8, "guidance_scale": 3.0, "num_inference_steps": 50}
     (folder / "usv.json").write_text(json.dumps(settings) + "\n")
     for config in folder.glob("*/config.json"):  # diffusers writes where a part was loaded from

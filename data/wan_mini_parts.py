@@ -18,9 +18,8 @@ FLOW_SHIFT = 3.0
 CONST = 1000.0  # the constant channel that turns RMS norm into a fixed scale; (|z|/CONST)^2 < 1e-4
 
 
-def make_tokenizer() -> T5TokenizerFast:
-    """A unigram tokenizer over the words of CameraMotion plus letters, so that any prompt has a spelling."""
-    text = " ".join([*SUBJECTS, *MOTIONS, *SPEEDS, "the camera"])
+def make_tokenizer(text: str = " ".join([*SUBJECTS, *MOTIONS, *SPEEDS, "the camera"])) -> T5TokenizerFast:
+    """A unigram tokenizer over the words of `text` plus letters, so that any prompt has a spelling."""
     words = sorted(set(text.replace(",", " ").split()))
     letters = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789.,-'!?"))
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
@@ -136,3 +135,30 @@ def make_vae(mean: torch.Tensor, components: torch.Tensor, std: torch.Tensor) ->
         conv.weight.copy_(torch.eye(width).view(width, width, 1, 1, 1))
         conv.bias.zero_()
     return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def lap_decoder(vae: AutoencoderKLWan, videos: torch.Tensor, noise: float = 0.1) -> None:
+    """Let each 4×4 patch be decoded from its 3×3 latents: the linear decoder of least squared error, closed form.
+
+    A patch that is decoded alone meets its neighbours in a step wherever latents err: a grid. Latents (N, 3, T, H, W) of `videos` get
+    noise of standard deviation `noise` (of a mean channel of 1), so the taps also learn which channels to trust: 38.7 → 39.4 dB clean,
+    35.1 → 36.1 dB at noise 0.1, steps across patch borders 1.15 → 1.02 times those inside (docs/log.md).
+    """
+    import torch.nn.functional as F
+    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    latents = torch.cat([vae.encode(clips).latent_dist.mode() for clips in videos.split(8)]) / std
+    latents = latents + noise * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    seen = F.unfold((latents * std).transpose(1, 2).flatten(0, 1), 3, padding=1)  # (N T, 16·9, L)
+    wanted = patchify(videos, PATCH).transpose(1, 2).flatten(0, 1).flatten(2)
+    rows = seen.transpose(1, 2).reshape(-1, seen.shape[1]).double()
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+    gram = rows.T @ rows
+    gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram))
+    taps = torch.linalg.solve(gram, rows.T @ wanted.transpose(1, 2).reshape(len(rows), -1).double()).float()
+    conv = vae.decoder.conv_out
+    weight = taps[:-1].T.reshape(-1, Z_DIM, 3, 3)
+    conv.weight[:, :Z_DIM, -1], conv.weight[:, Z_DIM : 2 * Z_DIM, -1] = weight, -weight
+    conv.bias.copy_(taps[-1])
