@@ -51,6 +51,25 @@ def flicker(videos: torch.Tensor) -> torch.Tensor:
     return (coarse[:, 1:-1] - (coarse[:, :-2] + coarse[:, 2:]) / 2).abs().mean((1, 2, 3))
 
 
+def border_ratio(videos: torch.Tensor, patch: int) -> torch.Tensor:
+    """The codec's grid: (B, T, 3, H, W) in [0, 1] → (B) fp32, mean |step| between pixels across borders of `patch` px ÷ that inside patches.
+
+    1 for a picture that does not know the patches. Still clips of one colour count as 1. Raises ValueError for a patch that leaves no
+    inside or no border.
+    """
+    videos = check_videos(videos)
+    if not 2 <= patch < min(videos.shape[3:]):
+        raise ValueError(f"patch: got {patch}, expected 2 px to {min(videos.shape[3:]) - 1}: a border and an inside")
+    across, inside = [], []
+    for axis in (3, 4):
+        step = videos.diff(dim=axis).abs().transpose(axis, -1).flatten(1, -2)  # (B, lines, pixels − 1)
+        border = torch.arange(step.shape[-1]) % patch == patch - 1
+        across.append(step[..., border].mean((1, 2)))
+        inside.append(step[..., ~border].mean((1, 2)))
+    across, inside = torch.stack(across).mean(0), torch.stack(inside).mean(0)
+    return torch.where(inside + across > 0, across / inside.clamp_min(1e-6), torch.ones_like(across))
+
+
 @lru_cache(maxsize=1)
 def find_ffmpeg() -> str:
     """The ffmpeg of imageio-ffmpeg. RuntimeError where it is missing or was built without libvmaf."""

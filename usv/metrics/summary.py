@@ -16,7 +16,8 @@ from usv.metrics.appearance import (
     pool_features,
 )
 from usv.metrics.checks import check_twins, check_videos
-from usv.metrics.fidelity import find_ffmpeg, flicker, psnr, ssim, vmaf
+from usv.metrics.coverage import coverage
+from usv.metrics.fidelity import border_ratio, find_ffmpeg, flicker, psnr, ssim, vmaf
 from usv.metrics.frechet import MIN_CLIPS, bootstrap_ci, check_features, frechet_ci, frechet_distance
 from usv.metrics.motion import camera_motion, check_motions, classify_motion, flow_warp_error, optical_flow
 
@@ -33,24 +34,21 @@ def _has_vmaf() -> bool:
     return True
 
 
-def evaluate_videos(
+def measure_videos(
     videos: torch.Tensor,
     subjects: Sequence | None = None,
     motions: Sequence | None = None,
-    reference_features: torch.Tensor | None = None,
     dense_twins: torch.Tensor | None = None,
     *,
     prototypes: Prototypes | None = None,
-    intervals: bool = False,
-) -> dict[str, float]:
-    """Every metric that the arguments allow, averaged over videos.
+    patch: int | None = None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Every metric that the arguments allow, for each video: name -> (B,), and the clips' features (B, 2560).
 
     Always: subject_consistency, flicker, flow_warp_error. With `subjects` (B labels of `prototypes`, which then is
-    required): subject_accuracy. With `motions` (B indices or names of MOTIONS): motion_accuracy. With
-    `reference_features` (n, 2560), `features` of real clips, n ≥ 16: frechet_distance. With `dense_twins`, the dense
-    model's videos for the same prompts and seeds: psnr (inf for equal clips), ssim, lpips_like, vmaf.
-    With `intervals`, each also as <name>_low and <name>_high, the 95% interval over videos (`bootstrap_ci`,
-    `frechet_ci` with the subjects as strata, B ≥ 32).
+    required): subject_accuracy. With `motions` (B indices or names of MOTIONS): motion_accuracy. With `patch` (px of the
+    codec): border_ratio. With `dense_twins`, the dense model's videos for the same prompts and seeds: psnr (inf for equal
+    clips), ssim, lpips_like, vmaf.
 
     videos and dense_twins (B, T, 3, H, W) float in [0, 1], T ≥ 3. Raises ValueError for wrong arguments (all are
     checked before anything is computed). VMAF is left out where no ffmpeg has libvmaf (`fidelity.find_ffmpeg` says why).
@@ -62,13 +60,10 @@ def evaluate_videos(
         subjects = check_subjects(subjects, len(videos), prototypes)
     if motions is not None:
         motions = check_motions(motions, len(videos))
-    if reference_features is not None:
-        check_features(reference_features, "reference_features")
-        check_features(videos.flatten(1)[:, :1], "videos", 2 * MIN_CLIPS if intervals else MIN_CLIPS)
     if dense_twins is not None:
         check_twins(videos, dense_twins, "dense_twins")
 
-    each = {}
+    each = {} if patch is None else {"border_ratio": border_ratio(videos, patch)}
     if dense_twins is None:
         frames = frame_features(videos)
     else:
@@ -84,13 +79,44 @@ def evaluate_videos(
         each["subject_accuracy"] = _hits(classify_subjects(frames, prototypes), subjects)
     if motions is not None:
         each["motion_accuracy"] = _hits(classify_motion(camera_motion(flow=flow)), motions)
+    return each, pool_features(frames)
+
+
+def evaluate_videos(
+    videos: torch.Tensor,
+    subjects: Sequence | None = None,
+    motions: Sequence | None = None,
+    reference_features: torch.Tensor | None = None,
+    dense_twins: torch.Tensor | None = None,
+    *,
+    prototypes: Prototypes | None = None,
+    intervals: bool = False,
+    patch: int | None = None,
+) -> dict[str, float]:
+    """The metrics of `measure_videos`, averaged over videos.
+
+    With `reference_features` (n, 2560), `features` of real clips, n ≥ 16: frechet_distance and coverage too. With `intervals`, each
+    also as <name>_low and <name>_high, the 95% interval over videos (`bootstrap_ci`, `frechet_ci` with the subjects as strata, B ≥ 32).
+    Raises ValueError as `measure_videos` does.
+    """
+    if reference_features is not None:
+        check_features(reference_features, "reference_features")
+        check_features(check_videos(videos).flatten(1)[:, :1], "videos", 2 * MIN_CLIPS if intervals else MIN_CLIPS)
+    each, pooled = measure_videos(videos, subjects, motions, dense_twins, prototypes=prototypes, patch=patch)
+    return summarise(each, pooled, reference_features, subjects, intervals)
+
+
+def summarise(
+    each: dict[str, torch.Tensor], pooled: torch.Tensor, reference_features: torch.Tensor | None, subjects: Sequence | None, intervals: bool
+) -> dict[str, float]:
+    """`evaluate_videos` from what `measure_videos` gave."""
     result = {name: float(values.mean()) for name, values in each.items()}
     if intervals:
         for name, values in each.items():
             result[f"{name}_low"], result[f"{name}_high"] = bootstrap_ci(torch.mean, values, num_resamples=1000)
     if reference_features is not None:
-        pooled = pool_features(frames)
         result["frechet_distance"] = frechet_distance(reference_features, pooled)
+        result["coverage"] = coverage(reference_features, pooled)
         if intervals:
             low, high = frechet_ci(reference_features, pooled, subjects)
             result["frechet_distance_low"], result["frechet_distance_high"] = low, high
