@@ -145,7 +145,7 @@ def test_named_files_are_committed():
 
 def test_the_tables_are_what_was_measured():
     """Every figure of both tables comes from the committed JSON, through the function that prints it."""
-    from usv.evaluation.evaluate import markdown
+    from usv.evaluation.judge import markdown
     from usv.evaluation.peers.__main__ import markdown as peers
 
     report, others = (json.loads((ROOT / "data" / "results" / f"{name}.json").read_text()) for name in ("usv_mini", "peers"))

@@ -14,8 +14,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from usv.metrics import coverage, frechet_distance, paired_difference
+from usv.config import ModelConfig
+from usv.cpu import keep_freed_memory
+from usv.evaluation.clips import FLOOR_SEED, REAL_CLIPS, asked_clips, real_clips, requests
+from usv.metrics import build_prototypes, coverage, features, frechet_distance, paired_difference
 from usv.metrics.summary import measure_videos
+from usv.sampling.generate import best_place, load_pipeline
 
 # metric -> whether high is good, and its claims in chains: each set is better than the next
 CLAIMS: dict[str, tuple[bool, list[tuple[str, ...]]]] = {
@@ -118,3 +122,27 @@ def table(report: dict) -> str:
     failed = [f"{c['metric']}: {c['better']} should be better than {c['worse']}, {c['values']}" for c in report["claims"] if not c["holds"]]
     lines += ["", f"Accepted: {', '.join(accepted(report['claims']))}.", *(f"Fails: {line}" for line in failed)]
     return "\n".join(lines)
+
+
+def calibration(model: ModelConfig, clips: int) -> dict:
+    """The report of `python -m usv.evaluate --calibrate`: sets, claims and the metrics that are accepted."""
+    keep_freed_memory()
+    pipe = load_pipeline(model.path, *best_place())
+    _, subjects, motions = requests(clips)
+    real, real_subjects = real_clips(model, REAL_CLIPS)
+    result = calibrate(
+        asked_clips(model, subjects, motions, FLOOR_SEED), subjects, motions, features(real), build_prototypes(real, real_subjects),
+        pipe.vae_scale_factor_spatial, lambda videos: round_trip(pipe, videos),
+        lambda count: asked_clips(model, subjects, motions, FLOOR_SEED + 1, count) if count else real.mean(0).expand(clips, -1, -1, -1, -1),
+    )  # fmt: skip
+    return {"clips": clips, **result, "accepted": accepted(result["claims"])}
+
+
+@torch.no_grad()
+def round_trip(pipe, videos: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+    """Videos (B, T, 3, H, W) in [0, 1] through the codec and back."""
+    vae, out = pipe.vae, []
+    for part in videos.split(batch_size):
+        latents = vae.encode((part * 2 - 1).transpose(1, 2).to(vae.device, vae.dtype)).latent_dist.mode()
+        out.append((vae.decode(latents, return_dict=False)[0].float().cpu() / 2 + 0.5).clamp(0, 1).transpose(1, 2))
+    return torch.cat(out)

@@ -26,7 +26,8 @@ import usv
 from usv.config import ModelConfig, SettingError
 from usv.cpu import keep_freed_memory
 from usv.evaluation.arguments import check
-from usv.evaluation.evaluate import commit, machine, real_clips, requests
+from usv.evaluation.clips import real_clips, requests
+from usv.evaluation.evaluate import commit, machine
 from usv.evaluation.matched_density import TOLERANCE, settings_for, svg_densities
 from usv.files import check_folder, write_text
 from usv.metrics import build_prototypes, evaluate_videos, features

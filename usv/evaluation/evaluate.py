@@ -2,20 +2,23 @@
 
     python -m usv.evaluate --ckpt outputs/usv_mini/student --clips 120 --out data/results/usv_mini.json
     python -m usv.evaluate --ckpt three=outputs/usv_few_step/student --ckpt two=outputs/usv_few_step/student@1000,750
+    python -m usv.evaluate --ckpt data/students/usv_few_step --dense 1 2 4 8 16 --lookup    # beside what a sceptic names
+    python -m usv.evaluate --calibrate                                                       # are the metrics worth their names
 
 Prompts are CameraMotion captions, every subject with every motion in turn. Batches of the methods are interleaved, so that a
 noisy machine hurts all alike. Quality: subject and motion accuracy against the prompt, Fréchet distance to real clips,
 consistency, flicker, warp error, with 95% intervals where there are enough clips; and of students that take the teacher's steps
-how near each video comes to its dense twin (PSNR, SSIM, perceptual distance).
+how near each video comes to its dense twin (PSNR, SSIM, perceptual distance). Prompts and seeds are pairs: whether a method is of
+the dense model's quality is `usv.metrics.non_inferior`'s answer, and each clip's values stay in the JSON (`values`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,8 +28,12 @@ import usv
 from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory, processor
 from usv.evaluation.arguments import check
+from usv.evaluation.calibrate import calibration
+from usv.evaluation.calibrate import table as calibration_table
+from usv.evaluation.clips import FLOOR_SEED, LOOKUP_CLIPS, REAL_CLIPS, ROOT, asked_clips, real_clips, requests
+from usv.evaluation.judge import finite, judge, table
 from usv.files import write_result, write_text
-from usv.metrics import build_prototypes, evaluate_videos, features
+from usv.metrics import build_prototypes, features, frechet_distance
 from usv.metrics.frechet import MIN_CLIPS
 from usv.sampling.checkpoint import CheckpointError, Student, load_student, named
 from usv.sampling.generate import Generation, best_place, generate, load_pipeline, now
@@ -36,49 +43,32 @@ from usv.sparse.grid import tile_layout
 from usv.training.run import commit
 from usv.video import contact_sheet, magnified, write_mp4
 
-ROOT = Path(__file__).resolve().parents[2]
-REAL_SEED = 3  # neither the teacher's training clips (1) nor the codec's held-out ones (2)
 
+@dataclass(frozen=True)
+class Dense:
+    """The dense model at `steps` and `guidance`; None: its own."""
 
-def camera_motion():
-    """The module data/camera_motion.py, which is no part of the installed package."""
-    if str(ROOT / "data") not in sys.path:
-        sys.path.insert(0, str(ROOT / "data"))
-    import camera_motion
-
-    return camera_motion
-
-
-def requests(count: int) -> tuple[list[str], list[int], list[int]]:
-    """`count` captions with their labels. 120 cover every subject with every motion; fewer still cover all subjects."""
-    world = camera_motion()
-    subjects, motions = len(world.SUBJECTS), len(world.MOTIONS)
-    pairs = [(i % subjects, (i % subjects + i // subjects) % motions) for i in range(count)]
-    return [world.caption(s, m) for s, m in pairs], [s for s, _ in pairs], [m for _, m in pairs]
-
-
-def real_clips(model: ModelConfig, count: int) -> tuple[torch.Tensor, list[int]]:
-    """Real clips (N, T, 3, H, W) in [0, 1] and their subjects: the reference of the Fréchet distance and the prototypes."""
-    world = camera_motion()
-    clips = [world.sample_clip(i, REAL_SEED, model.num_frames, model.height) for i in range(count)]
-    return torch.stack([c.frames for c in clips]).float() / 255, [c.subject for c in clips]
+    steps: int | None = None
+    guidance: float | None = None
 
 
 def generate_all(pipe, model: ModelConfig, methods: dict, prompts: list[str], seeds: list[int], batch_size: int) -> dict:
-    """{name: Generation} with batches of all methods interleaved. `methods`: name -> checkpoint or None for dense."""
+    """{name: Generation} with batches of all methods interleaved. `methods`: name -> student or `Dense`."""
     parts: dict[str, list[Generation]] = {name: [] for name in methods}
     executed: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     with tqdm(total=len(prompts) * len(methods), unit="video") as bar:
         for start in range(0, len(prompts), batch_size):
             for name, checkpoint in methods.items():
                 bar.set_description(name)
-                steps = None
-                if checkpoint is not None:
+                sparse, guidance = not isinstance(checkpoint, Dense), None
+                if sparse:
                     usv.enable(pipe, checkpoint)
                     steps = pipe._usv.student.sampling["num_inference_steps"]
+                else:
+                    steps, guidance = checkpoint.steps, checkpoint.guidance
                 part = slice(start, start + batch_size)
-                parts[name].append(generate(pipe, model, prompts[part], seeds[part], batch_size, steps, progress=bar))
-                if checkpoint is not None:
+                parts[name].append(generate(pipe, model, prompts[part], seeds[part], batch_size, steps, guidance, progress=bar))
+                if sparse:
                     executed[name].append((pipe._usv.record.mean_density(), pipe._usv.record.mean_merged()))
                     usv.disable(pipe)
     result = {}
@@ -97,13 +87,16 @@ def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, re
     place = {"device": pipe.device, "dtype": pipe.transformer.dtype}
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(**place)
     text = torch.randn(batch_size, model.max_sequence_length, pipe.transformer.config.text_dim, **place)
+    dense = [name for name, method in methods.items() if isinstance(method, Dense)]
+    methods = {name: method for name, method in methods.items() if name not in dense[1:]}  # one dense forward is like another
     times: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats + 1):
         for name, checkpoint in methods.items():
-            if checkpoint is not None:
+            sparse = not isinstance(checkpoint, Dense)
+            if sparse:
                 usv.enable(pipe, checkpoint)
             timesteps = [1000.0]
-            if checkpoint is not None:
+            if sparse:
                 student = pipe._usv.student
                 timesteps = student.sampling.get("student_timesteps") or [
                     (low + high) / 2 for low, high in zip((0.0, *student.plan.edges), student.plan.edges)
@@ -115,47 +108,56 @@ def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, re
             if repeat:
                 times[name].append((now() - begun) / len(timesteps) / batch_size)
             usv.disable(pipe)
-    return {
-        name: {f"p{q}": float(torch.tensor(values).quantile(q / 100)) for q in (10, 50, 90)} for name, values in times.items()
-    }
+    found = {name: {f"p{q}": float(torch.tensor(values).quantile(q / 100)) for q in (10, 50, 90)} for name, values in times.items()}
+    return found | {name: found[dense[0]] for name in dense[1:]}
 
 
-def evaluate(model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_size: int, videos: Path | None = None) -> dict:
-    """The report: machine, commit, and one row of quality, speed and executed sparsity for each method."""
+def evaluate(
+    model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_size: int, videos: Path | None = None,
+    dense: dict[str, Dense] | None = None, lookup: bool = False,
+) -> dict:
+    """The report: machine, commit, and one row of quality, speed and executed sparsity for each method.
+
+    dense: further dense rows by name. lookup: a row of no model at all, the mean of ten real clips of the caption.
+    """
     keep_freed_memory()
     pipe = load_pipeline(model.path, *best_place())
-    methods = {"dense": None, **{name: opened(pipe, path) for name, path in checkpoints.items()}}
+    methods = {"dense": Dense(), **(dense or {}), **{name: opened(pipe, path) for name, path in checkpoints.items()}}
     prompts, subjects, motions = requests(clips)
-    seeds = list(range(clips))
-    real, real_subjects = real_clips(model, 240)
+    real, real_subjects = real_clips(model, REAL_CLIPS)
     prototypes, reference = build_prototypes(real, real_subjects), features(real)
     timing = forward_seconds(pipe, model, methods, batch_size)
+    generated = generate_all(pipe, model, methods, prompts, list(range(clips)), batch_size)
     rows = {}
-    generated = generate_all(pipe, model, methods, prompts, seeds, batch_size)
     for name, (generation, density, merged) in generated.items():
-        student = methods[name]
-        same = student is not None and not student.sampling.get("student_timesteps") and student.sampling["num_inference_steps"] == model.num_inference_steps
-        twins = generated["dense"][0].videos if same else None
-        quality = evaluate_videos(
-            generation.videos, subjects, motions, reference if clips >= MIN_CLIPS else None, twins, prototypes=prototypes,
-            intervals=clips >= 2 * MIN_CLIPS,
-        )
         rows[name] = {
             "forwards": generation.forwards, "seconds_per_forward": timing[name], "attention_density": density, "merged": merged,
-            "denoise_seconds": generation.seconds["denoise"] / clips, "decode_seconds": generation.seconds["decode"] / clips,
-            "flops_ratio": _flops_ratio(pipe, model, methods[name]), **{k: finite(v) for k, v in quality.items()},
+            **{f"{stage}_seconds": seconds / clips for stage, seconds in generation.seconds.items()},
+            "total_seconds": sum(generation.seconds.values()) / clips, "flops_ratio": _flops_ratio(pipe, model, methods[name]),
         }  # fmt: skip
     for row in rows.values():
         row["forward_speedup"] = rows["dense"]["seconds_per_forward"]["p50"] / row["seconds_per_forward"]["p50"]
-        row["denoise_speedup"] = rows["dense"]["denoise_seconds"] / row["denoise_seconds"]
+        for stage in ("denoise", "total"):
+            row[f"{stage}_speedup"] = rows["dense"][f"{stage}_seconds"] / row[f"{stage}_seconds"]
+    shown = {name: g.videos for name, (g, _, _) in generated.items()}
+    if lookup:
+        rows["lookup"], shown["lookup"] = {}, asked_clips(model, subjects, motions, FLOOR_SEED, LOOKUP_CLIPS)
+    twins = [name for name, method in methods.items() if not isinstance(method, Dense) and _takes_teachers_steps(method, model)]
+    quality = judge(shown, twins, subjects, motions, prototypes, reference, pipe.vae_scale_factor_spatial)
+    for name, found in quality.items():
+        rows[name] |= found
     if videos is not None:
-        show(videos, prompts, {name: g.videos for name, (g, _, _) in generated.items()}, model.fps)
-    return {"commit": commit(), "machine": machine(pipe.device), "clips": clips, "checkpoints": checkpoints, "methods": rows}
+        show(videos, prompts, shown, model.fps)
+    report = {"commit": commit(), "machine": machine(pipe.device), "clips": clips, "checkpoints": checkpoints, "methods": rows}
+    if clips >= MIN_CLIPS:
+        floor = asked_clips(model, subjects, motions, FLOOR_SEED)
+        report["floor"] = {"frechet_distance": finite(frechet_distance(reference, features(floor)))}
+    return report
 
 
-def finite(value: float) -> float | None:
-    """Rounded for JSON, which has no infinity: the PSNR of equal videos is None."""
-    return round(value, 5) if math.isfinite(value) else None
+def _takes_teachers_steps(student: Student, model: ModelConfig) -> bool:
+    """Whether a student's videos are to be those of the dense model, one by one."""
+    return not student.sampling.get("student_timesteps") and student.sampling["num_inference_steps"] == model.num_inference_steps
 
 
 def machine(device: str | torch.device = "cpu") -> dict:
@@ -166,7 +168,7 @@ def machine(device: str | torch.device = "cpu") -> dict:
 
 def _flops_ratio(pipe, model: ModelConfig, checkpoint) -> float:
     """FLOPs of the blocks, dense / student, from the cost model."""
-    if checkpoint is None:
+    if isinstance(checkpoint, Dense):
         return 1.0
     usv.enable(pipe, checkpoint)
     student = pipe._usv.student
@@ -207,34 +209,6 @@ def show(folder: Path, prompts: list[str], videos: dict[str, torch.Tensor], fps:
     write_text(folder / "videos.json", json.dumps(entries, indent=1) + "\n")
 
 
-def table(report: dict) -> str:
-    """The report as a table, one column a method."""
-    lines = [("", "forwards", "s/forward", "speed-up", "density", "merged", "FLOPs ratio", "subject", "motion", "Fréchet", "denoise s", "denoise ×")]
-    for name, r in report["methods"].items():
-        lines.append((
-            name, f"{r['forwards']}", f"{r['seconds_per_forward']['p50']:.4f}", f"{r['forward_speedup']:.2f}×",
-            f"{r['attention_density']:.3f}", f"{r['merged']:.0%}", f"{r['flops_ratio']:.2f}×", f"{r['subject_accuracy']:.3f}",
-            f"{r['motion_accuracy']:.3f}", f"{r.get('frechet_distance', float('nan')):.1f}", f"{r['denoise_seconds']:.2f}",
-            f"{r['denoise_speedup']:.2f}×",
-        ))  # fmt: skip
-    return "\n".join("".join(f"{cell:>13}" for cell in row) for row in zip(*lines))
-
-
-def markdown(report: dict) -> str:
-    """The report as the README shows it: a row for each method, 95% intervals where they were computed."""
-    lines = ["| method | forwards | s/forward | forward × | density | merged | subject | motion | Fréchet | denoising s | denoising × |"]
-    lines.append("|---" * 11 + "|")
-    for name, r in report["methods"].items():
-        between = lambda key: f" ({r[key + '_low']:.2f}–{r[key + '_high']:.2f})" if key + "_low" in r else ""  # noqa: B023, E731
-        lines.append(
-            f"| {name} | {r['forwards']} | {r['seconds_per_forward']['p50']:.4f} | {r['forward_speedup']:.2f} | {r['attention_density']:.3f} "
-            f"| {r['merged']:.0%} | {r['subject_accuracy']:.3f}{between('subject_accuracy')} "
-            f"| {r['motion_accuracy']:.3f}{between('motion_accuracy')} | {r.get('frechet_distance', float('nan')):.0f} "
-            f"| {r['denoise_seconds']:.2f} | {r['denoise_speedup']:.1f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", action="append", default=[], help="[name=]student folder[@timesteps]; repeat for several")
@@ -243,6 +217,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--steps", type=int, default=None, help="sampling steps of the dense model")
+    parser.add_argument("--dense", type=int, nargs="*", default=[], metavar="N", help="the dense model at N steps as further rows")
+    parser.add_argument("--unguided", action="store_true", help="with --dense: each also without guidance")
+    parser.add_argument("--lookup", action="store_true", help="a row of no model: the mean of ten real clips of the caption")
+    parser.add_argument("--calibrate", action="store_true", help="no model: which known damage does each metric see")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--videos", type=Path, help="folder for side-by-side videos and a contact sheet")
     args = parser.parse_args()
@@ -255,10 +233,16 @@ def main() -> None:
         model.guidance_scale = args.guidance
     if args.steps is not None:
         model.num_inference_steps = args.steps
+    dense = {f"dense_{n}{'_unguided' if scale else ''}": Dense(n, scale) for n in args.dense for scale in (None, *([1.0] if args.unguided else []))}
     try:
-        report = evaluate(model, named(args.ckpt), args.clips, args.batch_size, args.videos)
+        if args.calibrate:
+            report = {"commit": commit(), "machine": machine(), **calibration(model, args.clips)}
+            shown = calibration_table(report)
+        else:
+            report = evaluate(model, named(args.ckpt), args.clips, args.batch_size, args.videos, dense, args.lookup)
+            shown = table(report)
         report["command"] = "python -m usv.evaluate " + " ".join(sys.argv[1:])
-        print(table(report))
+        print(shown)
         if args.out is not None:
             write_result(args.out, report)
     except (ValueError, OSError) as error:

@@ -13,8 +13,9 @@ from diffusers import WanPipeline
 
 import usv
 from usv.config import ModelConfig
+from usv.evaluation.clips import requests
 from usv.evaluation.compare_patterns import CALIBRATION_SEED, temporal_share
-from usv.evaluation.evaluate import opened, requests
+from usv.evaluation.evaluate import opened
 from usv.evaluation.matched_density import settings_for
 from usv.evaluation.peers import caches
 from usv.evaluation.peers.caches import Running

@@ -14,7 +14,9 @@ from diffusers import WanPipeline
 from tqdm import tqdm
 
 from usv.config import ModelConfig
-from usv.evaluation.evaluate import finite, machine, real_clips, requests
+from usv.evaluation.clips import real_clips, requests
+from usv.evaluation.evaluate import machine
+from usv.evaluation.judge import finite
 from usv.evaluation.peers.methods import Method
 from usv.files import write_text
 from usv.metrics import build_prototypes, evaluate_videos, features
