@@ -83,6 +83,44 @@ def test_the_file_is_the_student(tiny_wan, tmp_path):
     assert (tmp_path / "one.safetensors").stat().st_mode & 0o044, "others may read it"
 
 
+def test_by_the_command(tiny_wan, tmp_path, capsys):
+    """What a user types: written once, refused twice, run on a pipeline to the bit of the folder it was written from; rounded, what
+    diffusers keeps in fp32 stays so; adapters under the names that diffusers' own reader of Wan's LoRAs knows."""
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+
+    import usv
+    from usv.sampling.checkpoint import save_student
+    from usv.sampling.export import main
+
+    one = student()
+    one.sampling |= {"max_sequence_length": tiny.TEXT}
+    save_student(tmp_path / "student", one)
+    typed = ["--ckpt", str(tmp_path / "student"), "--model", str(tiny_wan), "--comfyui", "--out"]
+    assert main([*typed, str(tmp_path / "one.safetensors")]) == 0 and "ComfyUI cannot run it" in capsys.readouterr().out
+    assert main([*typed, str(tmp_path / "one.safetensors")]) == 1 and "--overwrite" in capsys.readouterr().err
+    assert main([*typed, str(tmp_path / "folder")]) == 1 and "ends in .safetensors" in capsys.readouterr().err
+
+    pipe = WanPipeline.from_pretrained(tiny_wan)
+    pipe.set_progress_bar_config(disable=True)
+    videos = []
+    for path in ("student", "one.safetensors"):
+        usv.enable(pipe, str(tmp_path / path))
+        latents = pipe("a cat", generator=torch.Generator().manual_seed(0), output_type="latent").frames
+        videos.append(latents)
+        usv.disable(pipe)
+    assert torch.equal(*videos)
+
+    assert main([*typed, str(tmp_path / "half.safetensors"), "--dtype", "bfloat16"]) == 0
+    kinds = {name: value.dtype for name, value in load_file(tmp_path / "half.safetensors").items()}
+    assert kinds["blocks.0.self_attn.q.weight"] == torch.bfloat16 and kinds["blocks.0.modulation"] == kinds["time_embedding.0.weight"] == torch.float32
+
+    assert main([*typed, str(tmp_path / "lora.safetensors"), "--lora", "--rank", "4"]) == 0
+    written = load_file(tmp_path / "lora.safetensors")
+    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in written
+    read = _convert_non_diffusers_wan_lora_to_diffusers(dict(written))
+    assert len(read) == len(written) and "transformer.blocks.0.attn1.to_q.lora_A.weight" in read
+
+
 def test_strangers_and_damage(tiny_wan, tmp_path):
     base = WanPipeline.from_pretrained(tiny_wan).transformer
     save_file({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, tmp_path / "stranger.safetensors")

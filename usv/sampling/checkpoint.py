@@ -96,6 +96,10 @@ def record_of(student: Student) -> dict:
 def read_config(path: str | Path) -> dict:
     """config.json of a student folder. CheckpointError where it is missing or something else."""
     path = Path(path)
+    if path.suffix == ".safetensors":  # one file of usv.export
+        from usv.sampling.comfyui import read
+
+        return read(path)[0]
     settle(path)
     if (path / "usv" / "config.json").exists():  # a pipeline folder of usv.export
         path = path / "usv"
@@ -146,6 +150,10 @@ def named(entries: list[str]) -> dict[str, str]:
 def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
     """A student for the model `base` belongs to. CheckpointError when shapes differ or a file is damaged."""
     path = Path(path)
+    if path.suffix == ".safetensors":
+        from usv.sampling.comfyui import load_file_student
+
+        return load_file_student(path, base)
     for attempt in range(READS):
         record = read_config(path)
         folder = path / "usv" if (path / "usv" / "config.json").exists() else path

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 
+from usv.files import check_output, replacing
 from usv.sampling.checkpoint import FORMAT, CheckpointError, Student, fingerprint, record_of
 
 # diffusers' name -> Wan's, longest first where one is part of another; the two norms around cross-attention change places
@@ -73,13 +73,13 @@ def wan_name(name: str, back: bool = False) -> str:
     return f"{blocks}.{index}.{rest}"
 
 
-def _metadata(student: Student, base: torch.nn.Module, **more) -> dict[str, str]:
+def _metadata(student: Student, base: Mapping[str, list[float]], **more) -> dict[str, str]:
     gates = {n: v.detach().cpu().contiguous() for n, v in student.model.state_dict().items() if n.startswith("gates.")}
     try:
         own = version("usv")
     except PackageNotFoundError:
         own = "unknown"
-    record = {**record_of(student), "base": fingerprint(base), "version": own, **more}
+    record = {**record_of(student), "base": base, "version": own, **more}
     return {"format": "pt", "usv": json.dumps(record), "usv_gates": base64.b64encode(save(gates)).decode()}
 
 
@@ -100,35 +100,25 @@ def check_wan(transformer: torch.nn.Module) -> str | None:
 
 
 def _write(out: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
+    check_output(out, begins=None)
+    with replacing(out) as temporary:
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        temporary.chmod(0o644)
 
 
 def write_weights(student: Student, base: torch.nn.Module, out: Path) -> None:
     """All weights of `student`, in the dtypes they have, and its metadata. base: the model it was trained from. CheckpointError, OSError."""
     check_wan(base)
     state = {n.removeprefix("transformer."): v.detach().cpu() for n, v in student.model.state_dict().items() if n.startswith("transformer.")}
-    _write(out, {wan_name(name): value for name, value in state.items()}, _metadata(student, base))
+    _write(out, {wan_name(name): value for name, value in state.items()}, _metadata(student, fingerprint(base)))
 
 
-def write_lora(student: Student, base: torch.nn.Module, tensors: Mapping[str, torch.Tensor], fused: torch.nn.Module, out: Path) -> None:
+def write_lora(student: Student, base: Mapping[str, list[float]], tensors: Mapping[str, torch.Tensor], fused: torch.nn.Module, out: Path) -> None:
     """Adapters, as `usv.sampling.export` names them (transformer.….lora_A.weight), and the student's metadata.
 
-    base: the model the adapters belong to; fused: the same with them merged in, by which the student knows its pipeline.
+    base: `fingerprint` of the model the adapters belong to; fused: it with them merged in, by which the student knows its pipeline.
     """
-    check_wan(base)
+    check_wan(fused)
     named = {f"diffusion_model.{wan_name(n.removeprefix('transformer.'))}": v.detach().cpu() for n, v in tensors.items()}
     _write(out, named, _metadata(student, base, fingerprint=fingerprint(fused), adapters=True))
 

@@ -2,6 +2,7 @@
 
     python -m usv.export --ckpt outputs/usv_wan/student --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out exported
     python -m usv.export --ckpt outputs/usv_wan/student --model … --out exported_lora --lora
+    python -m usv.export --ckpt outputs/usv_wan/student --model … --out student.safetensors --comfyui       one file (comfyui.py)
 
     exported/        WanPipeline.from_pretrained(exported), then usv.enable(pipe, exported)
       transformer/ vae/ text_encoder/ …     plain diffusers; the student's weights, adapters merged
@@ -37,6 +38,7 @@ from usv.sampling.checkpoint import (
     read_config,
     record_of,
 )
+from usv.sampling.comfyui import check_wan, write_lora, write_weights
 from usv.sampling.generate import load_pipeline
 
 # what an export is made of: with anything else in it a folder is not replaced
@@ -102,10 +104,44 @@ def export(ckpt: str | Path, model: str, out: Path, dtype: torch.dtype | None = 
     return out
 
 
-def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None, overwrite: bool = False) -> float:
+def export_file(ckpt: str | Path, model: str, out: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> str | None:
+    """One safetensors file under Wan's own names (usv/sampling/comfyui.py); what ComfyUI could not do with it, or None.
+
+    dtype: of the weights, but for those that diffusers keeps in fp32; None keeps fp32. Raises CheckpointError, SettingError, OSError.
+    """
+    refuse_expert(ckpt)
+    place = check_file(out, overwrite)
+    pipe = load_pipeline(model)
+    student = load_student(ckpt, pipe.transformer)
+    if dtype is not None:
+        cast(student.model.transformer, dtype)
+    write_weights(student, pipe.transformer, place)
+    return check_wan(pipe.transformer)
+
+
+def check_file(out: str | Path, overwrite: bool) -> Path:
+    """The file to write. FileError where it has another ending, or stands already and may not be replaced."""
+    path = Path(out)
+    if path.suffix != ".safetensors":
+        raise FileError(f"--out: got {out} with --comfyui, accepted: the name of a file that ends in .safetensors")
+    if path.exists() and not overwrite:
+        raise FileError(f"--out: got {out}, which stands already; --overwrite replaces it, or give another name")
+    return path
+
+
+def cast(transformer, dtype: torch.dtype) -> None:
+    """The transformer's weights in `dtype`, but for the modules that diffusers keeps in fp32 when it loads them so."""
+    kept = tuple(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in transformer.named_parameters():
+        if not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None, overwrite: bool = False, comfyui: bool = False) -> float:
     """A diffusers LoRA folder; returns the share of the update's squared norm that it holds (1 for a student of adapters).
 
     rank: for a student without adapters, of the LoRA that is cut from its update. overwrite: an earlier export in `out` is replaced.
+    comfyui: one file under Wan's own names instead of a folder.
     """
     refuse_expert(ckpt)
     record = read_config(ckpt)
@@ -114,9 +150,9 @@ def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None
         raise SettingError(f"--rank: got {rank}, accepted: at least 1, e.g. --rank 64")
     if None not in (own, rank) and own != rank:
         raise SettingError(f"--rank: got {rank} for a student of adapters of rank {own}, accepted: none, which exports them as they are")
-    place = check_out(out, overwrite)
+    place = check_file(out, overwrite) if comfyui else check_out(out, overwrite)
     pipe = load_pipeline(model)
-    student = load_student(ckpt, pipe.transformer)
+    student, base = load_student(ckpt, pipe.transformer), fingerprint(pipe.transformer)
     if record.get("lora"):
         tensors = {n: v for n, v in load_file(Path(ckpt) / "student.safetensors").items() if lora.is_adapter(n)}
         alpha, rank, held = record["lora"]["alpha"], record["lora"]["rank"], 1.0
@@ -140,6 +176,9 @@ def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None
         {**state, **lora.from_diffusers_names({n.removeprefix("transformer."): v for n, v in tensors.items()})}, 1.0
     )
     pipe.transformer.load_state_dict(fused)
+    if comfyui:
+        write_lora(student, base, tensors, pipe.transformer, place)
+        return held
 
     def write(folder: Path) -> None:
         save_file({n: v.contiguous() for n, v in tensors.items()}, folder / "pytorch_lora_weights.safetensors")
@@ -180,13 +219,24 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the transformer"
     )
     parser.add_argument("--lora", action="store_true", help="write a diffusers LoRA instead of a whole pipeline")
+    parser.add_argument("--comfyui", action="store_true", help="write one file under Wan's own names, which ComfyUI's loaders read")
     parser.add_argument("--rank", type=int, help="with --lora, for a fully trained student")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     args = parser.parse_args(argv)
     try:
         if args.rank is not None and not args.lora:
             raise SettingError(f"--rank: got {args.rank} without --lora, accepted: --lora --rank {args.rank}, or neither")
-        if args.lora:
+        if args.comfyui:
+            if args.lora:
+                held = export_lora(args.ckpt, args.model, args.out, args.rank, args.overwrite, comfyui=True)
+                print(f"{args.out}: a LoRA that holds {held:.1%} of the update, under the names ComfyUI's LoRA loader reads")
+            elif said := export_file(args.ckpt, args.model, args.out, getattr(torch, args.dtype), args.overwrite):
+                print(f"note: {said}")
+            else:
+                print(f"{args.out}: put it into ComfyUI's models/diffusion_models, where it runs densely")
+            if not args.lora:
+                print(f"here: usv.enable(pipe, {args.out!r})")
+        elif args.lora:
             held = export_lora(args.ckpt, args.model, args.out, args.rank, args.overwrite)
             print(f"{args.out}: a LoRA that holds {held:.1%} of the update. pipe.load_lora_weights({str(args.out)!r}); "
                   f"pipe.fuse_lora(); pipe.unload_lora_weights(); usv.enable(pipe, {str(args.out)!r})")  # fmt: skip
