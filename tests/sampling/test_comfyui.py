@@ -1,5 +1,6 @@
 """One file under Wan's own names: those ComfyUI expects, read back by diffusers' converter and by ourselves to the same videos."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -7,11 +8,11 @@ import pytest
 import tiny
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from usv.models.forward import SparseTransformer
-from usv.sampling import comfyui
-from usv.sampling.checkpoint import CheckpointError, Student
+from usv.sampling import comfyui, wan_file
+from usv.sampling.checkpoint import CheckpointError, Student, load_student
 from usv.sparse.grid import Tile
 from usv.sparse.plan import Rung, SparsityPlan, timestep_bins
 
@@ -41,7 +42,7 @@ def expected(letters: dict[str, int], layers: int) -> dict[str, list[int]]:
 def test_names_and_shapes_are_those_comfyui_expects():
     with torch.device("meta"):
         model = WanTransformer3DModel(**WAN_1_3B)
-    found = {comfyui.wan_name(name): list(value.shape) for name, value in model.state_dict().items()}
+    found = {wan_file.wan_name(name): list(value.shape) for name, value in model.state_dict().items()}
     assert found == expected({"d": 1536, "f": 8960, "t": 4096, "q": 256, "c": 16, "o": 16}, 30)
     assert comfyui.check_wan(model) is None
 
@@ -55,8 +56,8 @@ def test_every_name_comes_back():
         models = [WanTransformer3DModel(**small, image_dim=64, added_kv_proj_dim=128), WanVACETransformer3DModel(**small, vace_layers=[0], vace_in_channels=16)]
     for model in models:
         names = list(model.state_dict())
-        wans = [comfyui.wan_name(name) for name in names]
-        assert len(set(wans)) == len(names) and [comfyui.wan_name(name, back=True) for name in wans] == names
+        wans = [wan_file.wan_name(name) for name in names]
+        assert len(set(wans)) == len(names) and [wan_file.wan_name(name, back=True) for name in wans] == names
 
 
 def test_diffusers_reads_the_file(tmp_path):
@@ -74,9 +75,9 @@ def test_the_file_is_the_student(tiny_wan, tmp_path):
     """Weights, gates, plan and sampling come back; a student of the file is bit-equal to the one that was written."""
     base, one = WanPipeline.from_pretrained(tiny_wan).transformer, student()
     comfyui.write_weights(one, base, tmp_path / "one.safetensors")
-    record, _, _ = comfyui.read(tmp_path / "one.safetensors")
+    record, _, _ = wan_file.read(tmp_path / "one.safetensors")
     assert record["sampling"] == one.sampling and record["tile"] == list(tiny.TILE) and record["base"].keys() and record["version"]
-    again = comfyui.load_file_student(tmp_path / "one.safetensors", base)
+    again = load_student(tmp_path / "one.safetensors", base)
     assert again.plan == one.plan and again.sampling == one.sampling
     for name, value in one.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
@@ -125,19 +126,20 @@ def test_strangers_and_damage(tiny_wan, tmp_path):
     base = WanPipeline.from_pretrained(tiny_wan).transformer
     save_file({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, tmp_path / "stranger.safetensors")
     with pytest.raises(CheckpointError, match="no student"):
-        comfyui.read(tmp_path / "stranger.safetensors")
-    save_file({}, tmp_path / "later.safetensors", {"usv": json.dumps({"format": "usv-student-9"}), "usv_gates": ""})
-    with pytest.raises(CheckpointError, match="later.safetensors"):
-        comfyui.read(tmp_path / "later.safetensors")
+        wan_file.read(tmp_path / "stranger.safetensors")
+    later = {"usv": json.dumps({"format": "usv-student-9"}), "usv_gates": base64.b64encode(save({})).decode()}
+    save_file({}, tmp_path / "later.safetensors", later)
+    with pytest.raises(CheckpointError, match="later.safetensors.*usv-student-9"):
+        load_student(tmp_path / "later.safetensors", base)
     comfyui.write_weights(student(), base, tmp_path / "one.safetensors")
     content = (tmp_path / "one.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     for name in ("cut", "absent"):
         with pytest.raises(CheckpointError, match=f"{name}.safetensors: not readable"):
-            comfyui.read(tmp_path / f"{name}.safetensors")
+            wan_file.read(tmp_path / f"{name}.safetensors")
     other = WanTransformer3DModel(**{**dict(base.config), "ffn_dim": 96})
     with pytest.raises(CheckpointError, match="made for another model"):
-        comfyui.load_file_student(tmp_path / "one.safetensors", other)
+        load_student(tmp_path / "one.safetensors", other)
     with pytest.raises(CheckpointError, match="accepted: a student of a Wan"):
         comfyui.check_wan(torch.nn.Linear(2, 2))
     assert "ComfyUI cannot run it" in comfyui.check_wan(base), "heads that ComfyUI would count wrongly are said"

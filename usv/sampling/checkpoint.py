@@ -8,6 +8,7 @@ the rest being the exported pipeline's own transformer ("fingerprint", usv/sampl
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from usv.models import lora
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
 from usv.sampling.record import CheckpointError, check_record, plan_of
+from usv.sampling.wan_file import read, unpack
 from usv.sparse.grid import Tile
 from usv.sparse.plan import SparsityPlan
 
@@ -97,9 +99,7 @@ def read_config(path: str | Path) -> dict:
     """config.json of a student folder. CheckpointError where it is missing or something else."""
     path = Path(path)
     if path.suffix == ".safetensors":  # one file of usv.export
-        from usv.sampling.comfyui import read
-
-        return read(path)[0]
+        return _checked(read(path)[0], path)
     settle(path)
     if (path / "usv" / "config.json").exists():  # a pipeline folder of usv.export
         path = path / "usv"
@@ -116,10 +116,15 @@ def read_config(path: str | Path) -> dict:
         record = json.loads(file.read_text())
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable ({error}); the checkpoint is damaged, use another") from None
+    return _checked(record, file)
+
+
+def _checked(record, file: Path) -> dict:
+    """A record as read from `file`. CheckpointError for one of somebody else, or damaged."""
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         record = record if isinstance(record, dict) else {}
         raise CheckpointError(
-            f"{path}: a {record.get('_class_name', 'foreign')} folder with format {record.get('format')!r}, expected "
+            f"{file}: a {record.get('_class_name', 'foreign')} config with format {record.get('format')!r}, expected "
             f"{FORMAT!r}; give a student folder written by train.py"
         )
     missing = [key for key in ("transformer", "tile", "plan", "sampling", "training") if key not in record]
@@ -151,9 +156,12 @@ def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
     """A student for the model `base` belongs to. CheckpointError when shapes differ or a file is damaged."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        from usv.sampling.comfyui import load_file_student
-
-        return load_file_student(path, base)
+        with tempfile.TemporaryDirectory() as folder:
+            record = read_config(path)
+            try:
+                return _load(unpack(path, Path(folder)), record, base)
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(f"{folder}/config.json", str(path)).replace(f"{folder}/student.safetensors", str(path)).replace(folder, str(path))) from None
     for attempt in range(READS):
         record = read_config(path)
         folder = path / "usv" if (path / "usv" / "config.json").exists() else path
