@@ -76,10 +76,11 @@ def read_tables(folder: Path, folders: list[Path], known: set[str]) -> Table:
     """
     table = Table()
     for place in folders:
-        for path in sorted(place.glob("*")):
-            suffix, own = path.suffix.lower(), path.stem.lower() in TABLES
-            if not path.is_file() or suffix not in (".csv", ".tsv", ".jsonl", ".json") or path.name == "skipped.jsonl":
+        for name in sorted(os.listdir(place)):
+            path = place / name if name.lower().endswith((".csv", ".tsv", ".jsonl", ".json")) else None
+            if path is None or not path.is_file() or name == "skipped.jsonl":
                 continue
+            suffix, own = path.suffix.lower(), path.stem.lower() in TABLES
             try:
                 rows = list({".json": _json, ".jsonl": _jsonl}.get(suffix, _csv)(path, table, own))
             except ValueError:

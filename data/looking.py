@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from decoding import LONGEST_HOLD, TOLERANCE, Unusable, scan
 from display import cover, has_alpha, look, shown_size, turn
 from tqdm import tqdm
 
-THREADS = 2  # files looked at together: demuxing is FFmpeg's and lets go of Python
+THREADS = min(4, os.cpu_count() or 1)  # files looked at together: FFmpeg lets go of Python while it reads
 
 
 @dataclass(frozen=True)
@@ -224,12 +225,14 @@ def summary(plan: dict, settings, cut_captions: list[str]) -> list[str]:
 
 def cut_captions(plan: dict, settings) -> list[str]:
     """Captions that have more tokens than max_sequence_length, cleaned as the pipeline does."""
+    captions = list(dict.fromkeys(c for source in plan["sources"] for c in (source["caption"], *source.get("more", ()))))
+    # a token is at least a byte, but for the one that ends the text: short captions need no look
+    captions = [caption for caption in captions if len(caption.encode()) + 2 > settings.max_sequence_length]
+    if not settings.text or not captions:
+        return []
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
     from transformers import AutoTokenizer
 
-    captions = list(dict.fromkeys(c for source in plan["sources"] for c in (source["caption"], *source.get("more", ()))))
-    if not settings.text or not captions:
-        return []
     tokenizer = AutoTokenizer.from_pretrained(settings.model / "tokenizer")
     tokens = tokenizer([prompt_clean(caption) for caption in captions]).input_ids
     return [caption for caption, ids in zip(captions, tokens) if len(ids) > settings.max_sequence_length]

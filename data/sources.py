@@ -53,12 +53,15 @@ def find_videos(folder: Path, default_caption: str | None = None) -> tuple[list[
     for place, names in _walk(folder):
         folders.append(place)
         files += [place / name for name in names]
-    by_name = {plain(path.relative_to(folder).as_posix()): path for path in files}
+    length = len(str(folder)) + 1 if str(folder) != "." else 0
+    names = {path: str(path)[length:] for path in files}
+    by_name = {plain(name): path for path, name in names.items()}
     table = read_tables(folder, folders, set(by_name))
     skipped = [skip(name, reason) for name, reason in table.skipped]
     sources = []
     for path in sorted(files):
-        name, row = path.relative_to(folder).as_posix(), table.rows.get(plain(path.relative_to(folder).as_posix()))
+        name = names[path]
+        row = table.rows.get(plain(name)) if table.rows else None
         known = path.suffix.lower() in EXTENSIONS
         if not known and row is None and not (path.suffix.lower() not in OTHERS and path.with_suffix(".txt").is_file()):
             if path.suffix.lower() not in OTHERS:
