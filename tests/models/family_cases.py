@@ -157,5 +157,58 @@ def ltx_i2v():
     return model, call | {"timestep": timestep}
 
 
+def hunyuan_video15(image=False):
+    """Texts of two encoders with padding, and an image's tokens, absent in text to video."""
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    model = HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=3, num_refiner_layers=1, patch_size=1,
+        text_embed_dim=12, text_embed_2_dim=8, image_embed_dim=6, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    return model, {
+        "hidden_states": normal(2, 9, 3, 5, 3), "timestep": torch.tensor([900.0, 350.0]), **padded_text(),
+        "encoder_hidden_states_2": normal(2, 4, 8, seed=2), "encoder_attention_mask_2": torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]),
+        "image_embeds": normal(2, 5, 6, seed=3) * image,
+    }  # fmt: skip
+
+
+def hunyuan_video15_i2v():
+    return hunyuan_video15(image=True)
+
+
+def ltx2(**more):
+    from diffusers import LTX2VideoTransformer3DModel
+
+    model = LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32, audio_in_channels=4,
+        audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=8, audio_cross_attention_dim=16, num_layers=3,
+        caption_channels=12, **more,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": normal(2, 45, 4), "audio_hidden_states": normal(2, 6, 4, seed=2), "timestep": torch.tensor([900.0, 350.0]),
+        "sigma": torch.tensor([900.0, 350.0]), **padded_text(), "audio_encoder_hidden_states": normal(2, 7, 12, seed=3), "num_frames": 3,
+        "height": 5, "width": 3, "audio_num_frames": 6,
+    }  # fmt: skip
+
+
+def ltx2_i2v():
+    """2.3's gates and split RoPE; a timestep a token."""
+    model, call = ltx2(rope_type="split", gated_attn=True, cross_attn_mod=True, audio_gated_attn=True, audio_cross_attn_mod=True, perturbed_attn=True)
+    timestep = torch.full((2, 45), 600.0)
+    timestep[:, :15] = 0.0
+    return model, call | {"timestep": timestep, "audio_timestep": torch.tensor([600.0, 600.0])}
+
+
+def mochi():
+    from diffusers import MochiTransformer3DModel
+
+    model = MochiTransformer3DModel(
+        patch_size=2, num_attention_heads=2, attention_head_dim=16, num_layers=3, pooled_projection_dim=16, in_channels=4, text_embed_dim=16,
+        time_embed_dim=8,
+    )  # fmt: skip
+    text = padded_text(width=16)
+    return model, {"hidden_states": normal(2, 4, *SIDES), "timestep": torch.tensor([100.0, 650.0]), **text, "encoder_attention_mask": text["encoder_attention_mask"].bool()}
+
+
 CASES = (wan, wan_ti2v, wan_i2v, wan_vace, wan_animate, skyreels_v2, skyreels_v2_forcing, chronoedit, hunyuan_video, hunyuan_video_concat, hunyuan_video_replace,
-         cogvideox, cogvideox_rope, cogvideox_15, ltx, ltx_i2v)  # fmt: skip
+         cogvideox, cogvideox_rope, cogvideox_15, ltx, ltx_i2v, hunyuan_video15, hunyuan_video15_i2v, ltx2, ltx2_i2v, mochi)  # fmt: skip

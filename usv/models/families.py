@@ -12,7 +12,7 @@ from torch import nn
 
 from usv.models.protocol import Family
 
-FILES = ("wan", "hunyuan_video", "cogvideox", "ltx")  # each holds FAMILIES
+FILES = ("wan", "hunyuan_video", "cogvideox", "ltx", "hunyuan_video15", "ltx2", "mochi")  # each holds FAMILIES
 
 
 @lru_cache(maxsize=1)

@@ -176,6 +176,8 @@ class Run:
         if self.group is not None:
             if self.fine is not None:
                 raise ValueError("fine: another fine branch does not run with a sequence_group; accepted: None")
+            if not self.family.shared:
+                raise ValueError(f"sequence_group: got one for a {self.family.name}, accepted: None; processes cannot share its samples")
             self.group.check(self.family_heads(), layout.num_blocks)
             shards = shards_of(layout, self.group)
         tokens = Tokens(x, layout, shards)
@@ -195,7 +197,7 @@ class Run:
         order = tokens.own.order
         call[blocks.carrier] = self.ordered(call.get(blocks.carrier), blocks.rotary, order)
         for name, dim in _rows(blocks, call):
-            call[name] = self.ordered(call[name], lambda value, order, dim=dim: value.index_select(dim, order), order)
+            call[name] = self.ordered(call[name], lambda value, order, dim=dim: _each(lambda x: x.index_select(dim, order), value), order)
         rung = self.rungs[index]
         layer = (self, index, tokens, call, rung, self.probes.get(index))
         if self.checkpointing:
@@ -217,10 +219,19 @@ class Run:
         return known[1]
 
 
+def _each(apply, value):
+    """`apply` of a tensor, or of every one of a tuple."""
+    return apply(value) if torch.is_tensor(value) else tuple(apply(x) for x in value)
+
+
 def _rows(blocks: Blocks, call: Mapping[str, Any]) -> list[tuple[str, int]]:
     """The arguments of a call with a row for each video token, and which dimension the rows are."""
-    found = ((name, dim, call.get(name)) for name, (dims, dim) in blocks.per_token.items() if getattr(call.get(name), "ndim", None) == dims)
-    return [(name, dim) for name, dim, value in found if value.shape[dim] > 1]
+    found = []
+    for name, (dims, dim) in blocks.per_token.items():
+        first = call.get(name)[0] if isinstance(call.get(name), tuple) else call.get(name)
+        if torch.is_tensor(first) and dims in (None, first.ndim) and first.shape[dim] > 1:
+            found.append((name, dim))
+    return found
 
 
 def _run_layer(run: Run, index: int, tokens: Tokens, call: dict, rung: Rung | LayerPlan, probe: Probe | None):
@@ -267,7 +278,7 @@ def _run_block(run: Run, index: int, x: Tensor, tokens: Tokens, call: dict, plan
         call[blocks.carrier] = attend
     if merge_map is not None:
         for name, dim in _rows(blocks, call):
-            call[name] = gather_kept(call[name].transpose(1, dim), merge_map).transpose(1, dim)
+            call[name] = _each(lambda x, dim=dim: gather_kept(x.transpose(1, dim), merge_map).transpose(1, dim), call[name])
     out = block(**call)
     if len(blocks.returns) == 1:
         return out, {}, None if attend is None else attend.stats

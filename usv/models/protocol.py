@@ -95,8 +95,8 @@ class Blocks:
         carrier: argument of a block that only its self-attention is given; an `Attend` travels in its place.
         video: argument that holds the video tokens (B, S, C), or (B, T + S, C) where the block's own text is not apart.
         returns: what a block returns, by name: its arguments anew (`video`, text), or else a value with a row for each token.
-        per_token: other arguments with a row for each video token: name -> (dimensions it has then, which of them is S). Where it
-            has another number of dimensions, or one row, it is one for all tokens.
+        per_token: other arguments, tensors or tuples of them, with a row for each video token: name -> (dimensions it has then or None
+            for any, which of them is S). Where it has another number of dimensions, or one row, it is one for all tokens.
         rotary: (value of the carrier in row-major order, order) -> the same in that order.
         attention: block -> its self-attention.
         merges: False where tokens of these blocks are never merged.
@@ -106,7 +106,7 @@ class Blocks:
     carrier: str
     video: str = "hidden_states"
     returns: tuple[str, ...] = ("hidden_states",)
-    per_token: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    per_token: Mapping[str, tuple[int | None, int]] = field(default_factory=dict)
     rotary: Callable[[Any, Tensor], Any] = order_pair
     attention: Callable[[nn.Module], nn.Module] = _attn1
     merges: bool = True
@@ -130,6 +130,7 @@ class Family:
         flow_timestep: (transformer, timesteps as its pipelines pass them) -> those of usv/flow.py, 1000 for noise alone: a plan's.
         view: (transformer, run) -> further attributes that the forward shall see replaced, e.g. what runs between blocks.
         refuse: (transformer, keyword arguments) -> None, or the reason why this call cannot run sparse.
+        shared: False where processes cannot share a sample.
         shape_keys: entries of the transformer's config that make a checkpoint fit it.
     """
 
@@ -142,6 +143,7 @@ class Family:
     inputs: Callable[..., dict[str, Any]] = _inputs
     outputs: Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor] = lambda transformer, sample, arguments: sample
     flow_timestep: Callable[[nn.Module, Tensor], Tensor] = lambda transformer, timestep: timestep
+    shared: bool = True
     view: Callable[[nn.Module, Any], dict[str, Any]] = lambda transformer, run: {}
     refuse: Callable[[nn.Module, Mapping[str, Any]], str | None] = lambda transformer, arguments: None
 
