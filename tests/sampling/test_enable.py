@@ -11,8 +11,9 @@ import usv
 from usv.config import ModelConfig
 from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import CheckpointError, Student, save_student
-from usv.sampling.enable import Record, frames_argument, frames_result, planned
+from usv.sampling.enable import Record, frames_argument, frames_result
 from usv.sampling.generate import generate, load_pipeline
+from usv.sampling.held import hold
 from usv.sparse.grid import Tile
 from usv.sparse.plan import Rung, SparsityPlan, timestep_bins
 
@@ -41,7 +42,8 @@ def clean(pipe):
 
 
 def latents(pipe, **changes):
-    settings = dict(height=tiny.SIZE, width=tiny.SIZE, num_frames=tiny.FRAMES - 1, num_inference_steps=3, guidance_scale=1.0,
+    frames = tiny.FRAMES if hasattr(pipe, "_usv") else frames_argument(pipe, tiny.FRAMES)
+    settings = dict(height=tiny.SIZE, width=tiny.SIZE, num_frames=frames, num_inference_steps=3, guidance_scale=1.0,
                     max_sequence_length=tiny.TEXT)  # fmt: skip
     g = torch.Generator().manual_seed(0)
     return pipe(PROMPT, generator=g, output_type="latent", **{**settings, **changes}).frames
@@ -145,12 +147,12 @@ def test_record_and_summary(pipe, student):
 def test_per_token_timesteps_choose_the_row_of_the_noisy_tokens(student):
     """TI2V gives its first frame timestep 0; the plan's row is that of the tokens being denoised."""
     record = Record()
-    transformer = planned(copy.deepcopy(student.model), PLAN, record)
+    transformer = hold(student, record)
     timestep = torch.full((1, 80), 900.0)
     timestep[:, :16] = 0.0
     with torch.no_grad():
         transformer(torch.randn(1, 16, 5, 8, 8), timestep, torch.randn(1, 4, 64), return_dict=False)
-    assert record.densities == [1.0, 0.5]  # row of the upper bin
+    assert list(record.densities) == [1.0, 0.5]  # row of the upper bin
 
 
 def test_stock_dense_plan_is_the_pipeline(pipe):
@@ -163,7 +165,7 @@ def test_stock_dense_plan_is_the_pipeline(pipe):
 
 @pytest.mark.parametrize("thing", ["a pipeline", None, 3])
 def test_other_pipelines_are_refused(thing, student):
-    with pytest.raises(CheckpointError, match="accepted: a diffusers WanPipeline"):
+    with pytest.raises(CheckpointError, match="accepted: a diffusers pipeline with a transformer of a family"):
         usv.enable(thing, student)
 
 

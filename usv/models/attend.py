@@ -46,6 +46,8 @@ class Attend:
         merge_map: where the call is on merged tokens, which. shards: where processes share the sample, how.
         fine: in place of selection and fine branch (`usv.patterns.planned`). impl: how the kernel runs.
         stats: of the call, when it was made under a plan.
+        starts, sizes, largest: the blocks, and a bound on their sizes; of the plan and the layout, worked out here so that a compiled
+            block finds them done.
     """
 
     rotary: Any
@@ -57,6 +59,16 @@ class Attend:
     fine: Fine | None = None
     impl: str = "auto"
     stats: AttentionStats | None = None
+    starts: Tensor | None = None
+    sizes: Tensor | None = None
+    largest: int = 0
+
+    def __post_init__(self):
+        if self.plan is not None and self.plan.merged_fraction:
+            whole = merge_layout(self.layout, self.plan.merged_fraction)
+            self.starts, self.sizes, self.largest = whole.kept_starts, whole.kept_sizes, whole.kept_max
+        elif self.plan is not None:
+            self.starts, self.sizes, self.largest = self.layout.starts, self.layout.sizes, largest_tile(self.layout)
 
     @property
     def positions(self) -> Tensor | None:
@@ -83,12 +95,8 @@ class Attend:
     def _attention(self, q, k, v, gate, bias, text: Text | None) -> Tensor:
         if self.plan is None:
             return dense_attention(q, k, v, text)
-        layout, fraction = self.layout, self.plan.merged_fraction
-        whole = merge_layout(layout, fraction) if fraction else None
-        blocks = (layout.starts, layout.sizes) if whole is None else (whole.kept_starts, whole.kept_sizes)
-        largest = largest_tile(layout) if whole is None else whole.kept_max
-        options = (self.plan.num_kept, gate, bias, self.impl, self.fine, largest, self.plan.mass, text)
-        out, self.stats = sparse_attention(q, k, v, *blocks, *options)
+        options = (self.plan.num_kept, gate, bias, self.impl, self.fine, self.largest, self.plan.mass, text)
+        out, self.stats = sparse_attention(q, k, v, self.starts, self.sizes, *options)
         return out
 
     def _shared(self, q, k, v, gate, bias, text: Text | None) -> Tensor:

@@ -297,6 +297,26 @@ def _merged(tokens: Tokens, fraction: float) -> Tokens:
     return Tokens(x, tokens.layout, tokens.shards, kept, kept, merge_map, fraction)
 
 
+def run_forward(transformer, gates, tile: Tile, arguments, rungs=None, probes=None, impl="auto", fine=None, group=None):
+    """The transformer's own forward under a plan: what it returns, and the statistics of the sparse layers.
+
+    gates: the coarse gate of each layer. arguments: of the forward, by name. The others: see `SparseTransformer.run`.
+    """
+    family = family_of(transformer)
+    rungs = (Rung(),) * len(gates) if rungs is None else tuple(rungs)
+    if len(rungs) != len(gates):
+        raise ValueError(f"rungs: got {len(rungs)}, expected one for each of the {len(gates)} layers")
+    if (reason := family.refuse(transformer, arguments)) is not None:
+        raise ValueError(reason)
+    run = Run(
+        family, family.layers(transformer), gates, family.grid(transformer, arguments), tile, rungs, probes or {}, impl, fine, group,
+        torch.is_grad_enabled() and getattr(transformer, "gradient_checkpointing", False),
+    )  # fmt: skip
+    view = View(transformer, {"gradient_checkpointing": False, **run.lists(), **family.view(transformer, run)})
+    cls = next(cls for cls in type(transformer).__mro__ if cls in family.transformers)
+    return cls.forward(view, **arguments), run.stats
+
+
 class SparseTransformer(nn.Module):
     """A transformer of a known family and the coarse gates of its layers.
 
@@ -381,17 +401,6 @@ class SparseTransformer(nn.Module):
         Returns:
             the first thing that the forward returns, and the statistics of the sparse layers.
         """
-        model, family = self.transformer, self.family
-        rungs = (Rung(),) * self.num_layers if rungs is None else tuple(rungs)
-        if len(rungs) != self.num_layers:
-            raise ValueError(f"rungs: got {len(rungs)}, expected one for each of the {self.num_layers} layers")
-        if (reason := family.refuse(model, arguments)) is not None:
-            raise ValueError(reason)
-        run = Run(
-            family, family.layers(model), self.gates, family.grid(model, arguments), self.tile, rungs, probes or {}, impl, fine,
-            self.sequence_group, torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False),
-        )  # fmt: skip
-        view = View(model, {"gradient_checkpointing": False, **run.lists(), **family.view(model, run)})
-        cls = next(cls for cls in type(model).__mro__ if cls in family.transformers)
-        out = cls.forward(view, **{**arguments, "return_dict": False})
-        return out[0], run.stats
+        out, stats = run_forward(self.transformer, self.gates, self.tile, {**arguments, "return_dict": False}, rungs, probes, impl, fine,
+                                 self.sequence_group)  # fmt: skip
+        return out[0], stats

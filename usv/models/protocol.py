@@ -132,6 +132,8 @@ class Family:
         refuse: (transformer, keyword arguments) -> None, or the reason why this call cannot run sparse.
         shared: False where processes cannot share a sample.
         shape_keys: entries of the transformer's config that make a checkpoint fit it.
+        zero_padded: whether text is attended whole, zeros behind it (`encoder_hidden_states`), so that its length counts.
+        guidance: arguments of pipelines that ask for a second forward a step; a student has it folded in.
     """
 
     name: str
@@ -146,6 +148,8 @@ class Family:
     shared: bool = True
     view: Callable[[nn.Module, Any], dict[str, Any]] = lambda transformer, run: {}
     refuse: Callable[[nn.Module, Mapping[str, Any]], str | None] = lambda transformer, arguments: None
+    zero_padded: bool = False
+    guidance: tuple[str, ...] = ("guidance_scale", "guidance_scale_2")
 
     def layers(self, transformer: nn.Module) -> list[tuple[Blocks, nn.Module]]:
         """Every block with the list it is of, in the order of execution."""

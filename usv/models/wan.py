@@ -22,7 +22,7 @@ from diffusers import (
 from torch import Tensor, nn
 from usv_kernels import norm_rope
 
-from usv.models.protocol import Attend, Blocks, Family, patch_grid
+from usv.models.protocol import Attend, Blocks, Family, at_positions, patch_grid
 from usv.sparse.grid import TokenGrid
 
 
@@ -44,9 +44,7 @@ def sparse_forward(block, x: Tensor, text: Tensor, temb: Tensor, attend: Attend)
         query, key, value = attn.to_qkv(hidden).chunk(3, dim=-1)
     else:
         query, key, value = (project(hidden) for project in (attn.to_q, attn.to_k, attn.to_v))
-    query, key = (
-        norm_rope(y, norm.weight, norm.eps, cos, sin, attend.positions) for y, norm in ((query, attn.norm_q), (key, attn.norm_k))
-    )
+    query, key = (_norm_rope(y, norm, cos, sin, attend.positions) for y, norm in ((query, attn.norm_q), (key, attn.norm_k)))
     value = value.unflatten(2, (attn.heads, -1)).transpose(1, 2)
     out = attend(query, key, value, hidden)
     x = torch.addcmul(x.float(), attn.to_out[0](out.transpose(1, 2).flatten(2)).float(), gate_msa).type_as(x)
@@ -56,27 +54,40 @@ def sparse_forward(block, x: Tensor, text: Tensor, temb: Tensor, attend: Attend)
     return torch.addcmul(x.float(), block.ffn(hidden).float(), c_gate).type_as(x)
 
 
-def _forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb, *args, **kwargs):
-    if not isinstance(rotary_emb, Attend):
-        return super(type(self), self).forward(hidden_states, encoder_hidden_states, temb, rotary_emb, *args, **kwargs)
-    return sparse_forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
-
-
-def _vace_forward(self, hidden_states, encoder_hidden_states, control_hidden_states, temb, rotary_emb):
-    if not isinstance(rotary_emb, Attend):
-        return super(type(self), self).forward(hidden_states, encoder_hidden_states, control_hidden_states, temb, rotary_emb)
-    control = control_hidden_states
-    if self.proj_in is not None:
-        control = self.proj_in(control) + hidden_states
-    control = sparse_forward(self, control, encoder_hidden_states, temb, rotary_emb)
-    return None if self.proj_out is None else self.proj_out(control), control
+def _norm_rope(y: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:
+    """(B, S, C) -> (B, H, S, D)."""
+    if "forward" not in vars(norm):
+        return norm_rope(y, norm.weight, norm.eps, cos, sin, positions)
+    # A hook that brings its weight onto the device wraps its forward: the weight may be read nowhere else.
+    x = norm(y).unflatten(2, (-1, cos.shape[-1])).transpose(1, 2).float()
+    cos, sin = at_positions(cos, positions)[..., 0::2], at_positions(sin, positions)[..., 1::2]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(y)
 
 
 @lru_cache(maxsize=16)
 def _sparse_class(cls: type) -> type:
     """A subclass whose forward knows `Attend`, by the same name: diffusers finds repeated blocks and splits by it."""
-    forward = _vace_forward if "control_hidden_states" in cls.forward.__code__.co_varnames else _forward
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "_usv": True})
+
+    dense = cls.forward  # as a function: torch.compile does not look into the class, which diffusers keeps whole in its graphs
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb, *args, **kwargs):
+        if not isinstance(rotary_emb, Attend):
+            return dense(self, hidden_states, encoder_hidden_states, temb, rotary_emb, *args, **kwargs)
+        return sparse_forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
+
+    def vace_forward(self, hidden_states, encoder_hidden_states, control_hidden_states, temb, rotary_emb):
+        if not isinstance(rotary_emb, Attend):
+            return dense(self, hidden_states, encoder_hidden_states, control_hidden_states, temb, rotary_emb)
+        control = control_hidden_states
+        if self.proj_in is not None:
+            control = self.proj_in(control) + hidden_states
+        control = sparse_forward(self, control, encoder_hidden_states, temb, rotary_emb)
+        return None if self.proj_out is None else self.proj_out(control), control
+
+    vace = "control_hidden_states" in cls.forward.__code__.co_varnames
+    body = {"forward": vace_forward if vace else forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "_usv": True}
+    return type(cls.__name__, (cls,), body)
 
 
 def adapt(block: nn.Module, attention: nn.Module) -> None:
@@ -111,9 +122,8 @@ def _causal(transformer, arguments) -> str | None:
 
 SHAPE_KEYS = (
     "patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim",
-    "ffn_dim", "num_layers",
+    "ffn_dim", "num_layers", "image_dim", "added_kv_proj_dim",
 )  # fmt: skip
-IMAGE_KEYS = (*SHAPE_KEYS, "image_dim", "added_kv_proj_dim")
 
 
 def _blocks(temb: tuple[int, int] = (4, 1)) -> Blocks:
@@ -126,9 +136,9 @@ VACE_BLOCKS = Blocks(
 )  # fmt: skip
 
 FAMILIES = (
-    Family("wan_vace", (WanVACETransformer3DModel,), (VACE_BLOCKS, _blocks()), grid, adapt, (*IMAGE_KEYS, "vace_layers")),
-    Family("wan_animate", (WanAnimateTransformer3DModel,), (_blocks(),), grid, adapt, IMAGE_KEYS, view=_face_adapters),
-    Family("skyreels_v2", (SkyReelsV2Transformer3DModel,), (_blocks((4, 2)),), grid, adapt, IMAGE_KEYS, refuse=_causal),
-    Family("chronoedit", (ChronoEditTransformer3DModel,), (_blocks(),), grid, adapt, IMAGE_KEYS),
-    Family("wan", (WanTransformer3DModel,), (_blocks(),), grid, adapt, SHAPE_KEYS),
+    Family("wan_vace", (WanVACETransformer3DModel,), (VACE_BLOCKS, _blocks()), grid, adapt, (*SHAPE_KEYS, "vace_layers"), zero_padded=True),
+    Family("wan_animate", (WanAnimateTransformer3DModel,), (_blocks(),), grid, adapt, SHAPE_KEYS, view=_face_adapters, zero_padded=True),
+    Family("skyreels_v2", (SkyReelsV2Transformer3DModel,), (_blocks((4, 2)),), grid, adapt, SHAPE_KEYS, refuse=_causal, zero_padded=True),
+    Family("chronoedit", (ChronoEditTransformer3DModel,), (_blocks(),), grid, adapt, SHAPE_KEYS, zero_padded=True),
+    Family("wan", (WanTransformer3DModel,), (_blocks(),), grid, adapt, SHAPE_KEYS, zero_padded=True),
 )

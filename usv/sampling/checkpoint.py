@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -86,6 +85,7 @@ def record_of(student: Student) -> dict:
     config = dict(student.model.config)
     return {
         "format": FORMAT,
+        "family": student.model.family.name,
         "transformer": {key: config[key] for key in student.model.family.shape_keys},
         "tile": [student.model.tile.t, student.model.tile.h, student.model.tile.w],
         "plan": student.plan.to_dict(),
@@ -152,7 +152,7 @@ def named(entries: list[str]) -> dict[str, str]:
     return found
 
 
-def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
+def load_student(path: str | Path, base: torch.nn.Module) -> Student:
     """A student for the model `base` belongs to. CheckpointError when shapes differ or a file is damaged."""
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -172,19 +172,9 @@ def load_student(path: str | Path, base: WanTransformer3DModel) -> Student:
                 raise
 
 
-def _load(path: Path, record: dict, base: WanTransformer3DModel) -> Student:
+def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
     """As `load_student`, from the folder that holds student.safetensors."""
-    wanted = {key: _plain(dict(base.config)[key]) for key in family_of(base).shape_keys}
-    differing = [
-        f"{k}: {record['transformer'].get(k)} against {v}"
-        for k, v in wanted.items()
-        if record["transformer"].get(k) != v
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{path}: made for another model ({'; '.join(differing)}, checkpoint against model); load it beside the model "
-            "it was trained from, or train one for this model"
-        )
+    check_fits(path, record.get("family", "wan"), record["transformer"], base)
     if record.get("fingerprint") and not _matches(record["fingerprint"], base):
         raise CheckpointError(
             f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; load "
@@ -214,7 +204,8 @@ def _load(path: Path, record: dict, base: WanTransformer3DModel) -> Student:
     for name, p in transformer.named_parameters():  # a bf16 model keeps some parts in fp32
         p.data = p.data.to(kinds[name])
     model.gates.to(base.dtype)
-    model = model.to(device=base.device).eval().requires_grad_(False)
+    device = "cpu" if base.device.type == "meta" else base.device  # offloaded module by module
+    model = model.to(device=device).eval().requires_grad_(False)
     return Student(model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters)
 
 
@@ -232,7 +223,7 @@ def read_weights(path: Path, record: dict) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def fingerprint(transformer: WanTransformer3DModel) -> dict[str, list[float]]:
+def fingerprint(transformer: torch.nn.Module) -> dict[str, list[float]]:
     """A few weights of the first and last block, by which an exported student knows its pipeline."""
     state = transformer.state_dict()
     names = [
@@ -241,7 +232,7 @@ def fingerprint(transformer: WanTransformer3DModel) -> dict[str, list[float]]:
     return {name: state[name].flatten()[:64].float().tolist() for name in names}
 
 
-def _matches(wanted: dict[str, list[float]], transformer: WanTransformer3DModel) -> bool:
+def _matches(wanted: dict[str, list[float]], transformer: torch.nn.Module) -> bool:
     """Whether a transformer, perhaps loaded in bf16 (2⁻⁹ relative), has these weights."""
     found = fingerprint(transformer) if all(f"{name}" in transformer.state_dict() for name in wanted) else {}
     return all(
@@ -250,13 +241,25 @@ def _matches(wanted: dict[str, list[float]], transformer: WanTransformer3DModel)
     )
 
 
-def check_grid(student_sampling: dict, height: int, width: int, num_frames: int) -> None:
-    """Refuse to run at another size than the student was trained for. CheckpointError."""
-    trained = tuple(student_sampling.get(k) for k in ("height", "width", "num_frames"))
-    if None not in trained and trained != (height, width, num_frames):
+def other_grid(student_sampling: dict, given: dict) -> str | None:
+    """A line for a video of another size than the student was trained at; its plan is fractions, which serve any."""
+    keys = [key for key in ("height", "width", "num_frames") if None not in (student_sampling.get(key), given.get(key))]
+    trained, asked = (tuple(d[key] for key in keys) for d in (student_sampling, given))
+    if trained == asked:
+        return None
+    return f"the student was trained at {', '.join(keys)} = {trained} and runs at {asked}; its plan is fractions of the blocks there are"
+
+
+def check_fits(what: object, family: str, config: dict, base) -> None:
+    """CheckpointError where a student of this family and configuration is not of the model that `base` belongs to."""
+    mine = family_of(base)
+    if family != mine.name:
+        raise CheckpointError(f"{what}: got a student of the family {family} for a {type(base).__name__}, accepted: one of {mine.name}")
+    pairs = {key: (_plain(config.get(key)), _plain(dict(base.config)[key])) for key in mine.shape_keys if key in config}
+    if differing := [f"{key}: {theirs} against {ours}" for key, (theirs, ours) in pairs.items() if theirs != ours]:
         raise CheckpointError(
-            f"the student was trained at height, width, num_frames = {trained}, got {(height, width, num_frames)}; its plan "
-            "counts blocks of that grid: ask for that size, or train at this one"
+            f"{what}: made for another model ({'; '.join(differing)}, checkpoint against model); load it beside the model "
+            "it was trained from, or train one for this model"
         )
 
 

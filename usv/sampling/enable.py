@@ -12,20 +12,24 @@ The student is a second transformer with its own weights; the pipeline's own is 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import inspect
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import WanPipeline
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers import DiffusionPipeline
 
-from usv.models.forward import SparseTransformer
+from usv.models.families import family_or_none
 from usv.patterns import CallStats, Pattern
 from usv.patterns.planned import PlannedPattern, planned_pattern
-from usv.sampling.checkpoint import CheckpointError, Student, check_grid, load_student
+from usv.sampling.checkpoint import CheckpointError, Student, check_fits, load_student, other_grid
+from usv.sampling.held import adapters_of, hold
 from usv.sampling.patterns import (
+    KEPT_CALLS,
     calls_lines,
     check_pattern,
     disable_pattern,
@@ -36,30 +40,43 @@ from usv.sampling.patterns import (
     transformers_of,
 )
 from usv.sampling.sampler import StudentScheduler, with_shift
-from usv.sparse.plan import MERGE_LADDER, SparsityPlan
+from usv.sparse.plan import MERGE_LADDER
+
+logger = logging.getLogger("usv")
 
 
 @dataclass
 class Record:
-    """What the enabled transformer has executed since `enable` or `reset`."""
+    """What the enabled transformer has executed since `enable` or `reset`: sums over all, and the latest one by one (densities and
+    merged fractions by layer, calls of a pattern under the plan), so that its size does not grow with the videos made."""
 
     forwards: int = 0
     seconds: float = 0.0
-    densities: list[float] = field(default_factory=list)
-    merged: list[float] = field(default_factory=list)
-    calls: list[CallStats] = field(default_factory=list)  # of a pattern under the plan
+    densities: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
+    merged: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
+    calls: deque[CallStats] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
+    layers: int = 0
+    total_density: float = 0.0
+    total_merged: float = 0.0
+
+    def add(self, seconds: float, densities: Sequence[float], merged: Sequence[float]) -> None:
+        """Counts one forward."""
+        self.forwards, self.seconds, self.layers = self.forwards + 1, self.seconds + seconds, self.layers + len(densities)
+        self.total_density, self.total_merged = self.total_density + sum(densities), self.total_merged + sum(merged)
+        self.densities.extend(densities)
+        self.merged.extend(merged)
 
     def reset(self) -> None:
-        self.forwards, self.seconds = 0, 0.0
+        self.forwards, self.seconds, self.layers, self.total_density, self.total_merged = 0, 0.0, 0, 0.0, 0.0
         for kept in (self.densities, self.merged, self.calls):
             kept.clear()
 
     def mean_density(self) -> float:
         """Executed block pairs / all block pairs of the tokens that merging left, mean over layers and forwards."""
-        return sum(self.densities) / len(self.densities) if self.densities else 1.0
+        return self.total_density / self.layers if self.layers else 1.0
 
     def mean_merged(self) -> float:
-        return sum(self.merged) / len(self.merged) if self.merged else 0.0
+        return self.total_merged / self.layers if self.layers else 0.0
 
 
 @dataclass
@@ -72,6 +89,7 @@ class Enabled:
     record: Record  # of all students together
     scheduler: object  # the pipeline's own; a few-step student brings its timesteps
     pattern: Pattern | None = None  # chooses the blocks at the plan's densities
+    kinds: dict[str, tuple] = field(default_factory=dict)  # dtype and device of the held students as they were put in
 
     @property
     def student(self) -> Student:
@@ -83,12 +101,12 @@ EXPERTS = ("high", "low")  # as a pipeline of two orders them
 
 
 def enable(
-    pipe: WanPipeline,
+    pipe: DiffusionPipeline,
     checkpoint: str | Path | Student | Sequence[str | Path | Student] | None = None,
     impl: str = "auto",
     attention: str | None = None,
     **options,
-) -> WanPipeline:
+) -> DiffusionPipeline:
     """Let `pipe` run a sparse student, or with `attention` a training-free pattern, or with both the student's plan with the
     blocks of the pattern (`usv.patterns.planned`). Returns the same pipeline.
 
@@ -109,31 +127,97 @@ def enable(
         return enable_pattern(disable(pipe), attention, impl, **options)
     if options and attention is None:
         raise ValueError(f"{next(iter(options))}: got an option of a pattern, accepted: only together with attention=…")
-    if not isinstance(pipe, WanPipeline):
-        raise CheckpointError(f"enable: got a {type(pipe).__name__}, accepted: a diffusers WanPipeline")
-    students = _students(pipe, checkpoint)
-    record, pattern, fine = Record(), None, [None] * len(students)
-    if attention is not None:
-        recall_rows = options.pop("recall_rows", 0)
-        for i, student in enumerate(students):
-            model, chosen = student.model, planned_pattern(attention, student.plan, **options)
-            pattern = pattern or chosen
-            fine[i] = PlannedPattern(chosen, model.num_layers, model.tile, progress_of(pipe), record.calls.append, impl, recall_rows)
-    disable(pipe)  # only now: what cannot be loaded leaves the pipeline as it was
-    originals = transformers_of(pipe)
-    state = Enabled(originals, type(pipe), students, record, pipe.scheduler, pattern)
-    if students[0].sampling.get("student_timesteps"):
-        pipe.scheduler = StudentScheduler(students[0].sampling["student_timesteps"])
-    elif "flow_shift" in students[0].sampling:  # the noise levels that it was trained for
-        pipe.scheduler = with_shift(pipe.scheduler, students[0].sampling["flow_shift"])
-    for place, student, chosen in zip(originals, students, fine):
-        setattr(pipe, place, planned(student.model, student.plan, record, impl, chosen))
-    pipe.__class__ = _student_pipeline(type(pipe), students[0].sampling)
-    pipe._usv = state
+    check_pipeline(pipe)
+    with offload_kept(pipe):
+        students = _students(pipe, checkpoint)
+        record, pattern, fine = Record(), None, [None] * len(students)
+        if attention is not None:
+            recall_rows = options.pop("recall_rows", 0)
+            for i, student in enumerate(students):
+                model, chosen = student.model, planned_pattern(attention, student.plan, **options)
+                pattern = pattern or chosen
+                fine[i] = PlannedPattern(chosen, model.num_layers, model.tile, progress_of(pipe), record.calls.append, impl, recall_rows)
+        disable(pipe)  # only now: what cannot be loaded leaves the pipeline as it was
+        state = Enabled(transformers_of(pipe), type(pipe), students, record, pipe.scheduler, pattern)
+        if students[0].sampling.get("student_timesteps"):
+            pipe.scheduler = StudentScheduler(students[0].sampling["student_timesteps"])
+        elif "flow_shift" in students[0].sampling:  # the noise levels that it was trained for
+            pipe.scheduler = with_shift(pipe.scheduler, students[0].sampling["flow_shift"])
+        for (place, original), student, chosen in zip(state.originals.items(), students, fine):
+            held = hold(student, record, impl, chosen)
+            setattr(pipe, place, held)
+            _same_storage(bare(original), held)
+            state.kinds[place] = (held.dtype, held.device)
+            if original is not bare(original):
+                logger.warning("usv: %s was compiled; the student runs uncompiled until pipe.%s.compile_repeated_blocks()", place, place)
+        pipe.__class__ = _student_pipeline(type(pipe), students[0].sampling, students[0].model.family.guidance)
+        pipe._usv = state
     return pipe
 
 
-def _students(pipe: WanPipeline, checkpoint) -> tuple[Student, ...]:
+def bare(transformer: torch.nn.Module) -> torch.nn.Module:
+    """What torch.compile wraps, or the transformer itself."""
+    return getattr(transformer, "_orig_mod", transformer)
+
+
+def check_pipeline(pipe: DiffusionPipeline) -> None:
+    """CheckpointError for a pipeline whose transformers have no student here, or are in a state that a student cannot take over."""
+    known = "a diffusers pipeline with a transformer of a family in usv.models.families"
+    before = getattr(pipe, "_usv", None)
+    if not isinstance(pipe, DiffusionPipeline):
+        raise CheckpointError(f"enable: got a {type(pipe).__name__}, accepted: {known}")
+    originals = before.originals if isinstance(before, Enabled) else transformers_of(pipe)
+    for transformer in map(bare, originals.values()):
+        name = f"enable: got a {type(pipe).__name__} with a {type(transformer).__name__}"
+        if family_or_none(transformer) is None:
+            raise CheckpointError(f"{name}, accepted: {known}")
+        if adapters := adapters_of(transformer):
+            raise CheckpointError(f"{name} that has the adapters {list(adapters)}, accepted: pipe.unload_lora_weights(), usv.enable, then pipe.load_lora_weights again: a student keeps those that are loaded after it")
+        if getattr(transformer, "is_cache_enabled", False):
+            raise CheckpointError(f"{name} whose cache is enabled, accepted: disable_cache() first; a plan says already what each step computes")
+        if getattr(transformer, "_parallel_config", None) is not None:
+            raise CheckpointError(f"{name} that is spread over processes (enable_parallelism), accepted: one that is whole; a student chooses among all tokens")
+    if not originals:
+        raise CheckpointError(f"enable: got a {type(pipe).__name__} without a transformer, accepted: {known}")
+
+
+@contextmanager
+def offload_kept(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Inside, the pipeline is without the hooks of its CPU offload, if it has any; they are put on again at the end, on what is there then."""
+    again = None
+    if getattr(pipe, "_all_hooks", None):
+        again = "enable_model_cpu_offload"
+    elif any(hasattr(module, "_hf_hook") for module in pipe.components.values() if isinstance(module, torch.nn.Module)):
+        again = "enable_sequential_cpu_offload"
+    if again is None:
+        yield
+        return
+    device = pipe._offload_device
+    pipe.remove_all_hooks()
+    try:
+        yield
+    finally:
+        getattr(pipe, again)(device=device)
+
+
+def _same_storage(original: torch.nn.Module, held: torch.nn.Module) -> None:
+    """Layerwise casting and group offload of the original on the student."""
+    from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+
+    for module in original.modules():
+        hook = module._diffusers_hook.get_hook("layerwise_casting") if hasattr(module, "_diffusers_hook") else None
+        if hook is not None:
+            held.enable_layerwise_casting(hook.storage_dtype, hook.compute_dtype, non_blocking=hook.non_blocking)
+            break
+    if (hook := _get_top_level_group_offload_hook(original)) is not None:
+        c = hook.config
+        held.enable_group_offload(
+            c.onload_device, c.offload_device, c.offload_type.value, c.num_blocks_per_group, c.non_blocking, c.stream is not None,
+            c.record_stream, c.low_cpu_mem_usage, c.offload_to_disk_path,
+        )  # fmt: skip
+
+
+def _students(pipe: DiffusionPipeline, checkpoint) -> tuple[Student, ...]:
     """A student for every transformer of the pipeline. CheckpointError where number or experts differ."""
     before = getattr(pipe, "_usv", None)
     bases = list((before.originals if isinstance(before, Enabled) else transformers_of(pipe)).values())
@@ -141,7 +225,10 @@ def _students(pipe: WanPipeline, checkpoint) -> tuple[Student, ...]:
     if len(given) != len(bases):
         wanted = "two, (HIGH, LOW), for a pipeline of two experts" if len(bases) == 2 else "one, for a pipeline of one transformer"
         raise CheckpointError(f"enable: got {len(given)} checkpoint(s), accepted: {wanted}")
+    bases = [bare(base) for base in bases]
     students = tuple(c if isinstance(c, Student) else load_student(c, base) for c, base in zip(given, bases))
+    for student, base in zip(students, bases):
+        check_fits("enable", student.model.family.name, student.model.config, base)
     for student, expert in zip(students, EXPERTS if len(bases) == 2 else (None,)):
         if (found := student.sampling.get("expert")) != expert:
             raise CheckpointError(f"enable: got a student of the expert {found} for the expert {expert}, accepted: one of its own")
@@ -155,21 +242,27 @@ def _students(pipe: WanPipeline, checkpoint) -> tuple[Student, ...]:
     return students
 
 
-def disable(pipe: WanPipeline) -> WanPipeline:
+def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Undo `enable`; harmless when nothing is enabled."""
     state = getattr(pipe, "_usv", None)
     if not isinstance(state, Enabled):
         return disable_pattern(pipe)
-    pipe.__class__ = state.original_class
-    for student, (place, original) in zip(state.students, state.originals.items()):
-        del student.model.transformer.forward  # the instance's override, not the class's method
-        setattr(pipe, place, original)
-    pipe.scheduler = state.scheduler
-    del pipe._usv
+    with offload_kept(pipe):
+        pipe.__class__ = state.original_class
+        for place, original in state.originals.items():
+            held = getattr(pipe, place)
+            setattr(pipe, place, original)
+            dtype, device = state.kinds[place]
+            if held.dtype != dtype:  # what was asked of the pipeline since holds for what it gets back
+                bare(original).to(held.dtype)
+            if held.device not in (device, torch.device("meta")):
+                bare(original).to(held.device)
+        pipe.scheduler = state.scheduler
+        del pipe._usv
     return pipe
 
 
-def summary(pipe: WanPipeline) -> str:
+def summary(pipe: DiffusionPipeline) -> str:
     """A few lines that a person can read: what is enabled and what it has executed."""
     state = getattr(pipe, "_usv", None)
     if not isinstance(state, Enabled):
@@ -193,61 +286,58 @@ def summary(pipe: WanPipeline) -> str:
     return "\n".join(lines)
 
 
-def planned(
-    model: SparseTransformer, plan: SparsityPlan | None, record: Record, impl: str = "auto", fine: PlannedPattern | None = None
-) -> torch.nn.Module:
-    """`model.transformer` with its forward replaced by the sparse one under a plan (None: dense), as a pipeline calls it.
-
-    fine: the pattern that chooses the blocks; None is the student's own tiles.
-    """
-    transformer = model.transformer
-
-    def forward(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image=None, return_dict=True, **_):
-        begun = time.perf_counter()
-        rungs = None if plan is None else plan.at(float(timestep.max()))  # per token (TI2V), given frames have 0
-        if fine is not None:
-            fine.begin(model.grid_of(hidden_states.shape), timestep)
-        branches = None if fine is None else fine.layers
-        velocity, stats = model(hidden_states, timestep, encoder_hidden_states, rungs, impl=impl, fine=branches)
-        record.seconds += time.perf_counter() - begun
-        record.forwards += 1
-        layers = range(model.num_layers)
-        record.densities += [float(stats[i].density) if i in stats else 1.0 for i in layers]
-        record.merged += [0.0 if rungs is None else MERGE_LADDER[rungs[i].merge] for i in layers]
-        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
-
-    transformer.forward = forward
-    return transformer
-
-
-def _student_pipeline(base: type, sampling: dict) -> type:
-    """A subclass of the pipeline whose call has the student's defaults."""
+def _student_pipeline(base: type, sampling: dict, guidance: Sequence[str]) -> type:
+    """A subclass of the pipeline whose call has the student's defaults. guidance: arguments that ask for a second forward a step."""
+    signature = inspect.signature(base.__call__)
 
     def call(self, *args, **kwargs):
-        for scale in ("guidance_scale", "guidance_scale_2"):
-            if kwargs.get(scale) not in (None, 1.0):
-                raise CheckpointError(f"{scale}: got {kwargs[scale]}, accepted: 1.0; guidance is folded into the student's weights")
-        defaults = {"guidance_scale": 1.0}
-        for key in ("height", "width", "num_inference_steps", "max_sequence_length"):
-            if sampling.get(key) is not None:
-                defaults[key] = sampling[key]
-        if sampling.get("num_frames") is not None:
-            defaults["num_frames"] = frames_argument(self, sampling["num_frames"])
-        kwargs = {**defaults, **kwargs}
-        if sampling.get("num_frames") is not None:
-            frames = frames_result(self, kwargs["num_frames"])
-            check_grid(sampling, kwargs.get("height"), kwargs.get("width"), frames)
-        return base.__call__(self, *args, **kwargs)
+        given = dict(signature.bind_partial(self, *args, **kwargs).arguments)
+        given.pop("self")
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        for scale in guidance:
+            if given.get(scale) not in (None, 1.0):
+                raise CheckpointError(f"{scale}: got {given[scale]}, accepted: 1.0; guidance is folded into the student's weights")
+        if given.get("negative_prompt"):
+            logger.warning("usv: negative_prompt is not used: guidance is folded into the student's weights")
+        defaults = {name: 1.0 for name in guidance[:1]}
+        defaults |= {key: sampling.get(key) for key in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length")}
+        defaults = {key: value for key, value in defaults.items() if value is not None and key in signature.parameters}
+        given = {**defaults, **given}
+        if (note := other_grid(sampling, given)) is not None:
+            logger.warning("usv: %s", note)
+        if given.get("num_frames") is not None:
+            given["num_frames"] = frames_argument(self, given["num_frames"])
+        return base.__call__(self, **given)
 
-    return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
+    def save_pretrained(self, *args, **kwargs):
+        """The pipeline as it is without the student; `usv.export` writes one with it."""
+        logger.warning("usv: save_pretrained writes the pipeline without its student; python -m usv.export writes it with")
+        state = self._usv
+        held = {place: getattr(self, place) for place in state.originals}
+        scheduler, kind = self.scheduler, type(self)
+        try:
+            self.__class__ = state.original_class
+            for place, original in state.originals.items():
+                setattr(self, place, original)
+            self.scheduler = state.scheduler
+            return self.save_pretrained(*args, **kwargs)
+        finally:
+            for place, student in held.items():
+                setattr(self, place, student)
+            self.scheduler, self.__class__ = scheduler, kind
+
+    body = {"__call__": call, "save_pretrained": save_pretrained, "__module__": base.__module__}
+    return type(base.__name__, (base,), body)
 
 
-def frames_result(pipe: WanPipeline, num_frames: int) -> int:
+def frames_result(pipe: DiffusionPipeline, num_frames: int) -> int:
     """Frames that `pipe(num_frames=…)` really makes: diffusers rounds to k · factor + 1, also at factor 1."""
     factor = pipe.vae_scale_factor_temporal
     return num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1
 
 
-def frames_argument(pipe: WanPipeline, num_frames: int) -> int:
-    """The argument that makes `num_frames` frames."""
-    return num_frames - 1 if pipe.vae_scale_factor_temporal == 1 else num_frames
+def frames_argument(pipe: DiffusionPipeline, num_frames: int) -> int:
+    """The argument that makes a stock pipeline make `num_frames` frames; an enabled one takes the number itself."""
+    return num_frames - 1 if getattr(pipe, "vae_scale_factor_temporal", None) == 1 else num_frames

@@ -121,7 +121,7 @@ def generated(
             encoded = now()
             latents = pipe(
                 prompt_embeds=positive, negative_prompt_embeds=negative, height=model.height, width=model.width,
-                num_frames=frames_argument(pipe, model.num_frames), num_inference_steps=steps, guidance_scale=scale,
+                num_frames=model.num_frames if enabled else frames_argument(pipe, model.num_frames), num_inference_steps=steps, guidance_scale=scale,
                 generator=[torch.Generator().manual_seed(int(n)) for n in numbers], output_type="latent",
                 max_sequence_length=model.max_sequence_length,
             ).frames  # fmt: skip

@@ -54,12 +54,14 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.cat([self.timesteps / 1000, torch.zeros(1)])
         self._position, self._start = 0, None
 
-    def set_timesteps(self, num_inference_steps: int, device=None) -> None:
-        """ValueError for another number of steps than the student's."""
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, timesteps=None, mu=None) -> None:
+        """ValueError for another number of steps than the student's. sigmas, timesteps, mu: what pipelines compute for schedulers that have
+        no timesteps of their own; only how many counts."""
         steps = list(self.config.student_timesteps)
-        if num_inference_steps != len(steps):
+        given = next((len(x) for x in (sigmas, timesteps) if x is not None), num_inference_steps)
+        if given != len(steps):
             raise ValueError(
-                f"num_inference_steps: got {num_inference_steps}, accepted: {len(steps)}; this student was trained for the timesteps {steps}"
+                f"num_inference_steps: got {given}, accepted: {len(steps)}; this student was trained for the timesteps {steps}"
             )
         self.timesteps = torch.tensor(steps, device=device)
         self._position, self._start = 0, None
@@ -67,13 +69,19 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         self._position = begin_index
 
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """A video (B, …) at the noise level of timesteps (B,): where video to video begins."""
+        sigma = (timesteps.float() / 1000).to(original_samples.device).expand(len(original_samples))
+        return flow.interpolate(original_samples, noise, sigma).to(original_samples.dtype)
+
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
         return sample
 
     def step(self, model_output, timestep, sample, return_dict: bool = True, **_):
         """One step from `sample` (B, …) at the next of the timesteps; `model_output` is the student's velocity."""
-        if self._position == 0:
+        if self._start is None:  # the first step, of the ladder or of what video to video leaves of it
             self._start = sample
+            self._position = int((self.timesteps.cpu() - float(torch.as_tensor(timestep).max())).abs().argmin())
         sigma, following = self.sigmas[self._position], float(self.sigmas[self._position + 1])
         self._position += 1
         x = sample.float() - float(sigma) * model_output.float()

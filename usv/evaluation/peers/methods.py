@@ -22,8 +22,9 @@ from usv.evaluation.peers.caches import Running
 from usv.models.forward import SparseTransformer
 from usv.patterns import PATTERNS
 from usv.sampling.checkpoint import Student
-from usv.sampling.enable import Record, planned
+from usv.sampling.enable import Record
 from usv.sampling.generate import generate
+from usv.sampling.held import hold
 from usv.sampling.patterns import stage_seconds
 from usv.sparse.grid import Tile, TokenGrid
 from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, Rung, SparsityPlan, timestep_bins
@@ -108,14 +109,12 @@ def merging(model: ModelConfig, merge: int) -> Method:
     def enter(pipe: WanPipeline) -> Iterator[Running]:
         transformer, record = pipe.transformer, Record()
         plan = SparsityPlan.uniform(Rung(0, merge), timestep_bins(1, model.flow_shift), len(transformer.blocks))
-        before = transformer.__dict__.get("forward")
-        planned(SparseTransformer(transformer, Tile(*model.tile)).to(transformer.device), plan, record)
+        sparse = SparseTransformer(transformer, Tile(*model.tile)).to(transformer.device)
+        pipe.transformer = hold(Student(sparse, plan), record, folded=False)
         try:
             yield Running(executed=lambda: (record.mean_density(), record.mean_merged()))
         finally:
-            del transformer.forward  # the instance's
-            if before is not None:
-                transformer.forward = before
+            pipe.transformer = transformer
 
     merged = MERGE_LADDER[merge]
     return Method(f"merge_{merged:g}", "merging", f"{merged:.0%} of the tokens merged in every layer, dense weights", enter)

@@ -1,0 +1,136 @@
+"""A student as a pipeline holds it: a model of diffusers' own class, with gates and plan inside, that diffusers can move.
+
+    held = hold(student, record)      isinstance(held, WanTransformer3DModel), called as one, and moved, cast, offloaded, compiled as one
+
+It shares the student's blocks and tensors and adds the coarse gates (`usv_gates`) as a part of its own, so that hooks, casts and
+offloads put on it before or after reach all that it runs. What cannot work with a student is refused where it is switched on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MethodType
+
+import torch
+from torch import nn
+
+from usv.models.families import family_of
+from usv.models.forward import run_forward
+from usv.patterns.planned import PlannedPattern
+from usv.sampling.checkpoint import CheckpointError, Student
+from usv.sparse.grid import Tile
+from usv.sparse.plan import MERGE_LADDER, SparsityPlan
+
+
+@dataclass
+class Planned:
+    """What a held student runs by: plan (None: dense), tile, the record of what it executed, who chooses the blocks.
+
+    text_length: of the text that it was trained with, where the architecture attends its padding; None: any. folded: whether
+    guidance is folded into the weights.
+    """
+
+    plan: SparsityPlan | None
+    tile: Tile
+    record: object
+    impl: str = "auto"
+    fine: PlannedPattern | None = None
+    text_length: int | None = None
+    folded: bool = True
+
+
+# ---- what a held student does in place of its class's methods ---------------------------------------------------------------------------
+
+
+def _forward(self, *args, **kwargs):
+    begun, planned = time.perf_counter(), self._planned
+    arguments = dict(_signature(type(self)).bind(*args, **kwargs).arguments)
+    if planned.text_length is not None:
+        arguments["encoder_hidden_states"] = fit_text(arguments["encoder_hidden_states"], planned.text_length)
+    timestep = torch.as_tensor(arguments["timestep"])
+    rungs = None if planned.plan is None else planned.plan.at(float(timestep.max()))  # per token (TI2V), given frames have 0
+    if planned.fine is not None:
+        planned.fine.begin(family_of(self).grid(self, arguments), timestep)
+    branches = None if planned.fine is None else planned.fine.layers
+    out, stats = run_forward(self, self.usv_gates, planned.tile, arguments, rungs, None, planned.impl, branches)
+    layers = range(len(self.usv_gates))
+    planned.record.add(
+        time.perf_counter() - begun, [float(stats[i].density) if i in stats else 1.0 for i in layers],
+        [0.0 if rungs is None else MERGE_LADDER[rungs[i].merge] for i in layers],
+    )  # fmt: skip
+    return out
+
+
+@contextmanager
+def _cache_context(self, name: str, **kwargs):
+    if name == "uncond" and self._planned.folded:  # also a pipeline that was made of an enabled one (from_pipe) comes by here
+        raise CheckpointError(f"guidance: got a second forward a step ({name}), accepted: guidance_scale=1.0; guidance is folded into the student's weights")
+    with type(self).cache_context(self, name, **kwargs):
+        yield
+
+
+def _enable_cache(self, config) -> None:
+    raise CheckpointError(f"enable_cache: got {type(config).__name__}, accepted beside a student: none; a plan says already what each step computes. usv.disable(pipe) first")
+
+
+def _enable_parallelism(self, **_) -> None:
+    raise CheckpointError("enable_parallelism: got a student, accepted: a dense transformer; a student chooses among all tokens of a clip")
+
+
+def _save_pretrained(self, save_directory, *_, **__) -> None:
+    raise CheckpointError(f"save_pretrained: got a student for {save_directory}, accepted: python -m usv.export, whose folder says what it is, or usv.disable(pipe) first")
+
+
+METHODS = {
+    "forward": _forward, "cache_context": _cache_context, "enable_cache": _enable_cache, "enable_parallelism": _enable_parallelism,
+    "save_pretrained": _save_pretrained,
+}  # fmt: skip
+
+
+@lru_cache(maxsize=32)
+def _signature(base: type) -> inspect.Signature:
+    """Of a transformer's forward, without self."""
+    signature = inspect.signature(base.forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def hold(student: Student, record, impl: str = "auto", fine: PlannedPattern | None = None, folded: bool = True) -> nn.Module:
+    """The model that a pipeline is given in place of its transformer.
+
+    Every call makes one of its own, so that one student may run in several pipelines. It shares the student's blocks and weights.
+    """
+    model, transformer = student.model, student.model.transformer
+    held = type(transformer).__new__(type(transformer))
+    held.__dict__.update(vars(transformer))
+    held.__dict__["_modules"] = {**transformer._modules, "usv_gates": model.gates}
+    for name, value in vars(transformer).items():  # hooks of its own
+        if name.endswith("_hooks") and isinstance(value, dict):
+            held.__dict__[name] = OrderedDict(value)
+    # Of the very class: from_pipe compares types, a pipeline's config names them. So what it does differently is its own, not its class's.
+    held.__dict__.update({name: MethodType(function, held) for name, function in METHODS.items()})
+    length = student.sampling.get("max_sequence_length") if model.family.zero_padded else None
+    held.__dict__["_planned"] = Planned(student.plan, model.tile, record, impl, fine, length, folded)
+    return held
+
+
+def fit_text(text: torch.Tensor, length: int) -> torch.Tensor:
+    """Text (B, L, E), zeros behind it, at the length that the student was trained with. CheckpointError where it is longer."""
+    if text.shape[1] <= length:
+        return torch.nn.functional.pad(text, (0, 0, 0, length - text.shape[1]))
+    if bool(text[:, length:].any()):
+        raise CheckpointError(
+            f"prompt_embeds: got text of more than {length} tokens, accepted: {length}, which the student was trained with; "
+            f"pipe.encode_prompt(…, max_sequence_length={length})"
+        )
+    return text[:, :length]
+
+
+def adapters_of(transformer: nn.Module) -> Sequence[str]:
+    """Names of the LoRA adapters in a transformer."""
+    return tuple(getattr(transformer, "peft_config", None) or ())
