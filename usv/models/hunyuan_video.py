@@ -168,4 +168,9 @@ SHAPE_KEYS = (
     "patch_size", "patch_size_t", "text_embed_dim", "pooled_projection_dim", "image_condition_type", "guidance_embeds",
 )  # fmt: skip
 
-FAMILIES = (Family("hunyuan_video", (HunyuanVideoTransformer3DModel,), (DOUBLE, SINGLE), grid, adapt, SHAPE_KEYS, inputs),)
+FAMILIES = (
+    Family(
+        "hunyuan_video", (HunyuanVideoTransformer3DModel,), (DOUBLE, SINGLE), grid, adapt, SHAPE_KEYS, inputs,
+        guidance=("true_cfg_scale",),  # guidance_scale is an input of the model, which runs once
+    ),
+)  # fmt: skip

@@ -50,7 +50,8 @@ def grid(transformer, arguments: Mapping) -> TokenGrid:
     """Of the latents' sides, or, where a pipeline gives coordinates instead, of how many different ones there are."""
     sides = tuple(arguments.get(side) for side in ("num_frames", "height", "width"))
     coords = arguments.get("video_coords")
-    if None in sides and coords is not None:
+    tokens = arguments["hidden_states"].shape[1]
+    if coords is not None and (None in sides or sides[0] * sides[1] * sides[2] != tokens):  # the long pipeline says 1, 1, 1
         sides = tuple(len(axis.unique()) for axis in coords[0])
     if None in sides:
         raise ValueError(f"num_frames, height, width: got {sides}, expected the sides of the packed latents, or video_coords")

@@ -93,6 +93,8 @@ def _sparse_class(cls: type) -> type:
 def adapt(block: nn.Module, attention: nn.Module) -> None:
     # The block's class and not what calls it: hooks that bring its weights onto the device wrap the block's forward.
     if not getattr(block, "_usv", False):
+        if getattr(vars(block).get("forward"), "__func__", None) is type(block).forward:
+            del block.forward  # what a hook that was taken off again leaves: the class's own, which would hide the new one's
         block.__class__ = _sparse_class(type(block))
 
 

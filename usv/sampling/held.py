@@ -54,7 +54,8 @@ def _forward(self, *args, **kwargs):
     if planned.text_length is not None:
         arguments["encoder_hidden_states"] = fit_text(arguments["encoder_hidden_states"], planned.text_length)
     timestep = torch.as_tensor(arguments["timestep"])
-    rungs = None if planned.plan is None else planned.plan.at(float(timestep.max()))  # per token (TI2V), given frames have 0
+    now = float(family_of(self).flow_timestep(self, timestep).max())  # per token (TI2V), given frames have 0
+    rungs = None if planned.plan is None else planned.plan.at(now)
     if planned.fine is not None:
         planned.fine.begin(family_of(self).grid(self, arguments), timestep)
     branches = None if planned.fine is None else planned.fine.layers

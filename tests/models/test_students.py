@@ -1,0 +1,92 @@
+"""A student on every pipeline class that docs/models.md names one for: every block kept is the pipeline's own video, half is not,
+`disable` gives it back bit for bit, and the pipeline's own arguments (image, video, control) stay."""
+
+import copy
+import inspect
+
+import pytest
+import tiny_pipelines
+import torch
+
+import usv
+from usv.models.__main__ import rows
+from usv.models.forward import SparseTransformer
+from usv.sampling.checkpoint import CheckpointError, Student
+from usv.sampling.patterns import transformers_of
+from usv.sparse import plan as plans
+from usv.sparse.grid import Tile
+from usv.sparse.plan import Rung, SparsityPlan
+
+BESIDE = {"LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline"}  # a condition that is not the first frame has tokens beside the grid
+NAMES = [row.pipeline for row in rows() if row.student != "-"]
+
+
+def student(transformer, rung, **sampling):
+    model = SparseTransformer(copy.deepcopy(transformer), Tile(1, 2, 2)).eval().requires_grad_(False)
+    for gate in model.gates:
+        torch.nn.init.zeros_(gate.weight)
+    return Student(model, SparsityPlan.uniform(rung, (1000.0,), model.num_layers), sampling)
+
+
+def checkpoints(pipe, rung):
+    bases = list(transformers_of(pipe).values())
+    if len(bases) == 1:
+        return student(bases[0], rung)
+    return tuple(student(base, rung, expert=expert, boundary=pipe.config.boundary_ratio) for base, expert in zip(bases, ("high", "low")))
+
+
+def unguided(pipe, call):
+    """The call with one forward a step, as a student runs it."""
+    family = SparseTransformer(copy.deepcopy(next(iter(transformers_of(pipe).values()))), Tile(1, 2, 2)).family
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return {**call, **{name: 1.0 for name in family.guidance if name in (call if name.endswith("_2") else parameters)}}
+
+
+@pytest.mark.parametrize("name", sorted(BESIDE))
+def test_tokens_beside_the_grid_are_refused_by_name(name):
+    pipe, call = tiny_pipelines.make(name)
+    call = unguided(pipe, call)
+    own = tiny_pipelines.video(pipe, call)
+    usv.enable(pipe, checkpoints(pipe, Rung(1, 0)))
+    with pytest.raises(ValueError, match="accepted beside a student: the video's alone"):
+        tiny_pipelines.video(pipe, call)
+    usv.disable(pipe)
+    assert torch.equal(tiny_pipelines.video(pipe, call), own)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BESIDE])
+def test_student(name, monkeypatch):
+    pipe, call = tiny_pipelines.make(name)
+    call = unguided(pipe, call)
+    own = tiny_pipelines.video(pipe, call)
+    scale = float(own.abs().max())
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "DENSITY_LADDER", (1.0,) * 6)  # the sparse path with every block
+        usv.enable(pipe, checkpoints(pipe, Rung(1, 0)))
+        full = tiny_pipelines.video(pipe, call)
+        record = pipe._usv.record
+        assert record.forwards > 0 and record.mean_density() == 1.0 and record.mean_merged() == 0.0
+    torch.testing.assert_close(full, own, rtol=0, atol=1e-5 * max(scale, 1))
+    usv.enable(pipe, checkpoints(pipe, Rung(1, 1)))
+    half = tiny_pipelines.video(pipe, call)
+    record = pipe._usv.record
+    assert torch.isfinite(half).all() and float((half - own).abs().max()) > 1e-4 * scale
+    assert 0 < record.mean_density() <= 0.75 and record.mean_merged() > 0
+    usv.disable(pipe)
+    assert torch.equal(tiny_pipelines.video(pipe, call), own)
+
+
+def test_a_student_of_another_model_is_refused_in_one_message():
+    """Another family, and image to video on text to video: what was got, what is accepted; the pipeline stays as it was."""
+    pipe, call = tiny_pipelines.make("WanPipeline")
+    own = tiny_pipelines.video(pipe, call)
+    for name, words in (("CogVideoXPipeline", "a student of the family cogvideox for a WanTransformer3DModel, accepted: one of wan"),
+                        ("WanImageToVideoPipeline", "made for another model \\(in_channels: ")):  # fmt: skip
+        other, _ = tiny_pipelines.make(name)
+        with pytest.raises(CheckpointError, match=words):
+            usv.enable(pipe, student(other.transformer, Rung(1, 0)))
+    unknown, _ = tiny_pipelines.make("MochiPipeline")
+    if "MochiPipeline" not in NAMES:
+        with pytest.raises(CheckpointError, match="got a MochiPipeline with a MochiTransformer3DModel, accepted: a diffusers pipeline with"):
+            usv.enable(unknown, student(pipe.transformer, Rung(1, 0)))
+    assert torch.equal(tiny_pipelines.video(pipe, call), own)
