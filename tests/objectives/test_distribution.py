@@ -110,9 +110,9 @@ class TwoModes:
 
 
 def found(x0):
-    """The smaller mode's share of the samples, and the share that is nearer to a mode than to their mean."""
+    """The smaller mode's share of the samples, and the share that is nearer to a mode than to their mean, and not as far beyond it."""
     right = float((x0 > 0).double().mean())
-    return min(right, 1 - right), float((x0.abs() > 0.5).double().mean())
+    return min(right, 1 - right), float(((x0.abs() - 1).abs() < 0.5).double().mean())
 
 
 class Follower(nn.Module):
@@ -133,13 +133,13 @@ def test_matching_finds_both_modes_where_regression_gives_their_mean():
     world.train(make_objective(ObjectiveConfig(), 1.0), 60, lr=1e-2)
     assert found(world.samples())[1] == 0
     settings = ObjectiveConfig(
-        "distribution", base="velocity", base_weight=0.0, student_timesteps=[1000.0], critic_lr=3e-3, critic_updates=2, critic_warmup=20
+        "distribution", base="velocity", base_weight=0.0, student_timesteps=[1000.0], critic_lr=3e-3, critic_updates=3, critic_warmup=40
     )
     objective = make_objective(settings, 1.0)
     objective.critic = Critic(Follower(world), settings.critic_lr, 1.0)
-    world.train(objective, 150, lr=3e-3)
+    world.train(objective, 150, lr=1e-3)
     smaller, near = found(world.samples())
-    assert smaller > 0.2 and near > 0.7
+    assert smaller > 0.3 and near > 0.5  # three seeds: 0.44 to 0.49, 0.61 to 0.71; a student that runs away is near no mode
 
 
 @pytest.mark.parametrize("adversarial", ["non_saturating", "hinge"])
