@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -35,8 +34,10 @@ from usv.sparse.plan import bin_of
 from usv.training.build import build
 from usv.training.dry_run import report
 from usv.training.ranks import RankError, launched, lost_ranks, start
-from usv.training.resume import resume, save
-from usv.training.run import Run, budget_at, log_step, temperature_at
+from usv.training.remote import masked_settings
+from usv.training.resume import folder_of, next_or_save, resume, save
+from usv.training.run import Run, budget_at, log_step, mean_of_parts, temperature_at
+from usv.training.stop import Stop, stopping
 from usv.training.tracking import Silent, Tracker
 from usv.training.validation import validate
 
@@ -44,39 +45,49 @@ ROOT = Path(__file__).resolve().parent
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
-def train(config: TrainConfig) -> Path:
-    """The whole job; returns the student's folder."""
+def train(config: TrainConfig, stop: Stop | None = None) -> Path:
+    """The whole job; returns the student's folder. stop: notes the signal that ended it early."""
     keep_freed_memory()
     accelerator, ranks = start(config)
     use_all_cores(config.runtime.threads)
-    run = build(config, accelerator, ranks)
-    tracker = Tracker(config.logger, run.folder, asdict(config), run.folder.name) if ranks.first else Silent()
-    resume(run)
-    begun = run.step
-    stop = {"asked": False}
-    signal.signal(signal.SIGINT, lambda *_: stop.update(asked=True))  # Ctrl-C: finish the step, save, leave
+    stop = stop or Stop()
+    with folder_of(config, ranks):
+        run = build(config, accelerator, ranks)
+        resume(run)
+        settings = masked_settings(asdict(config))
+        tracker = Tracker(config.logger, run.folder, settings, run.folder.name, run.step) if ranks.first else Silent()
+        try:
+            with stopping(stop):
+                return loop(run, tracker, stop)
+        finally:
+            tracker.close()
+
+
+def loop(run: Run, tracker, stop: Stop) -> Path:
+    """All steps that are left, with log, checkpoints and validation; returns the student's folder."""
+    config, ranks, begun = run.config, run.ranks, run.step
     bar = tqdm(total=config.optim.steps, initial=run.step, desc=run.folder.name, dynamic_ncols=True, disable=not ranks.first)
     saved, stopped = time.monotonic(), False
     batches = iter(run.data)
     for number, batch in enumerate(islice(batches, 0 if begun else run.objective.warm_up)):  # what is trained beside the student, before its first step
         run.objective.update(run, run.clips(batch), torch.Generator().manual_seed(-1 - config.seed * 1_000_003 - number))
     while run.step < config.optim.steps and not stopped:  # a batch taken is trained on: the data's position is saved
-        record = step(run, next(batches))
+        record = step(run, next_or_save(run, batches))
         run.step += 1
         bar.update(1)
         bar.set_postfix(record.brief())
         log_step(run, record, tracker)
-        if run.step % config.logger.validate_every == 0 or run.step == config.optim.steps:
-            validate(run, tracker)
-        stopped, due = ranks.any(stop["asked"], time.monotonic() - saved > config.runtime.checkpoint_seconds)
-        if due and not run.skipped_in_a_row:
+        stopped, due = ranks.any(stop.asked, time.monotonic() - saved > config.runtime.checkpoint_seconds)
+        validating = run.step % config.logger.validate_every == 0 or run.step == config.optim.steps
+        if (due or validating) and not run.skipped_in_a_row:  # saved before it is looked at: what fails there loses nothing
             save(run)
             saved = time.monotonic()
+        if validating:
+            validate(run, tracker)
     bar.close()
     student = run.folder / "student"
-    if any(run.ranks.any(run.step > begun, not student.exists())):  # a run that was finished before stays as it was
+    if any(ranks.any(run.step > begun and run.saved != run.step, not student.exists())):  # a run that was finished before stays as it was
         save(run)
-    tracker.close()
     state = "stopped, resume=auto goes on" if run.step < config.optim.steps else "finished"
     if ranks.first:
         print(f"{state} at step {run.step}; student: {student}" + (f"; {run.skipped} steps skipped" if run.skipped else ""))
@@ -102,15 +113,22 @@ def step(run: Run, batch: dict):
     decisions = run.decide(bin_of(1000 * point.level, run.edges), target_cost, temperature_at(run.step, config), generator)
     probes = {p.layer: Probe(p.other, torch.tensor(0.5, device=run.device, requires_grad=True)) for p in decisions.probes}
 
-    # 3. what is wanted and what the student gives at the same point, through the same code
-    with run.engine.autocast():
-        wanted = objective.target(run, point, decisions, generator)
-        velocity, stats = run.student(point.x, 1000 * point.sigma, point.text, decisions.rungs, probes, config.attention.impl)
-        loss, values = objective.loss(run, clips, point, velocity, wanted, generator)
+    # 3. what is wanted and what the student gives at the same point, through the same code; in as many parts as optim.accumulate says
+    losses, seen, drawn = [], [], generator.get_state()
+    for part, there in run.parts(clips, point):
+        generator.set_state(drawn)  # what is drawn holds for all clips of the step
+        with run.engine.autocast():
+            wanted = objective.target(run, there, decisions, generator)
+            velocity, stats = run.student(there.x, 1000 * there.sigma, there.text, decisions.rungs, probes, config.attention.impl)
+            loss, values = objective.loss(run, part, there, velocity, wanted, generator)
+        run.engine.backward(loss)
+        losses.append(loss.item())
+        seen.append((stats, values))
+    stats, values = mean_of_parts(seen)
     policy_loss = run.policy_loss(target_cost)
 
-    # 4. backward and step of both; a step that is not finite on any rank is skipped on all
-    total, norm = run.update(loss, policy_loss)
+    # 4. the step of both; one that is not finite on any rank is skipped on all
+    total, norm = run.update(losses, policy_loss)
     if not math.isfinite(norm):
         run.skip(f"loss {total}, gradient norm {norm} at step {run.step}, timestep bin {decisions.bin}")
         record.skip(run.skipped)
@@ -151,8 +169,11 @@ def main(config: DictConfig) -> None:
         if settings.dry_run:
             report(settings)
         else:
+            stop = Stop()
             with lost_ranks(launched()):
-                train(settings)
+                train(settings, stop)
+            if stop.status:
+                sys.exit(stop.status)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except RankError as error:

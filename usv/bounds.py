@@ -47,7 +47,7 @@ RANGES = {
     # what is learned
     "solver_steps": SOME, "reuse": COUNT, "base_weight": FROM_ZERO, "matching_weight": FROM_ZERO, "adversarial_weight": FROM_ZERO, "critic_warmup": Range(0, 1_000_000), "critic_lr": ABOVE_ZERO, "critic_updates": SOME,
     "drop_text": SHARE, "validation_clips": Range(1, 100_000),
-    "optim.steps": COUNT, "batch_size": Range(1, 1_000_000), "optim.lr": ABOVE_ZERO, "warmup": Range(0, 1_000_000_000), "weight_decay": FROM_ZERO,
+    "optim.steps": COUNT, "batch_size": Range(1, 1_000_000), "accumulate": Range(1, 1_000_000), "optim.lr": ABOVE_ZERO, "warmup": Range(0, 1_000_000_000), "weight_decay": FROM_ZERO,
     "grad_clip": ABOVE_ZERO, "ema": Range(0, 1, below=True), "rank": Range(0, 65_536), "alpha": ABOVE_ZERO,
     # how it runs
     "zero3_persist": Range(0, 1 << 62), "sequence_parallel": SOME, "checkpoint_seconds": FROM_ZERO, "keep": Range(0, 1_000_000), "max_skipped": COUNT,

@@ -163,7 +163,8 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, gradient clipping, moving average of the student. batch_size: of the whole step, over all ranks. grad_clip: a norm above 0,
+    """AdamW, gradient clipping, moving average of the student. batch_size: of the whole step, over all ranks. accumulate: in so many parts,
+    one after another, each rank works on its clips of a step, which equals working on them at once and needs the memory of one. grad_clip: a norm above 0,
     in every runtime; a large one, 1e9, never clips.
 
     optimizer: adamw | muon (matrices of the blocks by Muon, the rest by AdamW) | adamw8bit (moments in 8 bits; needs the package bitsandbytes and a GPU).
@@ -171,6 +172,7 @@ class OptimConfig:
 
     steps: int = 600
     batch_size: int = 6
+    accumulate: int = 1
     lr: float = 5e-4
     warmup: int = 20
     weight_decay: float = 0.0

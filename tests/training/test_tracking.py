@@ -64,3 +64,20 @@ def test_a_board_that_is_not_installed_is_named_before_anything_is_loaded(monkey
     monkeypatch.setattr(ranks, "find_spec", lambda name: None)
     with pytest.raises(SettingError, match="pip install trackio"):
         ranks.start(TrainConfig(logger=LoggerConfig(name="trackio")))
+
+
+def test_a_log_goes_on_where_the_run_does(tmp_path):
+    """Half a line of a kill is left out, steps after the checkpoint come once, another beginning keeps the earlier log aside."""
+    log, quiet = tmp_path / "metrics.jsonl", LoggerConfig(name="none")
+    rows = [json.dumps({"step": step, "loss/velocity": 0.5}) for step in (1, 2, 3, 4)]
+    log.write_text("\n".join([*rows, '{"step": 5, "lo']))
+    Tracker(quiet, tmp_path, {}, "test").close()
+    assert log.read_text().splitlines() == rows
+    log.write_text("\n".join([*rows, '{"step": 5, "lo']))
+    tracker = Tracker(quiet, tmp_path, {}, "test", begun=2)
+    tracker.scalars(3, {"loss/velocity": 0.25})
+    tracker.close()
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+    Tracker(quiet, tmp_path, {}, "test", begun=0).close()
+    (aside,) = tmp_path.glob("metrics-*.jsonl")
+    assert log.read_text() == "" and len(aside.read_text().splitlines()) == 3

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from usv.training.data import ShardDataset
-from usv.training.remote import DataError, Remote
+from usv.training.remote import DataError, Remote, masked
 from usv.training.shards import named_paths, read_index
 
 
@@ -47,13 +47,13 @@ def open_shards(
         return ShardDataset(source, batch_size, weights=weights, latent_shape=latent_shape, **settings)
     if latent_shape is not None and tuple(latent_shape) not in groups:
         raise DataError(
-            f"{source}: holds latents {', '.join(map(str, groups))}, this run is configured for {tuple(latent_shape)}; one of the "
+            f"{masked(source)}: holds latents {', '.join(map(str, groups))}, this run is configured for {tuple(latent_shape)}; one of the "
             "buckets must have the configured height, width and number of frames: costs are counted and students validated there"
         )
     share_of = dict(zip(_names(source), weights)) if weights is not None else {}
     if weights is not None and share_of.keys() != {str(p) for paths in groups.values() for p in paths}:
         raise DataError(
-            f"{source}: with weights and several latent shapes, name every folder by itself; a pattern is not accepted"
+            f"{masked(source)}: with weights and several latent shapes, name every folder by itself; a pattern is not accepted"
         )
     buckets, shares, seed = [], [], settings.pop("seed", 0)
     for number, paths in enumerate(groups.values()):

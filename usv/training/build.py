@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from usv import flow
 from usv.config import ObjectiveConfig, SettingError, TrainConfig
+from usv.files import reason_of
 from usv.models import lora
 from usv.models.forward import SparseTransformer
 from usv.objectives.distribution import Critic, Head
@@ -23,6 +25,7 @@ from usv.sparse.plan import RUNGS, Rung, SparsityPlan, executed_densities, times
 from usv.training.buckets import of_shape, open_shards
 from usv.training.data import ShardDataset
 from usv.training.engine import Engine, frozen_pipeline
+from usv.training.feasible import check_density, check_size
 from usv.training.ranks import Ranks
 from usv.training.run import Run
 from usv.training.shards import find_shards
@@ -50,6 +53,8 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     student.sequence_group = ranks.sequence
     if not config.lora.rank:
         run.teacher.sequence_group = ranks.sequence
+    if config.optim.accumulate > 1 and run.objective.needs.critic:
+        raise SettingError(f"optim.accumulate: got {config.optim.accumulate}, accepted: 1 with objective={config.objective.name}, whose critic learns from all clips of a step at once")
     run.num_layers = student.num_layers
     latent_shape = _latent_shape(run.pipe, m)
     layout = tile_layout(student.grid_of(latent_shape), tile)
@@ -67,6 +72,7 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     split = float(flow.unshift_sigma(torch.tensor(m.boundary, dtype=torch.float64), m.flow_shift))
     run.span = {None: (0.0, 1.0), "high": (split, 1.0), "low": (0.0, split)}[m.expert]
     run.edges = timestep_bins(config.policy.bins, m.flow_shift, *run.span)
+    check_density(config, layout.num_blocks)
     run.policy = make_policy(config, run.edges, run.num_layers, costs, layout.num_blocks)
     learned = isinstance(run.policy, torch.nn.Module)
     betas = tuple(config.optim.betas)
@@ -84,8 +90,8 @@ def open_data(run: Run, config: TrainConfig, student: SparseTransformer, latent_
     d, ranks = config.data, run.ranks
     source, weights = (list(d.mix), list(d.mix.values())) if d.mix else (d.path, None)
     run.data = open_shards(
-        source, run.clips_at_once, weights=weights, latent_shape=latent_shape, model=config.model.path,
-        seed=config.seed, rank=run.share.rank, world_size=run.share.world, drop_text=d.drop_text,
+        source, run.clips_a_step, weights=weights, latent_shape=latent_shape, model=config.model.path,
+        text_length=config.model.max_sequence_length, fps=config.model.fps, seed=config.seed, rank=run.share.rank, world_size=run.share.world, drop_text=d.drop_text,
     )  # fmt: skip
     for shape in run.data.shapes:
         grid = student.grid_of(shape)
@@ -101,6 +107,7 @@ def open_data(run: Run, config: TrainConfig, student: SparseTransformer, latent_
         held_out, min(clips, d.validation_clips), split="val", drop_text=0.0, shuffle=False, repeat=False,
         latent_shape=latent_shape, model=config.model.path,
     )  # fmt: skip
+    next(iter(run.validation))  # a held-out clip that cannot be used shows now, not at the first validation
 
 
 def inherit_steps(settings: ObjectiveConfig, few_steps: bool, plan: SparsityPlan) -> None:
@@ -196,20 +203,15 @@ def prepare_folder(folder: Path, rank: int = 0) -> None:
     """Make the output folder and prove that it can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable{rank}"
+        probe = folder / f".writable.{rank}.{os.getpid()}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise SettingError(f"output_dir={folder}: cannot be written ({error.strerror}); give a folder you may write to") from None
+        raise SettingError(f"output_dir={folder}: cannot be written ({reason_of(error)}); give a folder you may write to") from None
 
 
 def _latent_shape(pipe, m) -> tuple[int, ...]:
     space, time_ = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
     patch = pipe.transformer.config.patch_size
-    for name, value, step in (("height", m.height, space * patch[1]), ("width", m.width, space * patch[2])):
-        if value % step:
-            raise SettingError(f"model.{name}: got {value}, accepted: multiples of {step}, e.g. {max(step, round(value / step) * step)}")
-    if (m.num_frames - 1) % time_:
-        nearest = (m.num_frames - 1) // time_ * time_ + 1
-        raise SettingError(f"model.num_frames: got {m.num_frames}, accepted: multiples of {time_} plus 1, e.g. {nearest}")
+    check_size(m, space, time_, patch)
     return (pipe.transformer.config.in_channels, (m.num_frames - 1) // time_ + 1, m.height // space, m.width // space)

@@ -11,13 +11,14 @@ Folders and what lies in them: usv/training/shards.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from usv.training.remote import DataError, fetched
-from usv.training.shards import REMEDY, check_use, common_form, find_shards, read_empty, read_sample, scan
+from usv.training.shards import REMEDY, check_use, common_form, find_shards, read_empty, read_sample, scan, unusable
 
 DROP_SEED = 0x5EED  # separates the stream of caption dropping from that of the order
 
@@ -34,7 +35,8 @@ class ShardDataset:
         drop_text: share of samples whose caption is replaced by the empty prompt (for guidance), drawn anew each epoch.
         split: which split of a folder to read.
         model: diffusers folder of the model in use; data of another VAE or text encoder is refused.
-        latent_shape: (C, T, h, w) that the caller needs; anything else is refused.
+        latent_shape, text_length, fps: (C, T, h, w), tokens of a caption and frames a second that the caller needs; anything else is
+            refused.
         shuffle: False keeps the order of the shards.
         repeat: True: an endless stream that begins at `state_dict()`'s position and whose batches may straddle epochs.
             False: every `iter()` is the same single pass from the start, of len(self) batches; the incomplete last
@@ -62,6 +64,8 @@ class ShardDataset:
         split: str = "train",
         model: str | Path | None = None,
         latent_shape: tuple[int, ...] | None = None,
+        text_length: int | None = None,
+        fps: float | None = None,
         shuffle: bool = True,
         repeat: bool = True,
         cache_bytes: int = 1 << 30,
@@ -79,8 +83,8 @@ class ShardDataset:
         self.latent_shape, self.text_length, self.text_dim = common_form(indices)
         self.shapes = [self.latent_shape]
         folder = next(iter(indices))
-        check_use(indices, self.latent_shape, model, latent_shape)
-        self.empty = None if self.text_dim is None else _pad(read_empty(folder), self.text_length)
+        check_use(indices, model, latent_shape=latent_shape, max_sequence_length=text_length, fps=fps)
+        self.empty = None if self.text_dim is None else _pad(read_empty(folder, self.text_length, self.text_dim), self.text_length)
         self._ends = torch.tensor([shard.count for shard in self.shards]).cumsum(0)
         self.num_samples = int(self._ends[-1])
         self.cache_folder = Path(cache_folder)
@@ -91,6 +95,7 @@ class ShardDataset:
         self.epoch, self.position = 0, 0
         self._orders: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._members: dict[int, list[tuple[int, int, int, int]]] = {}
+        self._files: dict[int, Path] = {}
         self._cache: dict[int, tuple] = {}
         self._cache_left = cache_bytes
 
@@ -168,15 +173,18 @@ class ShardDataset:
         shard = self.shards[number]
         row = index - int(self._ends[number]) + shard.count
         if number not in self._members:
-            self._members[number] = scan(shard, fetched(shard.path, self.cache_folder))
-        tensors, info = read_sample(fetched(shard.path, self.cache_folder), self._members[number][row])
+            self._files[number] = fetched(shard.path, self.cache_folder)  # once a run: each time costs a question to the store
+            self._members[number] = scan(shard, self._files[number])
+        tensors, info = read_sample(self._files[number], self._members[number][row])
         latents, text = tensors.get("latents"), tensors.get("text")
         if latents is None or tuple(latents.shape) != self.latent_shape:
             found = None if latents is None else tuple(latents.shape)
             raise DataError(f"{shard.path}: sample {row} has latents {found}, index.json says {self.latent_shape}; "
                             + REMEDY)  # fmt: skip
-        if self.text_dim is not None and (text is None or text.shape[1] != self.text_dim):
+        if self.text_dim is not None and (text is None or text.ndim != 2 or text.shape[1] != self.text_dim):
             raise DataError(f"{shard.path}: sample {row} lacks text embeddings of width {self.text_dim}; " + REMEDY)
+        if wrong := unusable(latents, text if self.text_dim is not None else None, info, self.text_length):
+            raise DataError(f"{shard.path}: sample {row} {wrong}; {REMEDY}")
         size = sum(t.nbytes for t in (latents, text) if t is not None)
         if size <= self._cache_left:
             self._cache[index] = latents, text, info
@@ -210,7 +218,7 @@ class ShardDataset:
 def _streams(source, weights: Sequence[float], split: str, num_samples: int) -> list[tuple[int, int, int]]:
     """(first sample number, size, samples an epoch) of every entry of `source`. DataError for weights that do not fit."""
     entries = [source] if isinstance(source, (str, Path)) else list(source)
-    if len(weights) != len(entries) or min(weights) <= 0:
+    if len(weights) != len(entries) or not all(0 < weight < math.inf for weight in weights):
         raise DataError(f"weights: got {list(weights)} for {len(entries)} datasets, accepted: one above 0 for each")
     sizes = [sum(shard.count for shard in find_shards(entry, split)[0]) for entry in entries]
     exact = [num_samples * weight / sum(weights) for weight in weights]

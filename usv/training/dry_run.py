@@ -22,7 +22,8 @@ import torch
 from usv.config import SettingError, TrainConfig
 from usv.objectives import make_objective
 from usv.sparse.cost import ModelShape, block_flops, dense_flops
-from usv.sparse.grid import TokenGrid
+from usv.sparse.grid import Tile, TokenGrid, tile_layout
+from usv.training.feasible import check_density, check_size
 
 GIB = 2**30
 # name: (dense bf16 peak in TFLOP/s with fp32 accumulation, memory in GB), from the vendor's data sheets
@@ -58,7 +59,7 @@ def transformer_config(config: TrainConfig) -> dict:
     """The numbers of the transformer: of the folder where there is one, else of conf/model. SettingError without either."""
     file = Path(config.model.path) / "transformer" / "config.json"
     if file.is_file():
-        return {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
+        return numbers_of(file)
     a = config.model.architecture
     if min(a.num_layers, a.num_attention_heads, a.ffn_dim) < 1:
         raise SettingError(
@@ -66,6 +67,24 @@ def transformer_config(config: TrainConfig) -> dict:
             "or ffn_dim; name a model of conf/model, a local diffusers folder, or use the embedded default model.path=data/wan-mini"
         )
     return {**vars(a), "patch_size": tuple(a.patch_size)}
+
+
+MOST = {"num_layers": 1000, "num_attention_heads": 1024, "attention_head_dim": 1024, "ffn_dim": 1 << 20, "in_channels": 4096, "text_dim": 1 << 16}
+
+
+def numbers_of(file: Path) -> dict:
+    """A network's config.json. SettingError where it cannot be read or its sizes are none: they are built from before weights are read."""
+    try:
+        numbers = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingError(f"{file}: not readable ({error}); give another model.path") from None
+    if not isinstance(numbers, dict):
+        raise SettingError(f"{file}: got a {type(numbers).__name__}, expected an object; give another model.path")
+    for name, most in MOST.items():
+        value = numbers.get(name, 1)
+        if value is not None and not (type(value) is int and 1 <= value <= most):
+            raise SettingError(f"{file}: {name} is {str(value)[:60]}, accepted: 1 to {most}; give another model.path")
+    return {name: value for name, value in numbers.items() if not name.startswith("_")}
 
 
 def count_parameters(config: TrainConfig) -> dict[str, int]:
@@ -82,9 +101,7 @@ def count_parameters(config: TrainConfig) -> dict[str, int]:
     )  # fmt: skip
     encoder = TEXT_ENCODER
     if (folder / "vae" / "config.json").is_file():
-        vae = {
-            k: v for k, v in json.loads((folder / "vae" / "config.json").read_text()).items() if not k.startswith("_")
-        }
+        vae = numbers_of(folder / "vae" / "config.json")
     if (folder / "text_encoder" / "config.json").is_file():
         encoder = json.loads((folder / "text_encoder" / "config.json").read_text())
     with torch.device("meta"):
@@ -117,6 +134,7 @@ def token_grid(config: TrainConfig, patch) -> TokenGrid:
     if (folder / "vae" / "config.json").is_file():
         vae = json.loads((folder / "vae" / "config.json").read_text())
         space, time_ = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    check_size(m, space, time_, patch)
     return TokenGrid(
         ((m.num_frames - 1) // time_ + 1) // patch[0], m.height // space // patch[1], m.width // space // patch[2]
     )
@@ -137,8 +155,8 @@ def forward_bytes(shape: ModelShape, tokens: float, bf16: bool) -> float:
 
 
 def clips_at_once(config: TrainConfig) -> int:
-    """Clips of a step on one device, or on those that share them."""
-    return max(1, config.optim.batch_size // (config.dry_run_devices // config.runtime.sequence_parallel))
+    """Clips at one time on one device, or on those that share them."""
+    return max(1, config.optim.batch_size // (config.dry_run_devices // config.runtime.sequence_parallel * config.optim.accumulate))
 
 
 def partition(config: TrainConfig) -> tuple[float, float, float]:
@@ -167,6 +185,7 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
     shape = ModelShape(
         dim, numbers["num_attention_heads"], numbers["ffn_dim"], numbers["num_layers"], config.model.max_sequence_length
     )
+    check_density(config, tile_layout(grid, Tile(*config.model.tile)).num_blocks)
     tokens, sharing = grid.num_tokens, config.runtime.sequence_parallel
     if config.dry_run_devices % sharing:
         raise SettingError(

@@ -65,6 +65,7 @@ class Engine:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, ranks: Ranks, model: torch.nn.Module):
         self.config, self.ranks, self.model = config, ranks, model
         self.zero = config.runtime.name.startswith("zero")
+        self.accumulate, self.parts = config.optim.accumulate, 0
         self.bf16 = precision(config) == "bf16"
         # of the fp32 weights of diffusers' norms under a CPU's autocast: not the fastest way, and right
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
@@ -87,13 +88,27 @@ class Engine:
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
             yield
 
-    def update(self, loss: torch.Tensor, lr: float) -> float:
-        """Backward, mean over ranks, clip, step. Returns the gradient's norm; not finite: nothing was stepped, on no rank."""
+    def backward(self, loss: torch.Tensor) -> None:
+        """The gradient of a part of a step's clips, of `optim.accumulate` equal ones; loss: its mean over them."""
+        self.parts += 1
+        if not self.zero:
+            (loss / self.accumulate if self.accumulate > 1 else loss).backward()
+            return
+        buffer = getattr(self.optimizer, "grad_partitions_flat_buffer", None)
+        if buffer is not None and self.parts == 1:  # zero3 keeps the last step's gradient of a parameter that takes no part in this one
+            buffer.zero_()
+        self.forward.backward(loss)  # divides by the number of parts itself
+        if self.parts < self.accumulate:
+            self.forward.step()  # only counts
+
+    def step(self, lr: float) -> float:
+        """Mean over ranks, clip, step. Returns the gradient's norm; not finite: nothing was stepped, on no rank."""
+        self.parts = 0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.zero:
-            return self._update_zero(loss)
-        loss.backward()
+            self.forward.step()
+            return float(self.forward.get_global_grad_norm()) if self.forward.was_step_applied() else math.nan
         parameters = [p for _, p in self.trained]
         for p in parameters:  # gates of layers that ran dense: every runtime treats them as zero
             if p.grad is None:
@@ -104,14 +119,6 @@ class Engine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def _update_zero(self, loss: torch.Tensor) -> float:
-        buffer = getattr(self.optimizer, "grad_partitions_flat_buffer", None)
-        if buffer is not None:  # zero3 keeps the last step's gradient of a parameter that takes no part in this one
-            buffer.zero_()
-        self.forward.backward(loss)
-        self.forward.step()
-        return float(self.forward.get_global_grad_norm()) if self.forward.was_step_applied() else math.nan
 
     # ---- average and whole tensors ----
 

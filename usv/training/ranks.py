@@ -69,6 +69,14 @@ class Ranks:
         """Whether any rank says so, the same on every rank."""
         return [value > 0 for value in self.mean([float(flag) for flag in flags])]
 
+    def texts(self, mine: str) -> list[str]:
+        """A short text of every rank, in their order, the same on every rank."""
+        if self.world == 1:
+            return [mine]
+        found: list = [None] * self.world
+        dist.all_gather_object(found, mine)
+        return found
+
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -119,10 +127,11 @@ def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
         raise SettingError(
             f"runtime.sequence_parallel: got {sharing} on {world} processes, accepted: divisors of {world}"
         )
-    if config.optim.batch_size % (world // sharing):
+    if config.optim.batch_size % (world // sharing * config.optim.accumulate):
         raise SettingError(
             f"optim.batch_size: got {config.optim.batch_size}, accepted: multiples of the {world} processes"
             + (f" / {sharing} that share a sample" if sharing > 1 else "")
+            + (f" × optim.accumulate={config.optim.accumulate}" if config.optim.accumulate > 1 else "")
         )
     if name == "single":
         # without a GPU the CPU: of other devices, a laptop's among them, the kernels know none
@@ -176,7 +185,8 @@ def _alone_if_not_launched() -> None:
 def deepspeed_config(config: TrainConfig, world: int) -> dict:
     """DeepSpeed's own settings for ours. Weights stay fp32: the forward runs under our autocast, as in the other runtimes."""
     r, batch = config.runtime, config.optim.batch_size
-    mine = batch // (world // r.sequence_parallel)  # DeepSpeed only checks that these fit
+    parts = config.optim.accumulate
+    mine = batch // (world // r.sequence_parallel * parts)  # DeepSpeed only checks that these fit
     stage = {"zero2": 2, "zero3": 3}[r.name]
     zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True, "reduce_scatter": True}
     if r.offload:
@@ -185,7 +195,7 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict:
         # the plan changes which modules run from step to step: no prefetching along the last step's trace
         zero |= {"stage3_param_persistence_threshold": r.zero3_persist, "stage3_prefetch_bucket_size": 0}
     return {
-        "train_micro_batch_size_per_gpu": mine, "train_batch_size": mine * world, "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": mine, "train_batch_size": mine * parts * world, "gradient_accumulation_steps": parts,
         "gradient_clipping": config.optim.grad_clip, "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True, "bf16": {"enabled": False}, "fp16": {"enabled": False},
     }  # fmt: skip

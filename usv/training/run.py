@@ -7,8 +7,8 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,10 +16,11 @@ import torch
 
 from usv import flow
 from usv.config import TrainConfig
+from usv.files import write_text
 from usv.models import lora
 from usv.models.forward import SparseTransformer
 from usv.objectives import make_objective
-from usv.objectives.protocol import Clips
+from usv.objectives.protocol import Clips, Point
 from usv.objectives.velocity import guided_velocity
 from usv.policy import Decisions
 from usv.policy.gumbel import GumbelPolicy
@@ -27,6 +28,7 @@ from usv.sampling.checkpoint import Student
 from usv.sparse.attention import AttentionStats
 from usv.sparse.plan import MERGE_LADDER, SparsityPlan, bin_of, executed_densities
 from usv.training.ranks import Ranks
+from usv.training.remote import masked_settings
 from usv.training.resume import policy_tables
 
 STEERING = 0.2  # of a density that is missed, added to the mass: a batch tells it to some hundredths only
@@ -106,17 +108,30 @@ class Run:
         self.share = ranks.share
         self.folder = Path(config.output_dir)
         self.step, self.plan, self.running, self.best, self.guide = 0, None, None, None, None
-        self.skipped, self.skipped_in_a_row = 0, 0
+        self.skipped, self.skipped_in_a_row, self.saved = 0, 0, None  # saved: the step that stands on the disk
         self.objective = make_objective(config.objective, config.model.flow_shift)
 
     @property
     def clips_at_once(self) -> int:
+        """Clips that this device holds at one time, of those of a step."""
+        return self.clips_a_step // self.config.optim.accumulate
+
+    @property
+    def clips_a_step(self) -> int:
         """Clips of a step on this device."""
         return self.config.optim.batch_size // self.share.world
 
     def clips(self, batch: dict) -> Clips:
         """A batch of the data on this device."""
         return Clips(batch["latents"].to(self.device), batch["text"].to(self.device))
+
+    def parts(self, clips: Clips, point: Point) -> Iterator[tuple[Clips, Point]]:
+        """A step's clips and its point in `optim.accumulate` equal parts."""
+        for begin in range(0, len(point.x), self.clips_at_once):
+            rows = slice(begin, begin + self.clips_at_once)
+            of = {name: getattr(point, name)[rows] for name in ("x", "sigma", "text", "noise")}
+            wanted = None if point.wanted is None else point.wanted[rows]
+            yield Clips(clips.latents[rows], clips.text[rows]), replace(point, **of, wanted=wanted)
 
     def record(self) -> Record:
         run = self
@@ -228,12 +243,13 @@ class Run:
             masses[layer] = min(max(mass, 1e-3), 1.0)
         self.plan = self.plan.steered(decisions.bin, masses)
 
-    def update(self, loss: torch.Tensor, policy_loss: torch.Tensor | None) -> tuple[float, float]:
-        """Backward and step of student and policy; the loss, mean over ranks, and the gradient's norm. Not finite: nothing moved."""
-        mean = self.ranks.mean([loss.item()])[0]
+    def update(self, losses: Sequence[float], policy_loss: torch.Tensor | None) -> tuple[float, float]:
+        """Step of the student, whose gradients are there, and of the policy; the loss, mean over ranks, and the gradient's norm. Not
+        finite: nothing moved. losses: of the parts of the step's clips."""
+        mean = self.ranks.mean([sum(losses) / len(losses)])[0]
         warm = min(1.0, (self.step + 1) / max(1, self.config.optim.warmup))
         decay = 0.5 * (1 + math.cos(math.pi * self.step / self.config.optim.steps))
-        norm = self.engine.update(loss, self.config.optim.lr * warm * (0.05 + 0.95 * decay))
+        norm = self.engine.step(self.config.optim.lr * warm * (0.05 + 0.95 * decay))
         if math.isfinite(norm):
             if policy_loss is not None:  # the same on every rank: what it learns from was averaged
                 self.policy_optimizer.zero_grad(set_to_none=True)
@@ -281,14 +297,26 @@ class Run:
     def fail(self, what: str) -> None:
         """Stop on a non-finite step. The last checkpoint stands; a report says what was seen."""
         last = "The last good checkpoint is in" if (self.folder / "state").exists() else "No checkpoint was written yet to"
-        report = {"what": what, "step": self.step, "config": asdict(self.config)}
+        report = {"what": what, "step": self.step, "config": masked_settings(asdict(self.config))}
         path = self.folder / "failure.json"
         if self.ranks.first:
-            path.write_text(json.dumps(report, indent=1))
+            write_text(path, json.dumps(report, indent=1))
         raise FloatingPointError(
             f"{what}. {last} {self.folder}/state, the report in {path}. Lower optim.lr or "
             "optim.grad_clip and run again with runtime.resume=auto"
         )
+
+
+def mean_of_parts(seen: Sequence[tuple[dict[int, AttentionStats], dict[str, float]]]) -> tuple[dict[int, AttentionStats], dict[str, float]]:
+    """Measurements by layer and numbers for the log, means over equal parts of a step's clips."""
+    if len(seen) == 1:
+        return seen[0]
+    stats, values = zip(*seen)
+    layers = {
+        layer: AttentionStats(*(torch.stack([getattr(part[layer], f.name) for part in stats]).mean(0) for f in fields(AttentionStats)))
+        for layer in stats[0]
+    }
+    return layers, {name: sum(part[name] for part in values) / len(values) for name in values[0]}
 
 
 def log_step(run: Run, record: Record, tracker) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from usv.training.remote import DataError, Remote
+from usv.training.remote import DataError, Remote, masked
 
 FORMAT = 1
 REMEDY = "delete that file and run the same data/prepare.py command again: it rewrites only what is missing"
@@ -71,7 +71,7 @@ def find_shards(source, split: str) -> tuple[list[Shard], dict[Path, dict]]:
             names = {path.name: names[path.name]}
         shards += [Shard(folder / name, count) for name, count in sorted(names.items()) if count]
     if not shards:
-        raise DataError(f"{source}: no samples in split {split!r}; see skipped.jsonl there for what was left out")
+        raise DataError(f"{masked(source)}: no samples in split {split!r}; see skipped.jsonl there for what was left out")
     return shards, indices
 
 
@@ -84,10 +84,15 @@ def read_index(folder: Path | Remote) -> dict:
         raise DataError(f"{folder}: {what}; run data/prepare.py with --out {folder} (finished shards are kept)")
     try:
         index = json.loads(path.read_bytes())
-    except ValueError as error:
+    except DataError:  # a URL that is not reached: nothing there is to be deleted
+        raise
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path} is not readable ({error}); {REMEDY}") from None
-    if index.get("format") != FORMAT:
-        raise DataError(f"{path} has format {index.get('format')}, this version reads {FORMAT}; prepare the data again")
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        found = index.get("format") if isinstance(index, dict) else type(index).__name__
+        raise DataError(f"{path} has format {str(found)[:50]}, this version reads {FORMAT}; prepare the data again")
+    if wrong := _odd_entry(index):
+        raise DataError(f"{path} is damaged: {wrong}; {REMEDY}")
     return index
 
 
@@ -103,14 +108,54 @@ def common_form(indices: dict[Path, dict]) -> tuple[tuple[int, ...], int, int | 
     return tuple(index["latent_shape"]), index["max_sequence_length"], index["text_dim"]
 
 
-def check_use(indices: dict[Path, dict], found: tuple, model: str | Path | None, shape: tuple | None) -> None:
-    folder = next(iter(indices))
-    if shape is not None and tuple(shape) != found:
-        raise DataError(f"{folder} holds latents {found}, this run needs {tuple(shape)}; prepare the clips again with "
-                        "the height, width and number of frames of this run")  # fmt: skip
+def _odd_entry(index: dict) -> str | None:
+    """What of an index.json cannot be; None where all can. Sizes are bounded: they are asked for before anything is read."""
+    whole = lambda value, most: type(value) is int and 0 <= value <= most  # noqa: E731
+    shape, splits = index.get("latent_shape"), index.get("splits")
+    if not (isinstance(shape, list) and len(shape) == 4 and all(whole(n, 1 << 20) and n for n in shape)):
+        return f"latent_shape is {str(shape)[:80]}"
+    if not (whole(index.get("max_sequence_length"), 1 << 16) and index["max_sequence_length"]):
+        return f"max_sequence_length is {str(index.get('max_sequence_length'))[:80]}"
+    if not (index.get("text_dim", 0) is None or whole(index.get("text_dim"), 1 << 20) and index["text_dim"]):
+        return f"text_dim is {str(index.get('text_dim', 'missing'))[:80]}"
+    if not isinstance(index.get("model"), dict) or not all(v is None or isinstance(v, str) for v in index["model"].values()):
+        return f"model is {str(index.get('model'))[:80]}"
+    if not isinstance(splits, dict) or not all(isinstance(part, dict) and isinstance(part.get("shards"), dict) for part in splits.values()):
+        return f"splits is {str(splits)[:80]}"
+    for name, count in ((name, count) for part in splits.values() for name, count in part["shards"].items()):
+        if not name.endswith(".tar") or {"/", "\\", "\0"} & set(name) or not whole(count, 1 << 40):
+            return f"it names the shard {name[:80]!r} of {str(count)[:20]} samples"
+    return None
+
+
+def check_use(indices: dict[Path, dict], model: str | Path | None, **wanted) -> None:
+    """DataError where a folder was made at other sizes, or for another model, than the run's."""
+    words = {
+        "latent_shape": ("latents", "the height, width and number of frames of this run"),
+        "max_sequence_length": ("captions of at most so many tokens:", "--max-sequence-length of this run, or set model.max_sequence_length"),
+        "fps": ("clips of so many frames a second:", "--fps of this run, or set model.fps"),
+    }  # fmt: skip
+    for folder, index in indices.items():
+        if wanted.get("max_sequence_length") is not None and index["text_dim"] is None:
+            raise DataError(f"{folder} holds no text embeddings, this run needs them; prepare the clips again with the model's text encoder")
+        for name, value in wanted.items():
+            found = tuple(index[name]) if isinstance(index.get(name), list) else index.get(name)
+            value = tuple(value) if isinstance(value, list | tuple) else value
+            if value is not None and found is not None and found != value:
+                raise DataError(f"{folder} holds {words[name][0]} {found}, this run needs {value}; prepare the clips again with {words[name][1]}")
     if model is None:
         return
-    written, used = indices[folder]["model"], model_identity(model)
+    used = model_identity(model)
+    for folder, index in indices.items():
+        _check_model(folder, index, used, model)
+
+
+def _check_model(folder, index: dict, used: dict, model: str | Path) -> None:
+    written = index["model"]
+    needed = [part for part, value in used.items() if value and (part == "vae" or index["text_dim"] is not None)]
+    if unsaid := [part for part in needed if not written.get(part)]:
+        raise DataError(f"{folder}: its index.json does not say which {' and '.join(unsaid)} it was written with, so they cannot be compared with {model}; "
+                        f"prepare the data again with --model {model}")  # fmt: skip
     wrong = [part for part, value in used.items() if value and written.get(part) and value != written[part]]
     if wrong:
         raise DataError(f"{folder} was written for another model: its {' and '.join(wrong)} differ from those in "
@@ -163,13 +208,27 @@ def scan(shard: Shard, file: Path) -> list[tuple[int, int, int, int]]:
             raise tarfile.ReadError("it ends too early")
     except FileNotFoundError:
         raise DataError(f"{shard.path} is listed in index.json but is not there; {REMEDY}") from None
-    except (tarfile.TarError, KeyError, OSError) as error:
+    except (tarfile.TarError, KeyError, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{shard.path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from None
     if len(samples) != shard.count:
         raise DataError(
             f"{shard.path} is damaged: {len(samples)} samples where index.json says {shard.count}; {REMEDY}"
         )
     return samples
+
+
+def unusable(latents: torch.Tensor, text: torch.Tensor | None, info, length: int) -> str | None:
+    """Why a sample cannot be trained on; None where it can."""
+    for name, tensor in (("latents", latents), ("text", text)):
+        if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"has {name} of {tensor.dtype}, accepted: float16, bfloat16 or float32"
+        if tensor is not None and not torch.isfinite(tensor).all():
+            return f"has {name} that are not finite"
+    if text is not None and len(text) > length:
+        return f"has text of {len(text)} tokens, index.json says at most {length}"
+    if not isinstance(info, dict) or not isinstance(info.get("caption"), str):
+        return "has no caption"
+    return None
 
 
 def read_sample(path: Path, member: tuple[int, int, int, int]) -> tuple[dict[str, torch.Tensor], dict]:
@@ -179,14 +238,19 @@ def read_sample(path: Path, member: tuple[int, int, int, int]) -> tuple[dict[str
             tensors = load(file.read(member[1]))
             file.seek(member[2])
             return tensors, json.loads(file.read(member[3]))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from None
 
 
-def read_empty(folder: Path | Remote) -> torch.Tensor:
+def read_empty(folder: Path | Remote, length: int, width: int) -> torch.Tensor:
     """(n, D) embedding of the empty prompt."""
     path = folder / "empty.safetensors"
     try:
-        return load(path.read_bytes())["text"]
-    except (OSError, SafetensorError, KeyError) as error:
+        text = load(path.read_bytes())["text"]
+    except DataError:
+        raise
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path}, the embedding of the empty prompt, cannot be read ({error}); {REMEDY}") from None
+    if not (text.is_floating_point() and text.ndim == 2 and len(text) <= length and text.shape[1] == width and torch.isfinite(text).all()):
+        raise DataError(f"{path}, the embedding of the empty prompt, is {tuple(text.shape)} {text.dtype}, expected at most {length} finite rows of {width}; {REMEDY}")
+    return text

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from usv.files import write_text
+
 
 def has_account() -> bool:
     """Whether wandb finds a key: in the environment, or what `wandb login` left in ~/.netrc, among the keys of other services."""
@@ -29,14 +31,16 @@ class Tracker:
     identity, kept in its folder, so that a resumed one goes on in the same place.
     """
 
-    def __init__(self, logger, output_dir: Path, config: dict, name: str):
+    def __init__(self, logger, output_dir: Path, config: dict, name: str, begun: int | None = None):
+        """begun: the step after which this run logs; later ones of a run that was cut off come again. None keeps all."""
+        mend(output_dir / "metrics.jsonl", begun)
         self.file = open(output_dir / "metrics.jsonl", "a")
         self.run = self.board = None
         if logger.name == "none":
             return
         identity = output_dir / "wandb_id"
         if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:12])
+            write_text(identity, uuid.uuid4().hex[:12])
         if logger.name == "trackio":
             import trackio as board
 
@@ -96,6 +100,29 @@ class Tracker:
         self.file.close()
         if self.run is not None:
             self.run.finish()
+
+
+def mend(path: Path, begun: int | None) -> None:
+    """Leave out of a log the half line that a kill left, and what follows step `begun`; a log of another beginning is set aside."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return
+    steps = [(step_of(line), line) for line in lines]
+    whole = [line for step, line in steps if step is not None]
+    kept = whole if begun is None else [line for step, line in steps if step is not None and step <= begun]
+    if begun == 0 and whole:
+        os.replace(path, path.with_name(f"metrics-{int(path.stat().st_mtime)}.jsonl"))
+    elif kept != lines or not path.read_bytes().endswith(b"\n"):
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def step_of(line: str) -> float | None:
+    """The step of a line of the log; None of what is no line of it."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class Silent:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from usv import flow
@@ -16,7 +18,7 @@ from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER
 from usv.sparse.sequence_parallel import alone
 from usv.training.resume import save_best
 from usv.training.run import Run
-from usv.video import contact_sheet, write_mp4
+from usv.video import contact_sheet, magnified, write_mp4
 
 
 @torch.no_grad()
@@ -92,7 +94,10 @@ def validate(run: Run, tracker) -> dict[str, float]:
         save_best(run, student, values["validation/velocity_error"])
     videos = run.config.logger.videos and run.pipe.vae is not None and run.config.model.expert is None  # one of two makes none
     if videos and run.step == run.config.optim.steps:
-        side_by_side(run, student, tracker)
+        try:
+            side_by_side(run, student, tracker)
+        except Exception as error:  # out of memory while decoding, a file in the way: the student is saved, and a picture is no reason to end
+            print(f"validation: no videos at step {run.step} ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})", file=sys.stderr)
     run.ranks.wait()
     return values
 
@@ -127,11 +132,12 @@ def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
     }
     for i, prompt in enumerate(prompts):
         path = folder / f"step{run.step:06d}_{i}.mp4"
-        write_mp4(path, torch.cat([dense.videos[i], sparse.videos[i]], dim=-1), scale=2)
+        fps, scale = run.config.model.fps, magnified(dense.videos.shape[-1], 2)
+        write_mp4(path, torch.cat([dense.videos[i], sparse.videos[i]], dim=-1), fps, scale)
         tracker.video(run.step, f"validation/video_{i}", path, f"teacher | student: {prompt}")
         files = [folder / f"step{run.step:06d}_{i}_{who}.mp4" for who, _ in sides]
         for file, (_, videos) in zip(files, sides):
-            write_mp4(file, videos[i], scale=2)
+            write_mp4(file, videos[i], fps, scale)
         rows.append([prompt, *files, round(speedup, 2), *(round(float(values[i]), 4) for values in quality.values())])
     tracker.table(run.step, "quality/videos", ["prompt", "teacher", "student", "speed-up", *quality], rows)
     contact_sheet(folder / f"step{run.step:06d}.png", [(f"{who}: {p}", v[i]) for i, p in enumerate(prompts) for who, v in sides])
