@@ -205,9 +205,9 @@ def test_a_strange_state_is_refused_in_a_line(make, watched, tmp_path):
                 problems.append(str(error))
         interrupt(run)
 
-    config = make(tmp_path / "run", "static", steps=3)
-    config.runtime.checkpoint_seconds, config.policy.freeze_at = 0.0, 0.3
-    watched(config, {2: try_all})
+    config = make(tmp_path / "run", "static", steps=4)
+    config.runtime.checkpoint_seconds, config.policy.freeze_at = 0.0, 0.2  # so that there is a plan in it
+    watched(config, {3: try_all})
     assert len(problems) > 0.6 * len(states) > 50 and all("\n" not in words for words in problems)
 
 

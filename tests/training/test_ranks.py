@@ -153,6 +153,14 @@ def test_two_ranks_equal_one(world, reference, runtime):
 
 
 @pytest.mark.parametrize("runtime", ["ddp", "zero2", "zero3"])
+def test_a_step_in_parts_on_two_ranks_equals_one(world, reference, runtime):
+    """optim.accumulate: of four clips each rank works on its two one after the other."""
+    config = world(f"parts_{runtime}", runtime)
+    config.optim.accumulate = 2
+    assert_same(config, run(2, config), reference)
+
+
+@pytest.mark.parametrize("runtime", ["ddp", "zero2", "zero3"])
 def test_checkpointing_on_two_ranks_changes_nothing(world, reference, runtime):
     """Under zero3 the recomputed forward gathers the weights it needs again."""
     config = world(f"checkpointing_{runtime}", runtime, gradient_checkpointing=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import WanPipeline
@@ -15,6 +16,7 @@ from diffusers import WanPipeline
 from usv.config import ModelConfig, SettingError
 from usv.sampling.enable import Enabled, frames_argument
 from usv.sampling.patterns import transformers_of
+from usv.sampling.record import numbers_of
 from usv.sampling.sampler import with_shift
 
 # A codec that keeps every frame makes diffusers say, for each call, that it rounds a number of frames it does not change.
@@ -46,6 +48,8 @@ def load_pipeline(
     """
     without = {} if text else {"text_encoder": None, "tokenizer": None}
     without |= {"high": {"transformer_2": None}, "low": {"transformer": None}, None: {}}[expert]
+    for file in Path(path).glob("transformer*/config.json"):
+        numbers_of(file)
     try:
         pipe = WanPipeline.from_pretrained(path, dtype=dtype, **without)
     except (OSError, ValueError) as error:

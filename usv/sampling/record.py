@@ -5,10 +5,13 @@ Nothing that is read may ask for more than its reader has: counts and lengths ar
 
 from __future__ import annotations
 
+import json
 import math
 from numbers import Integral, Real
+from pathlib import Path
 
 from usv.bounds import MOST_TILE
+from usv.config import SettingError
 from usv.sparse.plan import SparsityPlan
 
 MOST_BINS = 1000
@@ -18,6 +21,24 @@ RANGES = {
     "max_sequence_length": (Integral, 1, 65536), "flow_shift": (Real, 1e-6, 1e6), "guidance_folded_in": (Real, -1e6, 1e6), "boundary": (Real, 0, 1),
     "fps": (Integral, 1, 1000),
 }  # fmt: skip
+
+
+MOST = {"num_layers": 1000, "num_attention_heads": 1024, "attention_head_dim": 1024, "ffn_dim": 1 << 20, "in_channels": 4096, "text_dim": 1 << 16}
+
+
+def numbers_of(file: Path) -> dict:
+    """A network's config.json. SettingError where it cannot be read or its sizes are none: they are built from before weights are read."""
+    try:
+        numbers = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingError(f"{file}: not readable ({error}); give another model.path") from None
+    if not isinstance(numbers, dict):
+        raise SettingError(f"{file}: got a {type(numbers).__name__}, expected an object; give another model.path")
+    for name, most in MOST.items():
+        value = numbers.get(name, 1)
+        if value is not None and not (type(value) is int and 1 <= value <= most):
+            raise SettingError(f"{file}: {name} is {str(value)[:60]}, accepted: 1 to {most}; give another model.path")
+    return {name: value for name, value in numbers.items() if not name.startswith("_")}
 
 
 class CheckpointError(ValueError):

@@ -21,6 +21,7 @@ import torch
 
 from usv.config import SettingError, TrainConfig
 from usv.objectives import make_objective
+from usv.sampling.record import numbers_of
 from usv.sparse.cost import ModelShape, block_flops, dense_flops
 from usv.sparse.grid import Tile, TokenGrid, tile_layout
 from usv.training.feasible import check_density, check_size
@@ -67,24 +68,6 @@ def transformer_config(config: TrainConfig) -> dict:
             "or ffn_dim; name a model of conf/model, a local diffusers folder, or use the embedded default model.path=data/wan-mini"
         )
     return {**vars(a), "patch_size": tuple(a.patch_size)}
-
-
-MOST = {"num_layers": 1000, "num_attention_heads": 1024, "attention_head_dim": 1024, "ffn_dim": 1 << 20, "in_channels": 4096, "text_dim": 1 << 16}
-
-
-def numbers_of(file: Path) -> dict:
-    """A network's config.json. SettingError where it cannot be read or its sizes are none: they are built from before weights are read."""
-    try:
-        numbers = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingError(f"{file}: not readable ({error}); give another model.path") from None
-    if not isinstance(numbers, dict):
-        raise SettingError(f"{file}: got a {type(numbers).__name__}, expected an object; give another model.path")
-    for name, most in MOST.items():
-        value = numbers.get(name, 1)
-        if value is not None and not (type(value) is int and 1 <= value <= most):
-            raise SettingError(f"{file}: {name} is {str(value)[:60]}, accepted: 1 to {most}; give another model.path")
-    return {name: value for name, value in numbers.items() if not name.startswith("_")}
 
 
 def count_parameters(config: TrainConfig) -> dict[str, int]:
