@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
 import shutil
 
 import pytest
 import tiny
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
+from strange import altered
 
 import usv
 from usv.models.forward import SparseTransformer
@@ -250,3 +253,55 @@ def test_students_are_named_after_their_folders():
     }  # fmt: skip
     with pytest.raises(ValueError, match="'few' twice"):
         checkpoint.named(["outputs/few/student", "few=x"])
+
+
+# ---- damaged by accident or by strangers -----------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_read(folder, student, pipe):
+    before = snapshot(folder)
+    name, weight = next(iter(student.model.named_parameters()))
+    value = weight.data.flatten()[0].item()
+    weight.data.view(-1)[0] = float("nan")
+    with pytest.raises(CheckpointError, match=f"not saved, {name} is not finite in 1 of .* still stands"):
+        save_student(folder, student)
+    assert snapshot(folder) == before
+    weight.data.view(-1)[0] = value
+    tensors = load_file(folder / "student.safetensors")
+    tensors[name].view(-1)[0] = float("inf")
+    save_file(tensors, folder / "student.safetensors")
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in record.items() if k != "checksum"}))  # as before there were any
+    refused(folder, pipe.transformer, "student.safetensors", "is not finite in 1 of")
+
+
+def test_a_flipped_bit_is_seen(folder, pipe):
+    file, draw = folder / "student.safetensors", random.Random(0)
+    whole = file.read_bytes()
+    for _ in range(6):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        refused(folder, pipe.transformer, "student.safetensors", "damaged or incomplete")
+
+
+def test_strange_configs_end_in_a_line(folder, pipe):
+    """Any value anywhere: refused in one line, or of no consequence; and no number in it asks for memory."""
+    record, problems = json.loads((folder / "config.json").read_text()), 0
+    for said, value in altered(record, 150):
+        (folder / "config.json").write_text(json.dumps(value))
+        try:
+            read_config(folder)
+        except CheckpointError as error:
+            problems += 1
+            assert "\n" not in str(error), said
+    assert problems > 60
+    for tile in ([1000, 1000, 1000], [4097, 1, 1], [0, 4, 4], [3, 4], [3.0, 4, 4], "344"):
+        (folder / "config.json").write_text(json.dumps(record | {"tile": tile}))
+        refused(folder, pipe.transformer, "no usable tile")
+    for edges in ([500.0, 500.0], [float("nan"), 1000.0], [5.0, 10.0], [-1.0, 1000.0]):
+        (folder / "config.json").write_text(json.dumps(record | {"plan": {**record["plan"], "edges": edges}}))
+        refused(folder, pipe.transformer, "no usable plan")
+    for name, value in (("num_inference_steps", "<b>"), ("num_inference_steps", 10**9), ("flow_shift", float("nan")), ("student_timesteps", [1000, 1000])):
+        (folder / "config.json").write_text(json.dumps(record | {"sampling": {**record["sampling"], name: value}}))
+        refused(folder, pipe.transformer, f"sampling.{name}: got")

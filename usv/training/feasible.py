@@ -12,10 +12,10 @@ from usv.sparse.plan import executed_densities
 def check_size(m: ModelConfig, space: int, time: int, patch: Sequence[int]) -> None:
     """SettingError where codec and patches do not divide a clip. space, time: the codec's factors."""
     for name, value, step in (("height", m.height, space * patch[1]), ("width", m.width, space * patch[2])):
-        if value % step:
+        if value % step or value < step:
             raise SettingError(f"model.{name}: got {value}, accepted: multiples of {step}, e.g. {max(step, round(value / step) * step)}")
-    if (m.num_frames - 1) % time:
-        nearest = (m.num_frames - 1) // time * time + 1
+    if (m.num_frames - 1) % time or m.num_frames < 1:
+        nearest = max(0, m.num_frames - 1) // time * time + 1
         raise SettingError(f"model.num_frames: got {m.num_frames}, accepted: multiples of {time} plus 1, e.g. {nearest}")
 
 

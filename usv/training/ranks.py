@@ -155,6 +155,7 @@ def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
         mixed_precision="no" if plugin else precision(config),
         cpu=cpu,
         deepspeed_plugin=plugin,
+        gradient_accumulation_steps=config.optim.accumulate if plugin else 1,  # DeepSpeed's own count; elsewhere the parts are ours
         kwargs_handlers=[patience],
     )
     if plugin:  # else transformers would partition the text encoder of a pipeline loaded later, which no engine gathers
