@@ -99,6 +99,21 @@ def test_a_flipped_bit_is_seen_and_whole_checkpoints_are_named(make, watched, tm
     assert sorted(watched(make(tmp_path / "run", "static", steps=3, keep=2, resume=str(kept)))[0]) == [3]
 
 
+def test_what_a_kill_leaves_is_removed_and_nothing_else(stopped):
+    make, folder, watched = stopped
+    (folder / "state").rename(folder / ".state.old")  # between the two renames
+    for name in (".student.new", "checkpoints/.step-0000001.new"):
+        (folder / name).mkdir(parents=True)
+    files = [".metrics.77.tmp.jsonl", "validation/.step000002_0.77.tmp.mp4", ".writable.0.77"]
+    mine = [".bashrc", ".cache.new/x", ".notes.7.tmp.txt"]
+    for name in [*files, *mine]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    assert sorted(watched(make())[0]) == [3, 4]
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob(".*") if p.is_file()) == [".bashrc", ".notes.7.tmp.txt"]
+    assert (folder / ".cache.new" / "x").exists() and not (folder / ".student.new").exists() and not (folder / "checkpoints" / ".step-0000001.new").exists()
+
+
 def test_a_lost_state_does_not_begin_anew_over_the_student(stopped):
     make, folder, watched = stopped
     weights = (folder / "student" / "student.safetensors").read_bytes()

@@ -76,9 +76,18 @@ def folder_of(config, ranks) -> Iterator[Path]:
             except OSError as error:
                 raise SettingError(f"output_dir={folder}: cannot be written ({reason_of(error)}); give a folder you may write to") from None
             check_ours(folder)
-            for left in [*folder.glob(".*.tmp*"), *folder.glob("*/.*.tmp*")]:  # by a run that was killed while it wrote
-                left.unlink(missing_ok=True)
+            tidy(folder)
         yield folder
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a run that was killed while it wrote has left: half of a file or folder of ours, under its temporary name."""
+    for entry in [*folder.glob(".*"), *folder.glob("checkpoints/.step-*"), *folder.glob("validation/.step*")]:
+        if whole := re.fullmatch(r"\.(student|state|best|step-\d+)\.(new|old)", entry.name):
+            settle(entry.with_name(whole[1]))
+            shutil.rmtree(entry, ignore_errors=True)
+        elif re.fullmatch(r"\.(metrics|failure|wandb_id|step\w*)\.\d+\.tmp(\.\w+)?|\.writable\.\d+\.\d+", entry.name):
+            entry.unlink(missing_ok=True)
 
 
 def check_ours(folder: Path) -> None:
