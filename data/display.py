@@ -66,15 +66,10 @@ class Look:
         return {PQ: "PQ", HLG: "HLG"}.get(self.transfer, "")
 
 
-def look(frame: av.VideoFrame, sar: float) -> Look:
-    """The look of a frame whose pixels are `sar` times as wide as high."""
-    name, turning = frame.format.name, None
-    for data in frame.side_data.keys() if hasattr(frame.side_data, "keys") else ():
-        kind = getattr(getattr(data, "type", data), "name", "")
-        if kind == "DISPLAYMATRIX":
-            turning = tuple(int(value) for value in np.frombuffer(bytes(data), np.int32)[:9])
-        if kind.startswith("DOVI") and frame.colorspace in (2, ICTCP) and frame.color_trc not in (PQ, HLG):
-            raise Unusable("HDR: Dolby Vision without a base layer that others can show; convert it to HDR10 or SDR")
+def look(frame: av.VideoFrame, sar: float, turning: tuple[int, ...] | None | str = "unread") -> Look:
+    """The look of a frame whose pixels are `sar` times as wide as high; `turning`: its display matrix, if known."""
+    name = frame.format.name
+    turning = display_matrix(frame) if isinstance(turning, str) else turning
     matrix, rgb = frame.colorspace, _is_rgb(frame)
     guessed = not rgb and matrix in (2, 3) or (matrix == 0 and not rgb)
     if guessed:  # the players' rule
@@ -87,6 +82,22 @@ def look(frame: av.VideoFrame, sar: float) -> Look:
     full = frame.color_range == 2 or name.startswith(("yuvj", "gray", "ya"))
     return Look(frame.width, frame.height, name, sar, turning, 0 if rgb else matrix, frame.color_trc,
                 frame.color_primaries, full, frame.format.components[0].bits > 8, bool(guessed) and "gray" not in name and "mono" not in name)  # fmt: skip
+
+
+def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
+    """The 9 numbers by which a frame is turned; Unusable for what cannot be shown without Dolby Vision's own data.
+
+    PyAV's side data and the frame hold each other: each frame that is asked lives until Python's collector comes by,
+    12 MB at 4K. One a video is asked.
+    """
+    turning = None
+    for data in frame.side_data.keys():
+        kind = getattr(getattr(data, "type", data), "name", "")
+        if kind == "DISPLAYMATRIX":
+            turning = tuple(int(value) for value in np.frombuffer(bytes(data), np.int32)[:9])
+        if kind.startswith("DOVI") and frame.colorspace in (2, ICTCP) and frame.color_trc not in (PQ, HLG):
+            raise Unusable("HDR: Dolby Vision without a base layer that others can show; convert it to HDR10 or SDR")
+    return turning
 
 
 def _is_rgb(frame: av.VideoFrame) -> bool:
@@ -147,9 +158,12 @@ class Display:
 
     def __init__(self, size: tuple[int, int]):
         self.size, self.graphs = size, {}
+        self.rotation, self.turning = None, None
 
     def picture(self, frame: av.VideoFrame, sar: float) -> torch.Tensor:
-        seen = look(frame, sar)
+        if frame.rotation != self.rotation:
+            self.rotation, self.turning = frame.rotation, display_matrix(frame)
+        seen = look(frame, sar, self.turning)
         alpha = has_alpha(frame)
         if seen not in self.graphs:
             self.graphs.clear()  # a stream that changes its size does not change back every frame

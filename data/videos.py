@@ -15,7 +15,7 @@ import torch
 from decoding import BROKEN, TOLERANCE, Moment, Unusable, moments, reason_of, scan
 from display import Deinterlacer, Display
 
-HELD_BACK = 1 << 29  # bytes of clips that wait until their group of pictures has been decoded to its end
+HELD_BACK = 1 << 28  # bytes of clips that wait until their group of pictures has been decoded to its end
 
 
 def extent(path: Path) -> tuple[float, float]:
@@ -70,11 +70,12 @@ def read_clips(
                 if len(pictures) < num_frames:
                     yield from settle(math.inf, 0)
                     raise Unusable(f"corrupt: it ends after {len(pictures)} of this clip's {num_frames} frames")
-                wrong = next((picture for picture, _ in pictures if isinstance(picture, str)), "")
-                groups, last = {moment.group for _, moment in pictures}, pictures[-1][1]
-                waiting.append((clip, wrong or torch.stack([picture for picture, _ in pictures]), groups, last.ruined))
+                wrong = next((picture for picture, *_ in pictures if isinstance(picture, str)), "")
+                groups, ruined = {group for _, group, _ in pictures}, pictures[-1][2]
+                waiting.append((clip, wrong or torch.stack([picture for picture, *_ in pictures]), groups, ruined))
+                last = pictures[-1][1]
                 del pictures
-                yield from settle(last.group, most)
+                yield from settle(last, most)
             while waiting and (moment := next(woven, None)) is not None:
                 yield from settle(moment.group, most)
             yield from settle(math.inf, 0)
@@ -97,10 +98,10 @@ def _woven(source: Iterator[Moment]) -> Iterator[Moment]:
 
 def _shown(
     source: Iterator[Moment], fps: float, first: int, display: Display
-) -> Iterator[tuple[torch.Tensor | str, Moment]]:
-    """The picture on screen at times first / fps, (first + 1) / fps, …, until the video ends, and its moment.
+) -> Iterator[tuple[torch.Tensor | str, int, dict[int, str]]]:
+    """(picture, its group, ruined groups) on screen at times first / fps, (first + 1) / fps, …, until the video ends.
 
-    A reason stands for a spoilt picture.
+    A reason stands for a spoilt picture. No frame is handed on: one of 4K is 12 MB, and a clip has 81.
     """
     number, held, until = first, None, 0.0
     for moment in chain(source, [None]):
@@ -111,7 +112,7 @@ def _shown(
             if picture is None:
                 picture = _picture(held, display)
             gap = held.lost and number / fps > held.time + 1.5 * held.duration
-            yield ("corrupt: pictures are missing" if gap else picture), held
+            yield ("corrupt: pictures are missing" if gap else picture), held.group, held.ruined
             number += 1
         # the clip that ends with the film may ask for the picture on its very end
         held, until = moment, 0.0 if moment is None else moment.time + 1.5 * moment.duration

@@ -1,9 +1,12 @@
 """Videos of every kind that people bring, against what ffmpeg shows of them (an ffmpeg of its own, not PyAV's)."""
 
+import gc
 import random
 import sys
+import warnings
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -199,3 +202,18 @@ def test_what_is_no_film_is_said(files, tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "MAX_PIXELS", 10_000)  # a picture of 32k x 32k is never decoded
     with pytest.raises(decoding.Unusable, match="too large: 160 x 120"):
         decoding.scan(files / "plain.mp4")
+
+
+def test_frames_do_not_pile_up(files):
+    """A clip keeps its pictures, not its frames, which are 12 MB each at 4K: PyAV's side data holds what it is asked for."""
+    path, shown = files / "turned_90.mp4", display.Display((32, 32))
+    gc.collect()
+    gc.disable()
+    try:
+        for count, moment in enumerate(decoding.moments(path, 0.0)):
+            shown.picture(moment.frame, moment.sar)
+        with warnings.catch_warnings(action="ignore"):
+            alive = sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert count > 20 and alive < 6
