@@ -10,14 +10,18 @@ import torch
 
 import usv
 from usv.models.__main__ import rows
+from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
+from usv.sampling import enable as enabling
 from usv.sampling.checkpoint import CheckpointError, Student
 from usv.sampling.patterns import transformers_of
 from usv.sparse import plan as plans
 from usv.sparse.grid import Tile
 from usv.sparse.plan import Rung, SparsityPlan
 
-BESIDE = {"LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline"}  # a condition that is not the first frame has tokens beside the grid
+# Pipelines whose conditions other than the first frame have tokens beside the grid
+BESIDE = {"LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline", "LTX2DFRPipeline", "LTX2DFRTemporalRefinePipeline", "LTX2HDRPipeline",
+          "LTX2InContextPipeline"}  # fmt: skip
 NAMES = [row.pipeline for row in rows() if row.student != "-"]
 
 
@@ -37,9 +41,9 @@ def checkpoints(pipe, rung):
 
 def unguided(pipe, call):
     """The call with one forward a step, as a student runs it."""
-    family = SparseTransformer(copy.deepcopy(next(iter(transformers_of(pipe).values()))), Tile(1, 2, 2)).family
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    return {**call, **{name: 1.0 for name in family.guidance if name in (call if name.endswith("_2") else parameters)}}
+    guidance = family_of(next(iter(transformers_of(pipe).values()))).guidance
+    off = enabling.unguided(inspect.signature(type(pipe).__call__), guidance)
+    return {**call, **off, **{name: value for name, value in guidance.items() if name in call}}
 
 
 @pytest.mark.parametrize("name", sorted(BESIDE))

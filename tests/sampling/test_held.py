@@ -233,3 +233,21 @@ def test_the_record_is_bounded(pipe, folder):
     for _ in range(5000):
         record.add(0.0, [0.5] * 8, [0.0] * 8)
     assert len(record.densities) < 10_000 and record.forwards == 5000 and record.mean_density() == 0.5
+
+
+def test_a_style_loaded_after_enable_acts_at_its_scale(pipe, folder):
+    wanted = latents(usv.enable(pipe, folder))
+    g = torch.Generator().manual_seed(3)
+    layer = "transformer.blocks.0.attn1.to_q"
+    style = {f"{layer}.lora_A.weight": torch.randn(2, 32, generator=g), f"{layer}.lora_B.weight": torch.randn(32, 2, generator=g)}
+    pipe.load_lora_weights(style)
+    whole, half, none = (latents(pipe, attention_kwargs={"scale": scale}) for scale in (1.0, 0.5, 0.0))
+    assert torch.equal(latents(pipe), whole) and torch.allclose(none, wanted, atol=1e-5)
+    assert not torch.allclose(whole, wanted, atol=1e-3) and not torch.allclose(half, whole, atol=1e-3)
+    pipe.unload_lora_weights()
+    assert torch.allclose(latents(pipe), wanted, atol=1e-5)
+    usv.disable(pipe)
+    pipe.load_lora_weights(style)
+    with pytest.raises(CheckpointError, match=r"that has the adapters \['default_0'\], accepted: pipe.unload_lora_weights"):
+        usv.enable(pipe, folder)
+    pipe.unload_lora_weights()

@@ -108,6 +108,12 @@ SHAPE_KEYS = (
 )  # fmt: skip
 
 # audio asks all of the video's tokens, of which a process has only its own where several share a sample
+GUIDANCE = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "audio_guidance_scale": 1.0, "audio_stg_scale": 0.0,
+            "audio_modality_scale": 1.0}  # fmt: skip
+
 FAMILIES = (
-    Family("ltx2", (LTX2VideoTransformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs, outputs, refuse=refuse, shared=False),
+    Family(
+        "ltx2", (LTX2VideoTransformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs, outputs, refuse=refuse, shared=False,
+        guidance=GUIDANCE,
+    ),
 )  # fmt: skip

@@ -133,7 +133,8 @@ class Family:
         shared: False where processes cannot share a sample.
         shape_keys: entries of the transformer's config that make a checkpoint fit it.
         zero_padded: whether text is attended whole, zeros behind it (`encoder_hidden_states`), so that its length counts.
-        guidance: arguments of pipelines that ask for a second forward a step; a student has it folded in.
+        guidance: arguments of pipelines that ask for further forwards a step, and the value at which they do not; a student has
+            guidance folded in.
     """
 
     name: str
@@ -149,7 +150,7 @@ class Family:
     view: Callable[[nn.Module, Any], dict[str, Any]] = lambda transformer, run: {}
     refuse: Callable[[nn.Module, Mapping[str, Any]], str | None] = lambda transformer, arguments: None
     zero_padded: bool = False
-    guidance: tuple[str, ...] = ("guidance_scale", "guidance_scale_2")
+    guidance: Mapping[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0, "guidance_scale_2": 1.0})
 
     def layers(self, transformer: nn.Module) -> list[tuple[Blocks, nn.Module]]:
         """Every block with the list it is of, in the order of execution."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -286,8 +286,14 @@ def summary(pipe: DiffusionPipeline) -> str:
     return "\n".join(lines)
 
 
-def _student_pipeline(base: type, sampling: dict, guidance: Sequence[str]) -> type:
-    """A subclass of the pipeline whose call has the student's defaults. guidance: arguments that ask for a second forward a step."""
+def unguided(signature: inspect.Signature, guidance: Mapping[str, float]) -> dict[str, float]:
+    """The arguments of a pipeline's call that make one forward a step of it, where its defaults make more. guidance: see `Family`."""
+    defaults = {name: signature.parameters[name].default for name in guidance if name in signature.parameters}
+    return {name: guidance[name] for name, value in defaults.items() if isinstance(value, (int, float)) and value != guidance[name]}
+
+
+def _student_pipeline(base: type, sampling: dict, guidance: Mapping[str, float]) -> type:
+    """A subclass of the pipeline whose call has the student's defaults. guidance: see `Family`."""
     signature = inspect.signature(base.__call__)
 
     def call(self, *args, **kwargs):
@@ -296,12 +302,12 @@ def _student_pipeline(base: type, sampling: dict, guidance: Sequence[str]) -> ty
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})
-        for scale in guidance:
-            if given.get(scale) not in (None, 1.0):
-                raise CheckpointError(f"{scale}: got {given[scale]}, accepted: 1.0; guidance is folded into the student's weights")
+        for scale, off in guidance.items():
+            if given.get(scale) not in (None, off):
+                raise CheckpointError(f"{scale}: got {given[scale]}, accepted: {off}; guidance is folded into the student's weights")
         if given.get("negative_prompt"):
             logger.warning("usv: negative_prompt is not used: guidance is folded into the student's weights")
-        defaults = {name: 1.0 for name in guidance[:1]}
+        defaults = unguided(signature, guidance)
         defaults |= {key: sampling.get(key) for key in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length")}
         defaults = {key: value for key, value in defaults.items() if value is not None and key in signature.parameters}
         given = {**defaults, **given}
