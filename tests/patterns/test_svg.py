@@ -158,3 +158,13 @@ def test_all_spatial_heads_are_not_permuted():
 class _NoClock:
     def lap(self, stage):
         assert stage in ("profile", "cluster", "select")
+
+
+def test_more_text_than_any_density_takes():
+    from usv.patterns.svg import band_width
+
+    with pytest.raises(ValueError, match="density: got 0.5, accepted: 1 alone: dense rows and columns of 200 text tokens among 300"):
+        band_width(0.5, 100, 200)
+    assert band_width(1, 100, 200) == 300
+    with pytest.raises(ValueError, match="density: got 0.1, accepted: more than 0.4000"):
+        band_width(0.1, 400, 100)

@@ -90,6 +90,8 @@ def band_width(density: float, num_tokens: int, num_text: int = 0) -> float:
         return float(length)
     video = density - 2 * num_text / length
     least = 2 * num_text / length
+    require(least < 1, "density", density, f"1 alone: dense rows and columns of {num_text} text tokens among {length} exceed "
+            "any smaller one; svg2, radial, sliding_tile and tile_top_k count the video's own pairs")  # fmt: skip
     require(video > 0, "density", density, f"more than {least:.4f}, which {num_text} text tokens take of {length}")
     return length * (1 - math.sqrt(1 - video))
 

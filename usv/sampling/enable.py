@@ -24,12 +24,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from usv.models.families import family_or_none
-from usv.patterns import CallStats, Pattern
+from usv.patterns import Pattern
 from usv.patterns.planned import PlannedPattern, planned_pattern
 from usv.sampling.checkpoint import CheckpointError, Student, check_fits, load_student, other_grid
 from usv.sampling.held import adapters_of, hold
 from usv.sampling.patterns import (
     KEPT_CALLS,
+    Calls,
     calls_lines,
     check_pattern,
     disable_pattern,
@@ -54,7 +55,7 @@ class Record:
     seconds: float = 0.0
     densities: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
     merged: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
-    calls: deque[CallStats] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
+    calls: Calls = field(default_factory=Calls)  # of a pattern under the plan
     layers: int = 0
     total_density: float = 0.0
     total_merged: float = 0.0

@@ -24,37 +24,38 @@ IMPLS = ("auto", "reference", "cpu", "triton", "flex")
 KEPT_CALLS = 8192  # of the latest attention calls: two videos of a 14B model with 50 steps
 
 
-@dataclass
-class PatternRecord:
-    """What the enabled transformers have executed since `enable` or `reset`: sums over all attention calls, and the latest
-    of them one by one (`calls`, at most KEPT_CALLS), so that its size does not grow with the videos made."""
+class Calls(deque):
+    """Attention calls: sums over all of them, and the latest one by one, so that their size does not grow with the videos made.
 
-    forwards: int = 0
-    seconds: float = 0.0
-    calls: deque[CallStats] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
-    totals: Counter = field(default_factory=Counter)
+    totals: of each kind, "dense" (warm-up) and "sparse", the calls and their densities; of the sparse ones seconds by stage and
+    recall where it was "measured".
+    """
 
-    def add(self, call: CallStats) -> None:
-        """Counts one attention call."""
-        self.calls.append(call)
+    def __init__(self, calls: Iterable[CallStats] = (), maxlen: int = KEPT_CALLS):
+        super().__init__(maxlen=maxlen)
+        self.totals: Counter = Counter()
+        for call in calls:
+            self.append(call)
+
+    def append(self, call: CallStats) -> None:
+        super().append(call)
         kind = "dense" if call.dense else "sparse"
         self.totals.update({kind: 1, f"{kind} density": call.density})
-        if not call.dense:
+        if call.dense:
+            self.totals["dense seconds"] += call.seconds["attention"]
+        else:
             self.totals.update(call.seconds)
             if call.recall is not None:
                 self.totals.update({"measured": 1, "recall": call.recall})
-        else:
-            self.totals.update({"dense attention": call.seconds["attention"]})
 
-    def reset(self) -> None:
-        self.forwards, self.seconds = 0, 0.0
-        self.calls.clear()
+    def clear(self) -> None:
+        super().clear()
         self.totals.clear()
 
     def mean_density(self) -> float:
-        """Executed token pairs / all token pairs, mean over attention calls, the dense warm-up included."""
-        t = self.totals
-        return _ratio(t["dense density"] + t["sparse density"], t["dense"] + t["sparse"], 1.0)
+        """Executed token pairs / all token pairs, mean over all calls, the dense warm-up included."""
+        total = self.totals
+        return _ratio(total["dense density"] + total["sparse density"], total["dense"] + total["sparse"], 1.0)
 
     def sparse_density(self) -> float:
         """The same without the warm-up calls."""
@@ -64,13 +65,43 @@ class PatternRecord:
         """Share of dense attention mass kept by the sparse calls; None if it was not measured."""
         return _ratio(self.totals["recall"], self.totals["measured"], None)
 
-    def mean_merged(self) -> float:
-        """Patterns merge no tokens."""
-        return 0.0
-
     def stage_seconds(self) -> dict[str, float]:
         """Seconds by stage, of the sparse calls."""
         return {stage: float(self.totals[stage]) for stage in STAGES}
+
+
+@dataclass
+class PatternRecord:
+    """What the enabled transformers have executed since `enable` or `reset`."""
+
+    forwards: int = 0
+    seconds: float = 0.0
+    calls: Calls = field(default_factory=Calls)
+
+    def add(self, call: CallStats) -> None:
+        """Counts one attention call."""
+        self.calls.append(call)
+
+    def reset(self) -> None:
+        self.forwards, self.seconds = 0, 0.0
+        self.calls.clear()
+
+    def mean_density(self) -> float:
+        """See `Calls`, as the next three."""
+        return self.calls.mean_density()
+
+    def sparse_density(self) -> float:
+        return self.calls.sparse_density()
+
+    def mean_recall(self) -> float | None:
+        return self.calls.mean_recall()
+
+    def stage_seconds(self) -> dict[str, float]:
+        return self.calls.stage_seconds()
+
+    def mean_merged(self) -> float:
+        """Patterns merge no tokens."""
+        return 0.0
 
 
 @dataclass
@@ -183,43 +214,23 @@ def pattern_of(pipe: DiffusionPipeline) -> EnabledPattern | None:
     return EnabledPattern(name, pattern, attached[0].record, attached)
 
 
-def stage_seconds(calls: Iterable[CallStats]) -> dict[str, float]:
-    """Seconds by stage, of the sparse calls."""
-    total = Counter(dict.fromkeys(STAGES, 0.0))
-    for call in calls:
-        if not call.dense:
-            total.update(call.seconds)
-    return dict(total)
-
-
-def mean_recall(calls: Iterable[CallStats]) -> float | None:
-    """Share of dense attention mass kept by the sparse calls; None if it was not measured."""
-    return _mean([call.recall for call in calls if not call.dense and call.recall is not None], None)
-
-
-def calls_report(calls: Iterable[CallStats]) -> dict:
+def calls_report(calls: Calls) -> dict:
     """What a run reports of its attention calls, for JSON: executed density with and without the dense warm-up, recall of the
     sparse calls (None: not measured), seconds by stage, and the calls of either kind."""
-    calls = list(calls)
-    sparse = [call for call in calls if not call.dense]
-    recall = mean_recall(calls)
+    recall = calls.mean_recall()
     return {
-        "sparse_density": round(_mean([call.density for call in sparse], 1.0), 4),
+        "sparse_density": round(calls.sparse_density(), 4),
         "recall": None if recall is None else round(recall, 4),
-        "pattern_seconds": {stage: round(seconds, 6) for stage, seconds in stage_seconds(calls).items()},
-        "dense_attention_seconds": round(sum(call.seconds["attention"] for call in calls if call.dense), 6),
-        "attention_calls": {"dense": len(calls) - len(sparse), "sparse": len(sparse)},
+        "pattern_seconds": {stage: round(seconds, 6) for stage, seconds in calls.stage_seconds().items()},
+        "dense_attention_seconds": round(calls.totals["dense seconds"], 6),
+        "attention_calls": {"dense": calls.totals["dense"], "sparse": calls.totals["sparse"]},
     }
 
 
-def calls_lines(calls: Iterable[CallStats]) -> list[str]:
+def calls_lines(calls: Calls) -> list[str]:
     """Seconds and recall as lines of a summary."""
-    return _lines(stage_seconds(calls), mean_recall(calls))
-
-
-def _lines(seconds: dict[str, float], recall: float | None) -> list[str]:
-    lines = ["seconds of the sparse calls: " + ", ".join(f"{stage} {s:.2f}" for stage, s in seconds.items())]
-    if recall is not None:
+    lines = ["seconds of the sparse calls: " + ", ".join(f"{stage} {s:.2f}" for stage, s in calls.stage_seconds().items())]
+    if (recall := calls.mean_recall()) is not None:
         lines.append(f"attention recall of the sparse calls: {recall:.3f}")
     return lines
 
@@ -227,18 +238,14 @@ def _lines(seconds: dict[str, float], recall: float | None) -> list[str]:
 def pattern_summary(state: EnabledPattern) -> str:
     """A few lines that a person can read."""
     record = state.record
-    sparse, dense = record.totals["sparse"], record.totals["dense"]
+    sparse, dense = (record.calls.totals[kind] for kind in ("sparse", "dense"))
     return "\n".join([
         f"usv: training-free {state.pattern}",
         f"executed: {record.forwards} forwards, {record.seconds:.2f} s in the transformer, attention density "
         f"{record.mean_density():.3f}; {sparse} of {sparse + dense} attention calls sparse, at {record.sparse_density():.3f}",
-        *_lines(record.stage_seconds(), record.mean_recall()),
+        *calls_lines(record.calls),
     ])  # fmt: skip
 
 
 def _ratio(total: float, count: int, empty):
     return total / count if count else empty
-
-
-def _mean(values: list[float], empty):
-    return sum(values) / len(values) if values else empty

@@ -25,7 +25,6 @@ from usv.sampling.checkpoint import Student
 from usv.sampling.enable import Record
 from usv.sampling.generate import generate
 from usv.sampling.held import hold
-from usv.sampling.patterns import stage_seconds
 from usv.sparse.grid import Tile, TokenGrid
 from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, Rung, SparsityPlan, timestep_bins
 
@@ -135,7 +134,7 @@ def pattern(model: ModelConfig, name: str, density: float, impl: str = "auto") -
         record = pipe._usv.record
         try:
             yield Running(
-                executed=lambda: (record.mean_density(), 0.0), measuring=lambda: stage_seconds(record.calls)["measure"]
+                executed=lambda: (record.mean_density(), 0.0), measuring=lambda: record.stage_seconds()["measure"]
             )
         finally:
             usv.disable(pipe)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from usv.patterns.processors.families import FAMILIES as FAMILIES
@@ -41,6 +42,7 @@ class Attached:
     handles: list = field(default_factory=list)
     begun: float = 0.0
 
+    @torch.compiler.disable  # it looks at the scheduler and at the clock
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Notes the grid and the step of a forward."""
         self.begun = time.perf_counter()
@@ -52,6 +54,7 @@ class Attached:
         call = call_arguments(self.transformer, args, kwargs)
         self.run.begin(family.grid(self.transformer.config, call), call["timestep"], conditions_before(call))
 
+    @torch.compiler.disable
     def after(self, *_) -> None:
         """Counts a forward."""
         self.record.forwards += 1
