@@ -38,6 +38,7 @@ FREE = re.compile(
 SAID = {f"optim.{name}" for name in ("lr", "warmup", "weight_decay", "betas", "grad_clip", "ema", "optimizer", "batch_size", "accumulate")}
 SAID |= {"runtime.precision", "data.drop_text"}
 OURS = {"student": {"config.json", "student.safetensors"}, "best": {"config.json", "student.safetensors"}, "state": {"trainer.pt", "checksum"}}
+LEFT_BY_FILE_BROWSERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 NEVER = "runtime.resume=never begins anew and replaces student/ and state/"
 
 
@@ -95,7 +96,7 @@ def check_ours(folder: Path) -> None:
     for name, files in OURS.items():
         place = folder / name
         settle(place)
-        if place.exists() and not (place.is_dir() and {entry.name for entry in place.iterdir()} <= files):
+        if place.exists() and not (place.is_dir() and {entry.name for entry in place.iterdir()} <= files | LEFT_BY_FILE_BROWSERS):
             raise SettingError(f"output_dir={folder}: {place} is no {name} of a run, and would be replaced by one; move it away, or give another folder")
 
 
