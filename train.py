@@ -3,8 +3,8 @@
     accelerate launch train.py                          # experiment=usv_mini: the embedded model, on any laptop
     accelerate launch train.py policy=static optim.steps=300
 
-Each step: a batch at noise levels of one timestep bin -> the policy decides a rung for every layer -> student and guided dense teacher
-give velocities -> their distance, and the policy's own loss under the compute budget -> one backward, one optimiser step.
+Each step: a batch at noise levels of one timestep bin -> the policy decides a rung for every layer, under the compute budget -> student and
+guided dense teacher give velocities -> their distance -> one backward, one optimiser step, and what it says of the rungs to the policy.
 What is wanted of the student is its objective's to say (usv/objectives): velocity, or for few steps consistency, trajectory, distribution.
 """
 
@@ -36,7 +36,7 @@ from usv.training.dry_run import report
 from usv.training.ranks import RankError, launched, lost_ranks, start
 from usv.training.remote import masked_settings
 from usv.training.resume import folder_of, next_or_save, resume, save
-from usv.training.run import Run, budget_at, log_step, mean_of_parts, temperature_at
+from usv.training.run import Run, budget_at, log_step, mean_of_parts
 from usv.training.stop import Stop, stopping
 from usv.training.tracking import Silent, Tracker
 from usv.training.validation import validate
@@ -110,11 +110,11 @@ def step(run: Run, batch: dict):
 
     # 2. how sparse
     target_cost = budget_at(run.step, config)
-    decisions = run.decide(bin_of(1000 * point.level, run.edges), target_cost, temperature_at(run.step, config), generator)
-    probes = {p.layer: Probe(p.other, torch.tensor(0.5, device=run.device, requires_grad=True)) for p in decisions.probes}
+    decisions = run.decide(bin_of(1000 * point.level, run.edges), target_cost, generator, point.x, point.text)
+    probes = {p.layer: Probe(p.other, run.half(decisions)) for p in decisions.probes}
 
     # 3. what is wanted and what the student gives at the same point, through the same code; in as many parts as optim.accumulate says
-    losses, seen, drawn = [], [], generator.get_state()
+    losses, seen, sizes, drawn = [], [], [], generator.get_state()
     for part, there in run.parts(clips, point):
         generator.set_state(drawn)  # what is drawn holds for all clips of the step
         with run.engine.autocast():
@@ -123,17 +123,17 @@ def step(run: Run, batch: dict):
             loss, values = objective.loss(run, part, there, velocity, wanted, generator)
         run.engine.backward(loss)
         losses.append(loss.item())
+        sizes.append(wanted.float().square().mean().item())
         seen.append((stats, values))
     stats, values = mean_of_parts(seen)
-    policy_loss = run.policy_loss(target_cost)
 
-    # 4. the step of both; one that is not finite on any rank is skipped on all
-    total, norm = run.update(losses, policy_loss)
+    # 4. the step; one that is not finite on any rank is skipped on all
+    total, norm = run.update(losses)
     if not math.isfinite(norm):
         run.skip(f"loss {total}, gradient norm {norm} at step {run.step}, timestep bin {decisions.bin}")
         record.skip(run.skipped)
         return record
-    run.observe(decisions, probes, stats, total)
+    run.observe(decisions, probes, stats, sum(sizes) / len(sizes))
     if run.decides_steps() and run.step % config.policy.jump_every == 0:  # one candidate step: rollouts with it, without and dense, judged by the teacher
         with run.engine.autocast():
             probe_step(run, noise, point.text, generator)

@@ -82,7 +82,10 @@ class PolicyConfig:
     mass, steered in training so that the plan's densities are met on average; all else is the plan's). axes: what is
     decided, or inherited; an axis left out stays dense. steps: also decide which of the bins' upper edges a few-step student runs at; budget is
     then the whole sampling's cost as a fraction of that many (`bins`) dense forwards. jump_every: training steps from one probe of a
-    candidate step to the next; a probe samples three times and asks the teacher about each.
+    candidate step to the next; a probe samples three times and asks the teacher about each. input: what the damage of a rung is told
+    from (gumbel): none (a table of what was probed) | place (a network over timestep and layer) | content (over the input, too: the rungs are
+    then decided for each batch). budgets: [smallest, largest], a dial: every step draws its budget between them, and the student can be
+    asked for any; `budget` is then the one it has unless asked.
     """
 
     name: str = "gumbel"
@@ -95,10 +98,8 @@ class PolicyConfig:
     budget: float = 0.32
     bins: int = 8
     probes: int = 2
-    lr: float = 0.05
-    tau_start: float = 1.0
-    tau_end: float = 0.2
-    entropy_bonus: float = 0.01
+    input: str = "place"
+    budgets: list[float] = field(default_factory=list)
     gamma: float = 1.0
     warm_down: list[float] = field(default_factory=lambda: [0.05, 0.5])  # share of the run: density falls from, to
     freeze_at: float = 0.7  # share of the run after which the decoded plan is fixed and fine-tuned
@@ -366,7 +367,10 @@ def check_train(config: TrainConfig) -> None:
         ("policy.jump_every", config.policy.jump_every, config.policy.jump_every >= 1, "at least 1"),
         ("policy.bins", config.policy.bins, config.policy.bins >= 1, "at least 1"),
         ("policy.freeze_at", config.policy.freeze_at, 0 < config.policy.freeze_at <= 1, "a share of the run in (0, 1]"),
-        ("policy.tau_end", config.policy.tau_end, 0 < config.policy.tau_end <= config.policy.tau_start, "above 0, at most tau_start"),
+        ("policy.input", config.policy.input, config.policy.input in ("none", "place", "content"), "none | place | content"),
+        ("policy.budgets", config.policy.budgets, not config.policy.budgets or (_ascending(config.policy.budgets) and config.policy.budgets[0] > 0), "[smallest, largest] in (0, 1], or []"),
+        ("policy.budgets", config.policy.budgets, not config.policy.budgets or (config.policy.name == "gumbel" and not config.policy.steps and config.policy.mode == "plan"), "[] but for policy=gumbel with mode=plan, without policy.steps"),
+        ("policy.budget", config.policy.budget, not config.policy.budgets or config.policy.budgets[0] <= config.policy.budget <= config.policy.budgets[1], "within policy.budgets"),
         ("policy.warm_down", config.policy.warm_down, _ascending(config.policy.warm_down), "[from, to], shares of the run, 0 ≤ from ≤ to ≤ 1"),
         ("attention.impl", config.attention.impl, config.attention.impl in IMPLS, " | ".join(IMPLS)),
         ("data.validation_clips", config.data.validation_clips, config.data.validation_clips >= 1, "at least 1"),

@@ -14,3 +14,13 @@ COSTS = rung_costs(SHAPE, LAYOUT)
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def known(policy, damage):
+    """A learned policy whose damages of every step, (bins, layers, 10), are as good as certain."""
+    policy.table.mean.copy_(damage)
+    policy.table.mean[..., [0, 6]] = 0
+    policy.table.seen.fill_(19)
+    policy.table.noise[:, 0], policy.table.noise[:, 1] = 1e-4, 1e3
+    policy._estimate = policy._gates = None
+    return policy

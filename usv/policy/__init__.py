@@ -36,27 +36,31 @@ class ProbeRequest:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What one training forward runs: a rung for every layer, and the probes whose derivatives the policy asks for."""
+    """What one training forward runs: a rung for every layer, and the probes whose derivatives the policy asks for.
+
+    content: (B, CONTENT) of the inputs that it was told from (`usv.policy.content`), where they were looked at.
+    """
 
     bin: int
     rungs: tuple[Rung, ...]
     probes: tuple[ProbeRequest, ...] = ()
+    content: torch.Tensor | None = None
 
 
 class SparsityPolicy(Protocol):
     """What the trainer needs of a policy."""
 
-    def decide(self, bin: int, generator: torch.Generator) -> Decisions:
-        """Rungs for a forward in one timestep bin."""
+    def set_budget(self, target: float) -> None:
+        """Mean cost of a forward, as a fraction of the dense one, that decisions are to have from now on."""
+
+    def decide(self, bin: int, generator: torch.Generator, content: torch.Tensor | None = None) -> Decisions:
+        """Rungs for a forward in one timestep bin. content: (B, CONTENT) of its inputs, for a policy that looks at them."""
 
     def observe(self, decisions: Decisions, damages: Mapping[int, float], entropies: Mapping[int, float]) -> None:
         """Results of that forward: d loss / d mix of each probed layer, coarse entropy of each sparse layer."""
 
-    def loss(self, target: float) -> torch.Tensor | None:
-        """What the policy's parameters minimise at this budget, or None when it has nothing to learn."""
-
     def decode(self, target: float) -> SparsityPlan:
-        """The exact plan whose mean cost (fraction of dense FLOPs) does not exceed `target`."""
+        """The exact plan whose mean cost (fraction of the dense one's) does not exceed `target`."""
 
     def summary(self) -> dict[str, float]:
         """Scalars for the log."""

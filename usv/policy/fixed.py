@@ -62,13 +62,13 @@ class StaticPolicy:
         )
         self.target = 1.0
 
-    def decide(self, bin: int, generator: torch.Generator) -> Decisions:
+    def decide(self, bin: int, generator: torch.Generator, content=None) -> Decisions:
         return Decisions(bin, self.decode(self.target).rungs[bin])
 
     def observe(self, decisions, damages, entropies) -> None:
         pass
 
-    def loss(self, target: float) -> None:
+    def set_budget(self, target: float) -> None:
         self.target = target
 
     def decode(self, target: float) -> SparsityPlan:
@@ -107,7 +107,7 @@ class EntropyPolicy:
         self.seen = torch.zeros(len(self.edges), num_layers)
         self.cached: tuple | None = None
 
-    def decide(self, bin: int, generator: torch.Generator) -> Decisions:
+    def decide(self, bin: int, generator: torch.Generator, content=None) -> Decisions:
         return Decisions(bin, self.decode(self.target).rungs[bin])
 
     def observe(self, decisions, damages, entropies) -> None:
@@ -117,7 +117,7 @@ class EntropyPolicy:
             self.entropy[decisions.bin, layer] += rate * (value - self.entropy[decisions.bin, layer])
         self.cached = None
 
-    def loss(self, target: float) -> None:
+    def set_budget(self, target: float) -> None:
         self.target = target
         self.cached = None
 

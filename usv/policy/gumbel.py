@@ -1,15 +1,13 @@
-"""The learned policy: a categorical over the ladders for every (timestep bin, layer), sampled by Gumbel-max.
+"""The learned policy: damages from probes, gates from damages in closed form, decisions by Gumbel draws.
 
-    logits[t, l, axis] = time[t] + layer[l] + cell[t, l] + content · entropy[t, l]      p = softmax(logits / tau)
-    step[t]: whether a few-step student runs at the t-th of its candidate timesteps at all,       run = sigmoid(step / tau)
-    minimise  Σ_t [ run_t · Σ_l Σ_r p_r · damage_r + (1 − run_t) · damage of the jump ] / cells  +  λ1 · Δ + λ2 · Δ²  −  β · H,
-              Δ = E[cost] − target,  the cost of a jumped step being zero
-
-A hard choice gives the rungs that did not run no gradient. So in each forward a few layers also run a neighbouring rung and mix
-both updates half and half; d loss / d mix is then loss(other) − loss(rung) for a loss quadratic in the update. A cell is probed
-once in tens of steps, so these differences are remembered: `damage` is their running mean per (bin, layer, axis, pair),
-and its cumulative sum along the ladder is what p is averaged over at *every* step. The budget is an augmented Lagrangian
-on the exact expected cost; λ1 follows the violation. A bound on the mean density, where there is one, is held likewise.
+    probe                a few layers of each forward also run a neighbouring rung and mix both updates half and half; d loss / d mix is
+                         then loss(other) − loss(rung) for a loss quadratic in the update: the one thing that is learned from
+    damage               of every slot, with its uncertainty: a table (`input=none`), or a network over timestep and layer (`place`), or over
+                         these and what is known of the input (`content`)                          usv/policy/damage.py, network.py
+    gates                softmax of −(damage + price · cost) / temperature, the price such that the expected cost is the budget; as warm as
+                         the damages are uncertain, so that exploration ends where it is known, and only there   usv/policy/gates.py
+    decision             one rung a layer by Gumbel-max of the gates; probes are drawn where least is known
+    plan                 the knapsack over the damages: exact integers within the budget
 
 Steps: the candidates are the upper edges of the bins, so a bin is a step; the first (pure noise) always runs. What a jump does is
 the difference of two rollouts that share noise and all other steps, one with and one without it. A third one, dense, says what the
@@ -23,17 +21,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
-from usv.policy import AXES, Decisions, ProbeRequest, knapsack
+from usv.policy import AXES, Decisions, ProbeRequest, allowed, knapsack
+from usv.policy.content import CONTENT
+from usv.policy.damage import DamageTable, Estimate
+from usv.policy.gates import Gates, Problem, solve, warm, with_row
+from usv.policy.network import DamageNetwork
 from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, SparsityPlan
 
+INPUTS = ("none", "place", "content")
 
-class GumbelPolicy(nn.Module):
+
+class GumbelPolicy:
     """See the module. `costs` are those of `plan.RUNGS`, as fractions of the dense block; `axes`: what is decided at all.
 
-    most_density: bound on the mean density. merge_layers: only the first so many layers may merge. densities: what the density
-    ladder executes at this grid, where counts of blocks are rounded up.
+    input: what damages are told from, none | place | content. most_density: bound on the mean density. merge_layers: only the first so
+    many layers may merge. densities: what the density ladder executes at this grid, where counts of blocks are rounded up.
     """
 
     def __init__(
@@ -42,67 +45,78 @@ class GumbelPolicy(nn.Module):
         num_layers: int,
         costs: Sequence[float],
         probes: int = 2,
-        tau: float = 1.0,
-        entropy_bonus: float = 0.01,
+        input: str = "place",
         memory: float = 0.1,
-        budget_quadratic: float = 20.0,
-        budget_rate: float = 0.02,
-        init_keep: float = 3.0,
         axes: Sequence[str] = tuple(AXES),
         steps: bool = False,
         most_density: float = 1.0,
         merge_layers: int | None = None,
         densities: Sequence[float] = DENSITY_LADDER,
     ):
-        super().__init__()
-        self.edges, self.num_layers, self.probes, self.tau = tuple(edges), num_layers, probes, tau
-        self.entropy_bonus, self.memory, self.init_keep = entropy_bonus, memory, init_keep
-        self.budget_quadratic, self.budget_rate = budget_quadratic, budget_rate
-        bins, width = len(self.edges), sum(AXES.values())
-        self.time = nn.Parameter(torch.zeros(bins, 1, width))
-        self.layer = nn.Parameter(torch.zeros(1, num_layers, width))
-        self.cell = nn.Parameter(torch.zeros(bins, num_layers, width))
-        self.content = nn.Parameter(torch.zeros(width))
-        self.steps, self.most_density = steps, most_density
-        self.step = nn.Parameter(torch.zeros(bins)) if steps else None
-        self.register_buffer("jump_damage", torch.zeros(bins))  # to the samples, over the rollout with this step
-        self.register_buffer("jump_base", torch.zeros(bins))  # to the loss, of the rungs that this step had there
-        self.register_buffer("jump_seen", torch.zeros(bins))
-        self.register_buffer("exchange", torch.zeros(2))  # of all rungs of a rollout: damage to the loss, to the samples
-        keep = torch.zeros(width)
-        keep[0] = keep[AXES["density"]] = init_keep
-        self.axes = tuple(axes)
-        for axis, part in zip(AXES, keep.split(list(AXES.values()))):
-            if axis not in self.axes:
-                part[1:] = -torch.inf  # the first rung, always
-        start = keep.repeat(num_layers, 1)
+        self.edges, self.num_layers, self.probes, self.input = tuple(edges), num_layers, probes, input
+        self.axes, self.steps, self.most_density, self.memory = tuple(axes), steps, most_density, memory
         self.merge_layers = num_layers if merge_layers is None or "merge" not in self.axes else merge_layers
-        start[self.merge_layers :, AXES["density"] + 1 :] = -torch.inf
-        self.register_buffer("start", start)
-        self.register_buffer("densities", torch.tensor(densities))
-        self.register_buffer("costs", torch.tensor(costs).view(AXES["merge"], AXES["density"]))
-        self.register_buffer("damage", torch.zeros(bins, num_layers, width))  # [..., r]: step from rung r − 1 to r
-        self.register_buffer("seen", torch.zeros(bins, num_layers, width))
-        self.register_buffer("entropy", torch.full((bins, num_layers), 0.5))
-        self.register_buffer("multiplier", torch.tensor(0.0))
-        self.register_buffer("density_multiplier", torch.tensor(0.0))
+        self.costs, self.ladder = np.asarray(costs, dtype=np.float64), np.asarray(densities, dtype=np.float64)
+        self.densities = self.ladder[[rung.density for rung in RUNGS]]
+        bins = len(self.edges)
+        self.table = DamageTable(bins, num_layers, memory)
+        self.network = None if input == "none" else DamageNetwork(bins, num_layers, CONTENT if input == "content" else 0)
+        self.forbidden = np.array([[not allowed(r, self.axes) or (r.merge > 0 and i >= self.merge_layers) for r in RUNGS] for i in range(num_layers)])
+        self.jump_damage = torch.zeros(bins)  # to the samples, over the rollout with this step
+        self.jump_base = torch.zeros(bins)  # to the loss, of the rungs that this step had there
+        self.jump_seen = torch.zeros(bins)
+        self.exchange = torch.zeros(2)  # of all rungs of a rollout: damage to the loss, to the samples
+        self.target, self.price = 1.0, 0.0
+        self._estimate: Estimate | None = None
+        self._gates: Gates | None = None
 
-    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(bins, layers, 6) of density and (bins, layers, 4) of merging."""
-        total = self.start + self.time + self.layer + self.cell + self.content * (self.entropy[..., None] - 0.5)
-        return total.split(list(AXES.values()), dim=-1)
+    # ---- damages -----------------------------------------------------------------------------------------------------
 
-    def probabilities(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple((axis / self.tau).softmax(-1) for axis in self.logits())
+    def estimate(self) -> Estimate:
+        """Damages as known now, of a mean input."""
+        if self._estimate is None:
+            if self.network is None or not self.network.ready:
+                self._estimate = self.table.estimate()
+            else:
+                self._estimate = self.table.estimate(*self.network.predict(self.network.typical_input()))
+        return self._estimate
+
+    def rung_damage(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expected loss increase of every rung over the first, (bins, layers, 6) and (bins, layers, 4)."""
+        return self.estimate().rungs()
+
+    def _joint(self, density: torch.Tensor, merge: torch.Tensor) -> np.ndarray:
+        """(…, layers, rungs) damage of both axes together, +inf where it is not allowed."""
+        total = (merge[..., :, None] + density[..., None, :]).flatten(-2).numpy()
+        return np.where(self.forbidden, np.inf, total)
+
+    @torch.no_grad()
+    def observe(self, decisions: Decisions, damages: Mapping[int, float | Sequence[float]], entropies: Mapping[int, float]) -> None:
+        """`damages`: d loss / d mix of the probed layers, in one unit throughout; of every clip, or their mean."""
+        for probe in decisions.probes:
+            here, there = getattr(decisions.rungs[probe.layer], probe.axis), getattr(probe.other, probe.axis)
+            values = np.atleast_1d(np.asarray(damages[probe.layer], dtype=np.float64)) * (1 if there > here else -1)
+            slot = max(here, there) + (0 if probe.axis == "density" else AXES["density"])
+            self.table.observe(decisions.bin, probe.layer, slot, float(values.mean()))
+            if self.network is None:
+                continue
+            if decisions.content is None:
+                self.network.observe(decisions.bin, probe.layer, slot, float(values.mean()))
+            else:
+                for value, content in zip(np.broadcast_to(values, len(decisions.content)), decisions.content, strict=True):
+                    self.network.observe(decisions.bin, probe.layer, slot, float(value), content)
+        if self.network is not None:
+            for layer, value in entropies.items():
+                self.network.entropy[decisions.bin, layer] += 0.05 * (value - self.network.entropy[decisions.bin, layer])
+            self.network.fit(self.table.noise_variance(), self.table.kinds())
+        self._estimate = self._gates = None
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
 
     def run_probability(self) -> torch.Tensor:
         """(bins,) probability that the step at each bin's upper edge runs; 1 where steps are not decided."""
-        if not self.steps:
-            return self.jump_damage.new_ones(len(self.edges))
-        run = ((self.step + self.init_keep) / self.tau).sigmoid()
-        return torch.cat([run[:-1], torch.ones_like(run[-1:])])
+        return torch.from_numpy(self.gates().run)
 
-    @torch.no_grad()
     def decide_steps(self, generator: torch.Generator) -> tuple[bool, ...]:
         """Which candidate steps a rollout runs, by bin."""
         return tuple((torch.rand(len(self.edges), generator=generator) < self.run_probability()).tolist())
@@ -124,6 +138,7 @@ class GumbelPolicy(nn.Module):
         if damages:
             seen = float(self.jump_seen.sum())
             self.exchange += max(self.memory, 1 / seen) * (self.exchange.new_tensor([sum(damages.values()), cut]) - self.exchange)
+        self._gates = None
 
     def _damages_of(self, rows: Mapping[int, Sequence[Rung]]) -> dict[int, float]:
         """Known damage of a row of rungs, summed over its layers, by bin."""
@@ -133,7 +148,7 @@ class GumbelPolicy(nn.Module):
     def exchange_rate(self) -> float:
         """Damage to the loss for one of samples. 1 until rungs are seen to do something to both."""
         loss, samples = (self.exchange.clamp_min(0) + 0.02).tolist()
-        return min(max(loss / samples, 0.1), 10.0)
+        return min(max(loss / samples, 0.01), 10.0)
 
     def known_jump_damage(self) -> torch.Tensor:
         """(bins,) damage to the loss that a jump stands for, over a dense step.
@@ -146,145 +161,119 @@ class GumbelPolicy(nn.Module):
         dearest = known[seen].max() if bool(seen.any()) else known.new_tensor(1.0)
         return torch.where(seen, known, dearest)
 
-    @torch.no_grad()
-    def decide(self, bin: int, generator: torch.Generator) -> Decisions:
-        picks = []
-        for axis in self.logits():
-            uniform = torch.rand(axis[bin].shape, generator=generator).clamp_min(1e-9)
-            picks.append((axis[bin] / self.tau - (-uniform.log()).log()).argmax(-1).tolist())
-        rungs = tuple(Rung(d, m) for d, m in zip(*picks))
-        order = [layer for layer in torch.randperm(self.num_layers, generator=generator).tolist() if self._open_axes(layer)][: self.probes]
-        return Decisions(bin, rungs, tuple(self._probe(layer, rungs[layer], generator) for layer in order))
+    # ---- gates -------------------------------------------------------------------------------------------------------
 
-    def _open_axes(self, layer: int) -> list[str]:
-        return [axis for axis in self.axes if axis != "merge" or layer < self.merge_layers]
+    def set_budget(self, target: float) -> None:
+        """What a forward may cost on average, as a fraction of the dense one (with `steps`: all of them, of as many dense ones)."""
+        if target != self.target:
+            self.target, self._gates = target, None
 
-    def _probe(self, layer: int, rung: Rung, generator: torch.Generator) -> ProbeRequest:
-        axes = self._open_axes(layer)
-        axis = axes[int(torch.randint(len(axes), (1,), generator=generator))]
-        position, length = getattr(rung, axis), AXES[axis]
-        step = 1 if int(torch.randint(2, (1,), generator=generator)) else -1
-        step = 1 if position == 0 else -1 if position == length - 1 else step
-        fields = {"density": rung.density, "merge": rung.merge, axis: position + step}
-        return ProbeRequest(layer, axis, Rung(**fields))
-
-    @torch.no_grad()
-    def observe(self, decisions: Decisions, damages: Mapping[int, float], entropies: Mapping[int, float]) -> None:
-        """`damages` are d loss / d mix relative to the loss (1 = the loss doubles)."""
-        for probe in decisions.probes:
-            here, there = getattr(decisions.rungs[probe.layer], probe.axis), getattr(probe.other, probe.axis)
-            value = damages[probe.layer] if there > here else -damages[probe.layer]
-            slot = max(here, there) + (0 if probe.axis == "density" else AXES["density"])
-            cell = (decisions.bin, probe.layer, slot)
-            self.seen[cell] += 1
-            rate = max(self.memory, 1 / float(self.seen[cell]))
-            self.damage[cell] += rate * (value - self.damage[cell])
-        for layer, value in entropies.items():
-            self.entropy[decisions.bin, layer] += 0.05 * (value - self.entropy[decisions.bin, layer])
-
-    def filled_damage(self) -> torch.Tensor:
-        """`damage`, with cells not probed yet taken from their layer's, then their slot's mean."""
-        weight = self.seen.clamp_max(8)
-        prior = torch.zeros_like(self.damage)
-        for dims in ((0, 1), (0,)):
-            total = weight.sum(dims, keepdim=True)
-            mean = (self.damage * weight).sum(dims, keepdim=True)
-            prior = (mean + 2 * prior) / (total + 2)
-        return (self.damage * weight + 2 * prior) / (weight + 2)
-
-    def rung_damage(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expected loss increase of every rung over the first, (bins, layers, 6) and (bins, layers, 4).
-
-        A step towards sparser counts as no better than none: where it was seen to be, that was noise, or a student used to it.
-        """
-        return tuple(axis.clamp_min(0).cumsum(-1) for axis in self.filled_damage().split(list(AXES.values()), dim=-1))
-
-    def expected_cost(self) -> torch.Tensor:
-        """E[cost] over bins and layers as a fraction of dense, exact and differentiable; a jumped step costs nothing."""
-        density, merge = self.probabilities()
-        cells = torch.einsum("tlm,md,tld->tl", merge, self.costs, density)
-        return (self.run_probability()[:, None] * cells).mean()
-
-    def expected_density(self) -> torch.Tensor:
-        """E[density] over the bins and layers that run, differentiable."""
-        density, run = self.probabilities()[0], self.run_probability()
-        mean = (density * self.densities).sum(-1).mean(-1)
-        return (run * mean).sum() / run.sum()
-
-    def gate_entropy(self) -> torch.Tensor:
-        """Mean entropy of the two categoricals, 1 = uniform."""
-        parts = [-(p * p.clamp_min(1e-9).log()).sum(-1).mean() / np.log(p.shape[-1]) for p in self.probabilities()]
+    def problem(self) -> Problem:
+        """What the gates are made from."""
+        estimate = self.estimate()
+        jump = None
         if self.steps:
-            run = self.run_probability()[:-1]
-            both = torch.stack([run, 1 - run])
-            parts.append(-(both * both.clamp_min(1e-9).log()).sum(0).mean() / np.log(2))
-        return sum(parts) / len(parts)
+            jump = self.known_jump_damage().double().numpy().copy()
+            jump[-1] = np.inf
+        return Problem(self._joint(*estimate.rungs()), self.costs, self.densities, estimate.temperature().numpy(), jump)
 
-    def loss(self, target: float) -> torch.Tensor:
-        excess = self.expected_cost() - target
-        run = self.run_probability()
-        damage = sum((run[:, None] * (p * d).sum(-1)).mean() for p, d in zip(self.probabilities(), self.rung_damage()))
-        damage = damage + ((1 - run) * self.known_jump_damage()).mean() / self.num_layers
-        budget = self._held(self.multiplier, excess)
-        if self.most_density < 1.0:  # reached when the budget has been warmed down to a half
-            bound = self.most_density + (1 - self.most_density) * max(0.0, 2 * target - 1)
-            budget = budget + self._held(self.density_multiplier, self.expected_density() - bound)
-        return damage + budget - self.entropy_bonus * self.gate_entropy()
+    def gates(self) -> Gates:
+        """The gates at this budget."""
+        if self._gates is None:
+            bound = self.most_density + (1 - self.most_density) * max(0.0, 2 * self.target - 1)  # met when the budget has come down to a half
+            self._gates = solve(self.problem(), self.target, bound, self.price)
+            self.price = warm(self._gates)
+        return self._gates
 
-    def _held(self, multiplier: torch.Tensor, excess: torch.Tensor) -> torch.Tensor:
-        """The augmented Lagrangian of excess ≤ 0; its multiplier follows the violation."""
-        with torch.no_grad():
-            multiplier.add_(self.budget_rate * excess.detach()).clamp_(min=0)
-        return multiplier * excess + self.budget_quadratic * excess.clamp_min(0) ** 2
+    def decide(self, bin: int, generator: torch.Generator, content: torch.Tensor | None = None) -> Decisions:
+        """content: (B, CONTENT) of the batch's inputs, of which the policy looks at their mean."""
+        content = content if self.input == "content" else None
+        gates = self.gates() if content is None or not self.network.ready else self._gates_of(bin, content)
+        uniform = torch.rand(self.num_layers, len(RUNGS), generator=generator, dtype=torch.float64).clamp_min(1e-300).numpy()
+        with np.errstate(divide="ignore"):
+            picks = (np.log(gates.p[bin]) - np.log(-np.log(uniform))).argmax(-1)
+        rungs = tuple(RUNGS[i] for i in picks)
+        return Decisions(bin, rungs, self._probes(bin, rungs, generator), content)
 
-    @torch.no_grad()
+    def _gates_of(self, bin: int, content: torch.Tensor) -> Gates:
+        """The gates with the row of one bin told from the input, at the price that meets the budget over all inputs."""
+        return with_row(self.gates(), self.problem(), bin, self._joint(*self.network_row(bin, content)))
+
+    def network_row(self, bin: int, content: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Damage of every rung at an input, (layers, 6) and (layers, 4): the estimate, moved as the network says the input moves it."""
+        here, there = (self.network.predict(x, [bin])[0] for x in (content.mean(0), self.network.typical_input()))
+        moved = self.estimate().mean[bin : bin + 1] + here - there
+        return tuple(axis[0] for axis in Estimate(moved, moved).rungs())
+
+    def _probes(self, bin: int, rungs: tuple[Rung, ...], generator: torch.Generator) -> tuple[ProbeRequest, ...]:
+        """Layers and neighbouring rungs, drawn in proportion to how little is known of the step between."""
+        std = self.estimate().std[bin]
+        options, weights = [], []
+        for layer, rung in enumerate(rungs):
+            for axis, offset in zip(AXES, (0, AXES["density"])):
+                position = getattr(rung, axis)
+                for other in (position - 1, position + 1):
+                    fields = {"density": rung.density, "merge": rung.merge, axis: other}
+                    if 0 <= other < AXES[axis] and not self.forbidden[layer, RUNGS.index(Rung(**fields))]:
+                        options.append(ProbeRequest(layer, axis, Rung(**fields)))
+                        weights.append(float(std[layer, offset + max(position, other)]))
+        chosen: dict[int, ProbeRequest] = {}
+        weights = torch.tensor(weights, dtype=torch.float64).clamp_min(1e-300)
+        noise = -torch.rand(len(options), generator=generator, dtype=torch.float64).clamp_min(1e-300).log()
+        for index in (noise / weights).argsort().tolist():  # Gumbel top-k, one a layer
+            chosen.setdefault(options[index].layer, options[index])
+            if len(chosen) == self.probes:
+                break
+        return tuple(chosen.values())
+
+    # ---- what is reported, and the plan ------------------------------------------------------------------------------
+
+    def probabilities(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(bins, layers, 6) of density and (bins, layers, 4) of merging: the gates' marginals."""
+        p = torch.from_numpy(self.gates().p).unflatten(-1, (AXES["merge"], AXES["density"]))
+        return p.sum(-2), p.sum(-1)
+
     def decode(self, target: float) -> SparsityPlan:
-        """The plan of least learned damage within the budget; gates break ties.
+        """The plan of least learned damage within the budget; of equals the likelier at this budget.
 
-        Not the likeliest plan: near one-hot gates say which rung, and no longer by how much. Where `most_density` binds, density
-        is given the least price that meets it.
+        Not the likeliest plan: gates say which rung, and not by how much. Where `most_density` binds, density is given the least
+        price that meets it.
         """
-        plan = knapsack.least_price(lambda price: self._decode(target, price), self._mean_density, self.most_density)
-        if plan is None:
-            raise ValueError(f"most_density: got {self.most_density}, but no plan of this budget is as sparse; raise one of them")
-        return plan
+        damage = self._joint(*self.rung_damage())
+        jump = None
+        if self.steps:
+            jump = self.known_jump_damage().double().numpy().copy()
+            jump[-1] = np.inf
+        return knapsack.plan_of(self.edges, damage, self.costs, target, self.densities, self.most_density, jump)
 
-    def _decode(self, target: float, density_price: float) -> SparsityPlan:
-        tie = 1e-6
-        density, merge = (
-            tie * gate.double().log_softmax(-1) - damage.double() for gate, damage in zip(self.logits(), self.rung_damage())
-        )
-        density = density - density_price * (self.densities.double() - self.most_density)  # a jumped step is neither denser nor sparser
-        values = (merge[..., :, None] + density[..., None, :]).flatten(2).cpu().numpy()
-        costs = self.costs.flatten().double().cpu().numpy()
-        if not self.steps:
-            chosen = knapsack.choose(values.reshape(-1, len(RUNGS)), costs, target).reshape(values.shape[:2])
-            return SparsityPlan(self.edges, tuple(tuple(RUNGS[i] for i in row) for row in chosen))
-        run = self.run_probability().double().clamp(1e-9, 1 - 1e-9).cpu().numpy()
-        jump = tie * (np.log1p(-run) - np.log(run)) - self.known_jump_damage().double().cpu().numpy()
-        jump[-1] = -np.inf
-        chosen = knapsack.choose_rows(values, costs, jump, target)
-        runs = tuple(bool(row[0] >= 0) for row in chosen)
-        for bin in reversed(range(len(runs) - 1)):  # training still passes through the bins of jumped steps, as the step before runs
-            if not runs[bin]:
-                chosen[bin] = chosen[bin + 1]
-        return SparsityPlan(self.edges, tuple(tuple(RUNGS[i] for i in row) for row in chosen), runs)
+    def state_dict(self) -> dict:
+        tensors = {name: getattr(self, name).clone() for name in ("jump_damage", "jump_base", "jump_seen", "exchange")}
+        network = {} if self.network is None else {"network": self.network.state()}
+        return {"input": self.input, "table": self.table.state_dict(), "target": self.target, "price": self.price, **tensors, **network}
 
-    def _mean_density(self, plan: SparsityPlan) -> float:
-        """What the plan's attention executes, over the rows that run."""
-        densities = self.densities.tolist()
-        rungs = [rung for row in plan.running() for rung in row]
-        return sum(densities[rung.density] for rung in rungs) / len(rungs)
+    def load_state_dict(self, state: dict) -> None:
+        """ValueError for a state of another input or shape."""
+        if state["input"] != self.input:
+            raise ValueError(f"policy.input: got a state of {state['input']}, this run's is {self.input}")
+        self.table.load_state_dict(state["table"])
+        for name in ("jump_damage", "jump_base", "jump_seen", "exchange"):
+            getattr(self, name).copy_(state[name])
+        if self.network is not None:
+            self.network.load_state(state["network"])
+        self.target, self.price = state["target"], state["price"]
+        self._estimate = self._gates = None
 
-    @torch.no_grad()
     def summary(self) -> dict[str, float]:
-        _, merge = self.probabilities()
-        steps = {"expected_steps": float(self.run_probability().sum())} if self.steps else {}
+        gates, estimate = self.gates(), self.estimate()
+        merged = gates.p @ np.array([MERGE_LADDER[rung.merge] for rung in RUNGS])
+        steps = {"expected_steps": float(gates.run.sum())} if self.steps else {}
+        probed = self.table.seen[..., 1:] > 0
         return steps | {
-            "gate_entropy": float(self.gate_entropy()),
-            "temperature": float(self.tau),
-            "expected_cost": float(self.expected_cost()),
-            "expected_density": float(self.expected_density()),
-            "expected_merged": float((merge * merge.new_tensor(MERGE_LADDER)).sum(-1).mean()),
-            "budget_multiplier": float(self.multiplier),
+            "gate_entropy": float(gates.entropy().mean()),
+            "temperature": float(estimate.temperature().mean()),
+            "expected_cost": gates.cost,
+            "expected_density": gates.density,
+            "expected_merged": float(merged.mean()),
+            "budget_price": gates.price,
+            "slots_probed": float(probed.sum()) / (probed.shape[0] * probed.shape[1] * (sum(AXES.values()) - len(AXES))),
         }

@@ -1,13 +1,108 @@
 """Multi-choice knapsack: one rung for each cell of the plan, best total value within a mean cost; whole rows may be jumped.
 
-Exact up to the rounding of costs to a grid of `resolution` per cell; costs are rounded up, so the budget is never exceeded.
+Small tables by dynamic programming, exact up to the rounding of costs to a grid of `resolution` per cell; costs are rounded up, so the
+budget is never exceeded. Tables beyond `EXACT` by price (Lagrangian relaxation) and a greedy filling of what is left: a plan of 30 layers
+× 50 timesteps then takes a few milliseconds and is worse than the best by less than one cell's step is worth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from usv.sparse.plan import RUNGS, SparsityPlan
+
+EXACT = 40_000_000  # cells · choices · units of cost up to which dynamic programming is used
+
+
+def plan_of(
+    edges: Sequence[float], damage: np.ndarray, costs: np.ndarray, budget: float, densities: np.ndarray | None = None,
+    most_density: float = 1.0, jump: np.ndarray | None = None,
+) -> SparsityPlan:  # fmt: skip
+    """The plan of least total damage within a mean cost.
+
+    Args:
+        damage: (bins, layers, rungs), +inf forbids. costs, densities: (rungs,).
+        most_density: bound on the mean density of what runs; density is then given the least price that meets it.
+        jump: (bins,) damage of leaving a step out, +inf where it must run; None: all run.
+
+    Raises:
+        ValueError: no plan meets the budget, or the bound.
+    """
+
+    def solve(price: float) -> np.ndarray:
+        values = -damage if densities is None else -damage - price * (densities - most_density)  # a jumped step is neither denser nor sparser
+        if jump is None:
+            return choose(values.reshape(-1, values.shape[-1]), costs, budget).reshape(values.shape[:2])
+        return choose_rows(values, costs, -jump, budget)
+
+    if most_density >= 1:
+        chosen = solve(0.0)
+    else:
+        chosen = least_price(solve, lambda found: densities[found[found[:, 0] >= 0]].mean(), most_density)
+    if chosen is None:
+        raise ValueError(f"most_density: got {most_density}, but no plan of this budget is as sparse; raise one of them")
+    runs = () if jump is None else tuple(bool(row[0] >= 0) for row in chosen)
+    for bin in reversed(range(len(runs) - 1)):  # training still passes through the bins of jumped steps, as the step before runs
+        if not runs[bin]:
+            chosen[bin] = chosen[bin + 1]
+    return SparsityPlan(tuple(edges), tuple(tuple(RUNGS[i] for i in row) for row in chosen), runs)
+
+
+def by_price(values: np.ndarray, costs: np.ndarray, budget: float, jump: np.ndarray | None = None) -> np.ndarray:
+    """(rows, cells) choices whose total cost is at most `budget`, those of the least price on cost that does it, then filled up.
+
+    values, costs: (rows, cells, choices), -inf forbids. jump: (rows,) value of leaving a row out, whose choices are then -1.
+    The caller has made sure that the cheapest choices meet the budget.
+    """
+    forbidden = ~np.isfinite(values)
+
+    def at(price: float) -> tuple[np.ndarray, float]:
+        worth = np.where(forbidden, -np.inf, values - price * costs)
+        chosen = worth.argmax(-1)
+        if jump is not None:
+            best = np.take_along_axis(worth, chosen[..., None], -1)[..., 0].sum(1)
+            chosen[best < jump] = -1
+        spent = np.take_along_axis(costs, np.maximum(chosen, 0)[..., None], -1)[..., 0]
+        return chosen, float(spent[chosen >= 0].sum())
+
+    chosen, spent = at(0.0)
+    if spent > budget:
+        low, high = 0.0, 1e-9
+        while spent > budget and high < 1e30:
+            low, high = high, 4 * high
+            chosen, spent = at(high)
+        for _ in range(60):
+            middle = (low + high) / 2
+            tried, cost = at(middle)
+            if cost <= budget:
+                high, chosen, spent = middle, tried, cost
+            else:
+                low = middle
+    return _fill(values, costs, chosen, budget - spent)
+
+
+def _fill(values: np.ndarray, costs: np.ndarray, chosen: np.ndarray, left: float) -> np.ndarray:
+    """Spend what is left, dearest value for its cost first."""
+    rows, cells = np.nonzero(chosen >= 0)
+    values, costs, now = values[rows, cells], costs[rows, cells], chosen[rows, cells]
+    every = np.arange(len(now))
+    for _ in range(20):
+        more, better = costs - costs[every, now][:, None], values - values[every, now][:, None]
+        fits = (better > 0) & (more <= left + 1e-12)
+        ratio = np.where(fits, better / np.maximum(more, 1e-12), -np.inf)
+        best = ratio.argmax(1)
+        order = np.argsort(-ratio[every, best], kind="stable")
+        moved = False
+        for cell in order[: int(np.isfinite(ratio[every, best]).sum())]:
+            if more[cell, best[cell]] <= left + 1e-12:
+                now[cell], left, moved = best[cell], left - more[cell, best[cell]], True
+        if not moved:
+            break
+    chosen = chosen.copy()
+    chosen[rows, cells] = now
+    return chosen
 
 
 def least_price(solve: Callable, measure: Callable, most: float):
@@ -52,6 +147,8 @@ def choose(values: np.ndarray, costs: np.ndarray, mean_budget: float, resolution
     capacity = int(np.floor(mean_budget * cells * resolution + 1e-9))
     if capacity < int(np.where(np.isfinite(values), weight, 1 << 30).min(1).sum()):  # only rounding stands between
         return np.where(np.isfinite(values), costs, np.inf).argmin(1)
+    if cells * choices * capacity > EXACT:
+        return by_price(values[None], costs[None], mean_budget * cells)[0]
     best = np.full(capacity + 1, -np.inf)
     best[0] = 0.0
     taken = np.zeros((cells, capacity + 1), dtype=np.int16)
@@ -99,6 +196,8 @@ def choose_rows(
         raise ValueError(
             f"budget: got {mean_budget:.4f}, but the steps that must run cost {needed:.4f}; give at least that"
         )
+    if rows * layers * choices * most > EXACT:
+        return by_price(values, np.broadcast_to(costs, values.shape), budget, jump)
     unit = budget / most
     weight = np.ceil(costs / unit - 1e-9).astype(int)
     best, history = np.full(most + 1, -np.inf), []

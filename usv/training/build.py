@@ -74,9 +74,6 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     run.edges = timestep_bins(config.policy.bins, m.flow_shift, *run.span)
     check_density(config, layout.num_blocks)
     run.policy = make_policy(config, run.edges, run.num_layers, costs, layout.num_blocks)
-    learned = isinstance(run.policy, torch.nn.Module)
-    betas = tuple(config.optim.betas)
-    run.policy_optimizer = torch.optim.AdamW(run.policy.parameters(), lr=config.policy.lr, betas=betas, weight_decay=0.0) if learned else None
     run.engine = Engine(config, accelerator, ranks, student)
     run.student = run.engine
     open_data(run, config, student, latent_shape)
@@ -194,7 +191,7 @@ def make_policy(config: TrainConfig, edges, num_layers: int, costs, num_blocks: 
     if p.name == "entropy":
         return EntropyPolicy(edges, num_layers, costs, p.gamma, axes=p.axes)
     return GumbelPolicy(
-        edges, num_layers, costs, p.probes, p.tau_start, p.entropy_bonus, axes=p.axes, steps=p.steps,
+        edges, num_layers, costs, p.probes, p.input, axes=p.axes, steps=p.steps,
         most_density=p.most_density, merge_layers=p.merge_layers, densities=executed_densities(num_blocks),
     )  # fmt: skip
 

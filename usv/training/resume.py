@@ -44,13 +44,12 @@ NEVER = "runtime.resume=never begins anew and replaces student/ and state/"
 
 def policy_tables(policy) -> dict:
     """What a policy has learned, as it stands in a student's config.json: the probabilities of its gates, bins × layers × rungs, and
-    the damage a jump of each bin's step stands for (`known_jump_damage`); entropies of bins × layers. The plan is decoded from the
-    damages of rungs too, which are in the trainer's state."""
+    the damage a jump of each bin's step stands for (`known_jump_damage`); entropies of bins × layers. With the damages of all rungs the
+    plan of any budget can be decoded (`usv.policy.dial`)."""
     if isinstance(policy, GumbelPolicy):
-        with torch.no_grad():
-            density, merge = policy.probabilities()
-            steps = {"run": policy.run_probability().tolist(), "jump_damage": policy.known_jump_damage().tolist()} if policy.steps else {}
-        return {"name": "gumbel", "density": density.tolist(), "merge": merge.tolist(), **steps}
+        density, merge = (p.double().round(decimals=4).tolist() for p in policy.probabilities())
+        steps = {"run": policy.run_probability().tolist(), "jump_damage": policy.known_jump_damage().tolist()} if policy.steps else {}
+        return {"name": "gumbel", "density": density, "merge": merge, **steps}
     if isinstance(policy, EntropyPolicy):
         return {"name": "entropy", "entropy": policy.entropy.tolist()}
     return {"name": "static"}
@@ -104,10 +103,9 @@ def save(run) -> Path:
     """Write student and trainer state, from all ranks together; rank 0 writes. CheckpointError where a weight is not finite."""
     student = run.student_with_average("cpu")
     state = {
-        "expert": run.config.model.expert, "step": run.step, "running": run.running, "skipped": run.skipped, "student": run.engine.weights(trained=True),
+        "expert": run.config.model.expert, "step": run.step, "wanted": run.wanted, "skipped": run.skipped, "student": run.engine.weights(trained=True),
         "ema": run.engine.weights(averaged=True, trained=True), "optimizer": run.engine.moments(),
         "policy": run.policy.state_dict(), "data": run.data.state_dict(), "best": run.best,
-        "policy_optimizer": None if run.policy_optimizer is None else run.policy_optimizer.state_dict(),
         "plan": None if run.plan is None else run.plan.to_dict(), "steps": run.config.optim.steps,
         "objective": run.objective.state_dict(), "settings": settings_of(run.config), "seed": run.config.seed,
     }  # fmt: skip
@@ -275,12 +273,10 @@ def restore(run, folder: Path, state: dict) -> None:
         run.engine.load_weights(state["student"], state["ema"])
         run.engine.load_moments({} if again else state["optimizer"])
         run.policy.load_state_dict(state["policy"])
-        if run.policy_optimizer is not None:
-            run.policy_optimizer.load_state_dict(state["policy_optimizer"])
         critic = state.get("critic")  # where it lay before there were objectives
         run.objective.load_state_dict(state.get("objective", {} if critic is None else {"critic": critic}))
         run.data.load_state_dict(state["data"])
-        run.step, run.running, run.skipped, run.best = (state[name] for name in ("step", "running", "skipped", "best"))
+        run.step, run.wanted, run.skipped, run.best = (state[name] for name in ("step", "wanted", "skipped", "best"))
         run.best = None if run.best is None or not math.isfinite(run.best) else run.best
         run.plan = None if state["plan"] is None else SparsityPlan.from_dict(state["plan"])
         if run.plan is not None and (len(run.plan.edges) != len(run.edges) or run.plan.num_layers != run.num_layers):

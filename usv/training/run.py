@@ -23,7 +23,7 @@ from usv.objectives import make_objective
 from usv.objectives.protocol import Clips, Point
 from usv.objectives.velocity import guided_velocity
 from usv.policy import Decisions
-from usv.policy.gumbel import GumbelPolicy
+from usv.policy.content import content_of
 from usv.sampling.checkpoint import Student
 from usv.sparse.attention import AttentionStats
 from usv.sparse.plan import MERGE_LADDER, SparsityPlan, bin_of, executed_densities
@@ -46,16 +46,19 @@ def commit() -> str:
 
 
 def budget_at(step: int, config: TrainConfig) -> float:
-    """Target cost of a step: 1 at first, then geometrically down to the budget (density warm-down)."""
-    begin, end = config.policy.warm_down
-    progress = (step / config.optim.steps - begin) / max(end - begin, 1e-9)
-    return config.policy.budget ** min(max(progress, 0.0), 1.0)
+    """Target cost of a step: 1 at first, then geometrically down to the budget (density warm-down).
 
-
-def temperature_at(step: int, config: TrainConfig) -> float:
-    """Temperature of the Gumbel policy, geometrically from tau_start to tau_end at freeze_at."""
-    progress = min(step / (config.optim.steps * config.policy.freeze_at), 1.0)
-    return config.policy.tau_start * (config.policy.tau_end / config.policy.tau_start) ** progress
+    With `policy.budgets` every step draws its own between them: a quarter the smallest, a quarter the largest, the others in between,
+    evenly in the logarithm; the warm-down bounds them from below.
+    """
+    p = config.policy
+    begin, end = p.warm_down
+    progress = min(max((step / config.optim.steps - begin) / max(end - begin, 1e-9), 0.0), 1.0)
+    if not p.budgets:
+        return p.budget**progress
+    least, most = p.budgets
+    draw = 2 * float(torch.rand(1, generator=torch.Generator().manual_seed(config.seed * 104_729 + step))) - 0.5
+    return max(least ** (1 - min(max(draw, 0.0), 1.0)) * most ** min(max(draw, 0.0), 1.0), least**progress)
 
 
 @dataclass
@@ -107,7 +110,9 @@ class Run:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.share = ranks.share
         self.folder = Path(config.output_dir)
-        self.step, self.plan, self.running, self.best, self.guide = 0, None, None, None, None
+        self.step, self.plan, self.best, self.guide = 0, None, None, None
+        self.wanted = [0.0, 0]  # mean square of what the student is to give, over so many steps: the unit of damages
+        self.dialled: dict[int, SparsityPlan] = {}  # plans of a dial's budgets, once the damages are fixed
         self.skipped, self.skipped_in_a_row, self.saved = 0, 0, None  # saved: the step that stands on the disk
         self.objective = make_objective(config.objective, config.model.flow_shift)
 
@@ -152,15 +157,30 @@ class Run:
         """Noise levels (B,) at places (B,) in [0, 1) of a timestep bin."""
         return flow.bin_levels(bin, place, len(self.edges), self.config.model.flow_shift, *self.span)
 
-    def decide(self, bin: int, target: float, tau: float, generator: torch.Generator) -> Decisions:
-        """The policy's decision, or the frozen plan's after `freeze_at`."""
+    def decide(self, bin: int, target: float, generator: torch.Generator, latents: torch.Tensor, text: torch.Tensor) -> Decisions:
+        """The policy's decision for a batch at this budget, or the frozen plan's after `freeze_at`."""
         if self.plan is None and self.step >= self.config.policy.freeze_at * self.config.optim.steps:
             self.plan = self.policy.decode(self.config.policy.budget)
-        if isinstance(self.policy, GumbelPolicy):
-            self.policy.tau = tau
+        self.policy.set_budget(target)
         if self.plan is not None:
-            return Decisions(bin, self.plan.rungs[bin])
-        return self.policy.decide(bin, generator)
+            return Decisions(bin, self.frozen().rungs[bin])
+        content = content_of(latents, text) if self.config.policy.input == "content" else None
+        return self.policy.decide(bin, generator, content)
+
+    def half(self, decisions: Decisions) -> torch.Tensor:
+        """The mix of a probe: one half, of every clip by itself where damages are told from the input."""
+        shape = () if decisions.content is None else (len(decisions.content), 1, 1)
+        return torch.full(shape, 0.5, device=self.device, requires_grad=True)
+
+    def frozen(self) -> SparsityPlan:
+        """The fixed plan; of a dial that of the budget drawn last, to a thirty-second of its range."""
+        if not self.config.policy.budgets:
+            return self.plan
+        least, most = self.config.policy.budgets
+        notch = round(32 * math.log(self.policy.target / least) / max(math.log(most / least), 1e-9))
+        if notch not in self.dialled:
+            self.dialled[notch] = self.policy.decode(least * (most / least) ** (notch / 32))
+        return self.dialled[notch]
 
     def current_plan(self) -> SparsityPlan:
         """The frozen plan, or what the policy would decode to at the final budget."""
@@ -169,7 +189,7 @@ class Run:
     def rungs_at(self, timestep: float, generator: torch.Generator):
         """What the student runs at a timestep of a rollout: the plan once it is fixed, else the policy's sample."""
         bin = bin_of(timestep, self.edges)
-        return self.plan.rungs[bin] if self.plan is not None else self.policy.decide(bin, generator).rungs
+        return self.frozen().rungs[bin] if self.plan is not None else self.policy.decide(bin, generator).rungs
 
     def sparse(self, text: torch.Tensor, rungs_at):
         """(x, timestep (B,)) -> the student's velocity for text (B, L, D); rungs_at: timestep -> the rungs it runs under."""
@@ -218,16 +238,22 @@ class Run:
         running = sum(self.plan.steps) if self.plan is not None else float(self.policy.run_probability().sum())
         return min(1.0, target * len(self.edges) / running)
 
-    def policy_loss(self, target: float) -> torch.Tensor | None:
-        return None if self.plan is not None else self.policy.loss(target)
+    def observe(self, decisions, probes, stats, wanted: float) -> None:
+        """What the policy learns from: the means over ranks, so that all ranks go on deciding alike.
 
-    def observe(self, decisions, probes, stats, loss: float) -> None:
-        """What the policy learns from: the means over ranks, so that all ranks go on deciding alike."""
-        self.running = loss if self.running is None else 0.95 * self.running + 0.05 * loss
+        wanted: mean square of what the student is to give. A damage is a rise of the loss over the mean of that so far, which hardly moves;
+        the loss itself falls, and damages in units of it could not be remembered.
+        """
+        mean, count = self.wanted
+        self.wanted = [mean + (self.ranks.mean([wanted])[0] - mean) / (count + 1), count + 1]
         if self.plan is None:
-            seen = [float(p.mix.grad) / max(self.running, 1e-12) for p in probes.values()] + [float(s.entropy) for s in stats.values()]
+            unit = max(self.wanted[0], 1e-12)
+            seen = [float(p.mix.grad.sum()) / unit for p in probes.values()] + [float(s.entropy) for s in stats.values()]
             seen = self.ranks.mean(seen)
-            self.policy.observe(decisions, dict(zip(probes, seen)), dict(zip(stats, seen[len(probes) :])))
+            damages = dict(zip(probes, seen))
+            if decisions.content is not None:
+                damages = {layer: (len(decisions.content) * p.mix.grad.flatten().cpu() / unit).tolist() for layer, p in probes.items()}
+            self.policy.observe(decisions, damages, dict(zip(stats, seen[len(probes) :])))
         elif self.config.policy.mode == "dynamic":
             self.steer(decisions, stats)
 
@@ -243,18 +269,14 @@ class Run:
             masses[layer] = min(max(mass, 1e-3), 1.0)
         self.plan = self.plan.steered(decisions.bin, masses)
 
-    def update(self, losses: Sequence[float], policy_loss: torch.Tensor | None) -> tuple[float, float]:
-        """Step of the student, whose gradients are there, and of the policy; the loss, mean over ranks, and the gradient's norm. Not
-        finite: nothing moved. losses: of the parts of the step's clips."""
+    def update(self, losses: Sequence[float]) -> tuple[float, float]:
+        """Step of the student, whose gradients are there; the loss, mean over ranks, and the gradient's norm. Not finite: nothing moved.
+        losses: of the parts of the step's clips."""
         mean = self.ranks.mean([sum(losses) / len(losses)])[0]
         warm = min(1.0, (self.step + 1) / max(1, self.config.optim.warmup))
         decay = 0.5 * (1 + math.cos(math.pi * self.step / self.config.optim.steps))
         norm = self.engine.step(self.config.optim.lr * warm * (0.05 + 0.95 * decay))
         if math.isfinite(norm):
-            if policy_loss is not None:  # the same on every rank: what it learns from was averaged
-                self.policy_optimizer.zero_grad(set_to_none=True)
-                policy_loss.backward()
-                self.policy_optimizer.step()
             self.engine.update_average(1 - min(self.config.optim.ema, (1 + self.step) / (10 + self.step)))
             self.skipped_in_a_row = 0
         return mean, norm
