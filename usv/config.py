@@ -77,7 +77,7 @@ class ModelConfig:
 class PolicyConfig:
     """How sparsity is decided. `budget`: mean cost of a forward as a fraction of the dense one's FLOPs.
 
-    name: gumbel (learned) | entropy | static | inherit (the plan of objective.init, from the first step on). mode: plan (every input
+    name: gumbel (learned) | entropy | static | hand_rule | calibration (what a learned one has to beat) | inherit (the plan of objective.init, from the first step on). mode: plan (every input
     computes the plan's densities) | dynamic (once the plan is fixed each input computes what it needs for a share of its attention
     mass, steered in training so that the plan's densities are met on average; all else is the plan's). axes: what is
     decided, or inherited; an axis left out stays dense. steps: also decide which of the bins' upper edges a few-step student runs at; budget is
@@ -100,6 +100,7 @@ class PolicyConfig:
     probes: int = 2
     input: str = "place"
     budgets: list[float] = field(default_factory=list)
+    cost: str | None = None  # a file of python -m usv.bench costs: what rungs and budget cost, in seconds of this machine; none: FLOPs
     gamma: float = 1.0
     warm_down: list[float] = field(default_factory=lambda: [0.05, 0.5])  # share of the run: density falls from, to
     freeze_at: float = 0.7  # share of the run after which the decoded plan is fixed and fine-tuned
@@ -335,7 +336,7 @@ def typed(config: DictConfig, schema: type):
         raise SettingError(str(error).split("\n")[0]) from None
 
 
-POLICIES = ("static", "entropy", "gumbel", "inherit")
+POLICIES = ("static", "entropy", "hand_rule", "calibration", "gumbel", "inherit")
 RUNTIMES = ("single", "ddp", "zero2", "zero3")
 IMPLS = ("auto", "reference", "cpu", "triton", "flex", "flex_compiled")
 

@@ -36,7 +36,7 @@ def test_what_was_never_probed_is_thought_dearer_the_further_down():
 def test_gates_cool_as_probes_come():
     table, temperatures = DamageTable(1, 1), []
     rng = np.random.default_rng(3)
-    for count in range(1, 40):
+    for _ in range(39):
         for slot in STEPS:
             table.observe(0, 0, slot, 0.1 + 0.05 * rng.normal())
         temperatures.append(float(table.estimate().temperature()))

@@ -61,7 +61,8 @@ class GumbelPolicy:
         bins = len(self.edges)
         self.table = DamageTable(bins, num_layers, memory)
         self.network = None if input == "none" else DamageNetwork(bins, num_layers, CONTENT if input == "content" else 0)
-        self.forbidden = np.array([[not allowed(r, self.axes) or (r.merge > 0 and i >= self.merge_layers) for r in RUNGS] for i in range(num_layers)])
+        dearer = self.costs > self.costs[0] + 1e-9  # than dense, in seconds of some machine: no better, and no cheaper
+        self.forbidden = np.array([[not allowed(r, self.axes) or (r.merge > 0 and i >= self.merge_layers) for r in RUNGS] for i in range(num_layers)]) | dearer
         self.jump_damage = torch.zeros(bins)  # to the samples, over the rollout with this step
         self.jump_base = torch.zeros(bins)  # to the loss, of the rungs that this step had there
         self.jump_seen = torch.zeros(bins)

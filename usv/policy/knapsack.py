@@ -31,8 +31,13 @@ def plan_of(
         ValueError: no plan meets the budget, or the bound.
     """
 
+    finite = np.abs(damage[np.isfinite(damage)])
+    tie = 1e-7 * (finite.max() or 1.0)
+
     def solve(price: float) -> np.ndarray:
-        values = -damage if densities is None else -damage - price * (densities - most_density)  # a jumped step is neither denser nor sparser
+        values = tie * costs - damage  # of equals the dearer: a budget is there to be used
+        if price:
+            values = values - price * (densities - most_density)  # a jumped step is neither denser nor sparser
         if jump is None:
             return choose(values.reshape(-1, values.shape[-1]), costs, budget).reshape(values.shape[:2])
         return choose_rows(values, costs, -jump, budget)

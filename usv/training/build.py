@@ -16,11 +16,14 @@ from usv.models import lora
 from usv.models.forward import SparseTransformer
 from usv.objectives.distribution import Critic, Head
 from usv.policy import allowed
+from usv.policy.baselines import CalibrationPolicy, HandRulePolicy
 from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
+from usv.sampling.budget import shape_of
 from usv.sampling.checkpoint import Student, load_student
 from usv.sparse.cost import ModelShape, rung_costs
 from usv.sparse.grid import Tile, tile_layout
+from usv.sparse.measured import device_name, read_costs
 from usv.sparse.plan import RUNGS, Rung, SparsityPlan, executed_densities, timestep_bins
 from usv.training.buckets import of_shape, open_shards
 from usv.training.data import ShardDataset
@@ -60,6 +63,8 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     layout = tile_layout(student.grid_of(latent_shape), tile)
     shape = ModelShape.of(transformer.config, m.max_sequence_length)
     costs = rung_costs(shape, layout)
+    if config.policy.cost is not None:
+        costs = measured_costs(config, student)
     run.costs, run.shape, run.layout = dict(zip(RUNGS, costs)), shape, layout
     least = least_cost(config, run.costs, run.num_layers)
     share = config.policy.bins if config.policy.steps else 1  # a jumped step costs nothing, and one of them always runs
@@ -178,9 +183,19 @@ def refuse_other_kind(config: TrainConfig, start: Student) -> None:
 def least_cost(config: TrainConfig, costs: Mapping[Rung, float], num_layers: int) -> float:
     """Of a forward under the sparsest plan that `policy.axes` and `policy.merge_layers` allow, as a fraction of the dense one's."""
     p = config.policy
-    merging = num_layers if p.merge_layers is None or p.name != "gumbel" else min(p.merge_layers, num_layers)
+    merging = num_layers if p.merge_layers is None or p.name not in ("gumbel", "calibration") else min(p.merge_layers, num_layers)
     least = lambda merge: min(cost for rung, cost in costs.items() if allowed(rung, p.axes) and (merge or not rung.merge))  # noqa: E731
     return (merging * least(True) + (num_layers - merging) * least(False)) / num_layers
+
+
+def measured_costs(config: TrainConfig, student) -> list[float]:
+    """Costs of the rungs in seconds of this machine, from `policy.cost`. CostsError where they are of something else."""
+    m = config.model
+    wanted = {
+        "device": device_name(), "num_layers": student.num_layers, "transformer": shape_of(student), "tile": list(m.tile), "height": m.height,
+        "width": m.width, "num_frames": m.num_frames,
+    }  # fmt: skip
+    return read_costs(config.policy.cost, wanted).rung_costs()
 
 
 def make_policy(config: TrainConfig, edges, num_layers: int, costs, num_blocks: int):
@@ -188,6 +203,10 @@ def make_policy(config: TrainConfig, edges, num_layers: int, costs, num_blocks: 
     p = config.policy
     if p.name in ("static", "inherit"):  # inherit: run.plan is fixed before the first step
         return StaticPolicy(edges, num_layers, costs, axes=p.axes)
+    if p.name == "hand_rule":
+        return HandRulePolicy(edges, num_layers, costs, axes=p.axes)
+    if p.name == "calibration":
+        return CalibrationPolicy(edges, num_layers, costs, p.probes, axes=p.axes, merge_layers=p.merge_layers)
     if p.name == "entropy":
         return EntropyPolicy(edges, num_layers, costs, p.gamma, axes=p.axes)
     return GumbelPolicy(

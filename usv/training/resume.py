@@ -22,6 +22,7 @@ from usv.bounds import leaves
 from usv.config import SettingError
 from usv.files import FileError, atomic_folder, checksum, claimed, reason_of, settle
 from usv.objectives import of_older
+from usv.policy.dial import carried
 from usv.policy.fixed import EntropyPolicy
 from usv.policy.gumbel import GumbelPolicy
 from usv.sampling.checkpoint import CheckpointError, not_finite, read_config, save_file_atomic, save_student
@@ -42,17 +43,17 @@ LEFT_BY_FILE_BROWSERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 NEVER = "runtime.resume=never begins anew and replaces student/ and state/"
 
 
-def policy_tables(policy) -> dict:
+def policy_tables(policy, settings) -> dict:
     """What a policy has learned, as it stands in a student's config.json: the probabilities of its gates, bins × layers × rungs, and
     the damage a jump of each bin's step stands for (`known_jump_damage`); entropies of bins × layers. With the damages of all rungs the
-    plan of any budget can be decoded (`usv.policy.dial`)."""
+    plan of any budget between `policy.budgets` can be decoded (`usv.policy.dial`)."""
     if isinstance(policy, GumbelPolicy):
         density, merge = (p.double().round(decimals=4).tolist() for p in policy.probabilities())
         steps = {"run": policy.run_probability().tolist(), "jump_damage": policy.known_jump_damage().tolist()} if policy.steps else {}
-        return {"name": "gumbel", "density": density, "merge": merge, **steps}
+        return {"name": "gumbel", "density": density, "merge": merge, **steps, **carried(policy, settings.budgets or [settings.budget, 1.0])}
     if isinstance(policy, EntropyPolicy):
         return {"name": "entropy", "entropy": policy.entropy.tolist()}
-    return {"name": "static"}
+    return {"name": "static" if settings.name == "inherit" else settings.name}
 
 
 def settings_of(config) -> dict:

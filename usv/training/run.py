@@ -314,7 +314,7 @@ class Run:
             sampling |= {"student_timesteps": steps, "num_inference_steps": len(steps)}
         training = {"steps": self.step, "policy": self.config.policy.name, "seed": self.config.seed, "commit": commit()}
         model = model.to(device or self.device).eval().requires_grad_(False)
-        return Student(model, self.current_plan(), sampling, training, policy_tables(self.policy), used, adapters)
+        return Student(model, self.current_plan(), sampling, training, policy_tables(self.policy, self.config.policy), used, adapters)
 
     def fail(self, what: str) -> None:
         """Stop on a non-finite step. The last checkpoint stands; a report says what was seen."""

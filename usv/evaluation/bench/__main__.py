@@ -13,7 +13,7 @@ import torch
 from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory
 from usv.evaluation.arguments import check
-from usv.evaluation.bench import block, denoise, forward, memory, training
+from usv.evaluation.bench import block, costs, denoise, forward, memory, training
 from usv.evaluation.bench.measure import write
 from usv.evaluation.bench.sides import pipeline_sides
 from usv.sampling.checkpoint import named
@@ -25,6 +25,14 @@ def model_config(args) -> ModelConfig:
     """ModelConfig with what the command line sets."""
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     return ModelConfig(path=args.model, **{k: v for k, v in vars(args).items() if k in fields and v is not None})
+
+
+def size_of(text: str) -> tuple[int, int, int]:
+    """HEIGHTxWIDTHxFRAMES. SettingError."""
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise SettingError(f"--size: got {text!r}, accepted: HEIGHTxWIDTHxFRAMES, e.g. 480x832x81")
+    return tuple(map(int, parts))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, default=6)
     sub = command("memory", "peak memory of a forward, dense against plans", 3)
     sub.add_argument("--batch-size", type=int, default=1)
+    sub = command("costs", "seconds of every rung on this device, for policy.cost= and usv.enable(speedup=, costs=)", 30, plans=False)
+    sub.add_argument("--size", help="HEIGHTxWIDTHxFRAMES of the videos, e.g. 480x832x81; default: ModelConfig's")
+    sub.add_argument("--seconds", type=float, default=90.0, help="begin no round that would end later")
+    sub.add_argument("--batch-size", type=int, default=1)
     sub = command("wan-1.3b", block.__doc__.splitlines()[0], 5, model=False, plans=False)
     sub.add_argument("--grid", type=int, nargs=3, default=block.GRID, help="tokens along t, h, w")
     sub.add_argument("--minutes", type=float, default=6.0, help="begin no repetition that would end later")
@@ -74,6 +86,8 @@ def run(args) -> tuple[dict, str]:
     if args.command == "wan-1.3b":
         report = block.bench(tuple(args.grid), args.plan, args.minutes, args.repeats, args.layers)
         return report, block.table(report)
+    if getattr(args, "size", None):
+        args.height, args.width, args.num_frames = size_of(args.size)
     model = model_config(args)
     checkpoints = named(args.ckpt)
     if args.command == "memory":
@@ -83,6 +97,10 @@ def run(args) -> tuple[dict, str]:
     if args.command == "denoise":
         report = denoise.bench(pipe, model, checkpoints, args.batch_size, args.repeats)
         return report, denoise.table(report)
+    if args.command == "costs":
+        sides, inputs = pipeline_sides(pipe, model, {}, [], [], args.batch_size)
+        report = costs.bench(sides[0].model, inputs, (model.height, model.width, model.num_frames), args.seconds, args.repeats)
+        return report, costs.table(report)
     sides, inputs = pipeline_sides(pipe, model, checkpoints, args.density, args.merge, args.batch_size)
     if args.command == "train":
         specs = memory.specs("train", model, checkpoints, args.density, args.merge, args.batch_size)
