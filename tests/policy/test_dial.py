@@ -158,13 +158,15 @@ def test_by_price_is_close_to_exact():
         assert values[range(40), found].sum() >= values[range(40), exact].sum() - one_cell
 
 
-@pytest.mark.parametrize("budget", [0.13, 0.2, 0.28, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("budget", [0.19, 0.28, 0.5, 0.8, 1.0])
 def test_the_hand_rule_has_two_numbers_and_the_cost(budget):
     plan = HandRulePolicy(EDGES, LAYERS, COSTS).decode(budget)
     assert budget - 0.05 < cost(plan) <= budget + 1e-9
     merges = [{r.merge for r in column} for column in zip(*plan.rungs)]
     assert merges[:3] == merges[:1] * 3 and merges[3] == {0}
     assert len({r.density for row in plan.rungs for r in row}) <= 2
+    with pytest.raises(ValueError, match=r"policy.budget: got 0.130, but the hand rule's sparsest plan costs 0.18"):
+        HandRulePolicy(EDGES, LAYERS, COSTS).decode(0.13)
 
 
 def test_calibration_learns_layers_and_goes_on_exactly():

@@ -9,14 +9,14 @@ from runs import interrupt, program, same
 
 from usv.sampling.checkpoint import load_student
 from usv.sampling.generate import load_pipeline
-from usv.sparse.attention import sparse_attention
+from usv.sparse.attention import kept_of_mass, sparse_attention
 from usv.sparse.plan import Rung, SparsityPlan, executed_densities
 
 STARTS, SIZES = torch.arange(0, 64, 8, dtype=torch.int32), torch.full((8,), 8, dtype=torch.int32)
 
 
 def test_an_input_computes_what_holds_its_mass():
-    """Attention that lies on one block computes one, attention spread evenly nearly the whole share; both are what is listed."""
+    """Attention that lies on one block computes one, attention spread evenly the whole share; both are what is listed."""
     torch.manual_seed(0)
     k, v = (torch.randn(1, 2, 64, 16) for _ in range(2))
     centre = k.unflatten(2, (8, 8)).mean(3)[:, :, 3:4]
@@ -26,14 +26,32 @@ def test_an_input_computes_what_holds_its_mass():
         out, stats = sparse_attention(q, k, v, STARTS, SIZES, 4, mass=0.8)
         found[name] = float(stats.density)
         assert float(stats.coarse_recall) >= 0.8
-        blocks = round(8 * found[name])
         scores = (q.unflatten(2, (8, 8)).mean(3) @ k.unflatten(2, (8, 8)).mean(3).transpose(-1, -2) / 4).float()
-        keep = torch.zeros(1, 2, 8, 8, dtype=torch.bool).scatter_(-1, scores.sort(dim=-1, descending=True, stable=True).indices[..., :blocks], True)
+        kept = kept_of_mass(scores, 0.8)
+        assert kept.sum() == round(128 * found[name]) and kept.max() - kept.min() <= 1, "equal rows keep alike"
+        rank = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+        keep = rank < kept[..., None]
         mask = keep.repeat_interleave(8, 2).repeat_interleave(8, 3)
         assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-5)
-    assert found == {"one": 1 / 8, "spread": 7 / 8}  # 0.8 of 8 equal blocks is the seventh
+    assert found == {"one": 1 / 8, "spread": 103 / 128}  # 0.8 of 128 equal blocks is the 103rd
     _, fixed = sparse_attention(q, k, v, STARTS, SIZES, 4)
     assert float(fixed.density) == 0.5
+
+
+def test_no_choice_of_so_many_blocks_holds_more():
+    """One threshold over all heads against a share kept in every row, at equal numbers of blocks: the former holds more, and the most."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 4, 6, 16, generator=generator) * torch.tensor([0.2, 1.0, 3.0, 8.0]).view(1, 4, 1, 1)  # diffuse and concentrated heads
+    share = scores.softmax(-1).sort(-1, descending=True).values
+    held = lambda kept: (share * (torch.arange(16) < kept[..., None])).flatten(1).sum(-1) / 24  # noqa: E731
+    for p in (0.5, 0.8, 0.95):
+        own = (share.cumsum(-1) - share < p).sum(-1)  # top-p of every row
+        mass = held(own)
+        for b in range(2):
+            kept = kept_of_mass(scores[b : b + 1], float(mass[b]))
+            assert kept.sum() < own[b].sum(), "the same mass in fewer blocks"
+            best = share[b].flatten().sort(descending=True).values[: int(kept.sum())].sum() / 24
+            assert mass[b] - 1e-5 <= held(kept.expand(2, -1, -1))[b] <= best + 1e-5
 
 
 def test_a_mass_travels_with_the_plan_and_is_no_decision():

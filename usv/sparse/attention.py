@@ -2,7 +2,7 @@
 
     q_c, k_c, v_c = mean of each block          scores = q_c k_cᵀ / √D         coarse = softmax(scores) v_c
     fine = exact attention over the num_kept best-scored blocks of each row    out = fine + gate ⊙ coarse
-           (or over as many as hold a share `mass` of its coarse map: the input says how many)
+           (or over as many as hold a share `mass` of the coarse map: the input says how many)
 
 Gate is a projection of the block's input, zero at first, so training starts as plain block-sparse attention and at full
 density as exact dense attention. Selection has no gradient; the coarse branch gives q and k theirs. Source: VSA
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from usv_kernels import BlockSelection, block_pool, block_sparse_attention, select_top_k, select_top_p
+from usv_kernels import BlockSelection, block_pool, block_sparse_attention, select_top_k
 
 from usv.sparse.joint import Text, list_text, text_rows
 
@@ -65,7 +65,8 @@ def sparse_attention(
         impl: how the kernel runs.
         fine: runs instead of selection and fine branch, at the density num_kept / M; the coarse branch stays.
         largest: bound on sizes that the host knows (`BlockSelection.q_max`): the GPU kernel then takes its flat loop. 0: none.
-        mass: above 0, each row keeps its best blocks until they hold this share of the coarse map instead of num_kept of them.
+        mass: above 0, the best blocks of all rows and heads of a sample together are kept until they hold this share of its coarse map, at
+            least one a row, instead of num_kept of every row (`kept_of_mass`).
 
         text: joint attention: q, k, v are (B, H, T + S, D) with these tokens of text, which every row of the video lists whole and whose
             rows are dense (`usv.sparse.joint`); blocks, gate and key_bias are of the video.
@@ -108,8 +109,26 @@ def _joint(q, k, v, starts, sizes, num_kept, gate, key_bias, impl, fine, largest
 
 def _select(scores: torch.Tensor, num_kept: int, mass: float, layout, largest: int) -> BlockSelection:
     if mass:
-        return select_top_p(scores, mass, 0.0, *layout, q_max=largest, kv_max=largest)
+        return select_top_k(scores, kept_of_mass(scores.detach(), mass), *layout, q_max=largest, kv_max=largest)
     return select_top_k(scores, num_kept, *layout, q_max=largest, kv_max=largest)
+
+
+def kept_of_mass(scores: torch.Tensor, mass: float) -> torch.Tensor:
+    """(B, H, M, N) coarse scores -> (B, H, M) int32: blocks that each row keeps.
+
+    One threshold on a block's share of its row, the same in all rows and heads of a sample, such that what lies above it holds `mass` of
+    the coarse map. Of all choices of so many blocks that one holds most. A share kept in every row (top-p) takes blocks from
+    concentrated heads, where each holds much, for diffuse ones, where it holds little: at equal density less is kept. Of equal shares
+    those come first that are first in their rows.
+    """
+    batch, heads, rows, blocks = scores.shape
+    share = scores.float().softmax(-1).sort(-1, descending=True).values
+    flat, order = share.view(batch, heads * rows, blocks).transpose(1, 2).flatten(1).sort(dim=-1, descending=True, stable=True)
+    held = flat.cumsum(-1, dtype=torch.float64) / (heads * rows)
+    kept = held - flat / (heads * rows) < mass - 1e-7  # what lies before it does not hold the share yet
+    counts = torch.zeros(batch, heads * rows, dtype=torch.int32, device=scores.device)
+    counts.scatter_add_(1, order % (heads * rows), kept.to(torch.int32))
+    return counts.clamp_min_(1).view(batch, heads, rows)
 
 
 def _coarse_scores(q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:

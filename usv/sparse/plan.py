@@ -24,8 +24,8 @@ MERGE_LADDER = (0.0, 1 / 4, 1 / 2, 3 / 4)
 class Rung:
     """One point of the decision space: positions on the two ladders.
 
-    mass: above 0 each query block keeps its best key blocks up to this share of its coarse attention, so that the input says how
-    many; the density is then what that comes to on average (`policy.mode=dynamic`). It is no part of the decision: rungs that differ
+    mass: above 0 the best key blocks of all query blocks and heads are kept up to this share of the coarse attention, so that the input
+    says how many; the density is then what that comes to on average (`policy.mode=dynamic`). It is no part of the decision: rungs that differ
     in it only are equal.
     """
 

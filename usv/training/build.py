@@ -204,7 +204,9 @@ def make_policy(config: TrainConfig, edges, num_layers: int, costs, num_blocks: 
     if p.name in ("static", "inherit"):  # inherit: run.plan is fixed before the first step
         return StaticPolicy(edges, num_layers, costs, axes=p.axes)
     if p.name == "hand_rule":
-        return HandRulePolicy(edges, num_layers, costs, axes=p.axes)
+        policy = HandRulePolicy(edges, num_layers, costs, axes=p.axes)
+        policy.decode(p.budget)  # refuses at once what it cannot reach
+        return policy
     if p.name == "calibration":
         return CalibrationPolicy(edges, num_layers, costs, p.probes, axes=p.axes, merge_layers=p.merge_layers)
     if p.name == "entropy":
