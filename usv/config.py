@@ -61,6 +61,7 @@ class ModelConfig:
     num_frames: int = 9
     max_sequence_length: int = 16
     tile: list[int] = field(default_factory=lambda: [3, 4, 4])
+    cell: list[int] = field(default_factory=lambda: [1, 2, 2])  # of a tile, in which tokens may merge; frames beyond 1 let neighbours in time merge
     num_inference_steps: int = 50
     guidance_scale: float = 3.0
     flow_shift: float = 3.0
@@ -83,8 +84,8 @@ class PolicyConfig:
     decided, or inherited; an axis left out stays dense. steps: also decide which of the bins' upper edges a few-step student runs at; budget is
     then the whole sampling's cost as a fraction of that many (`bins`) dense forwards. jump_every: training steps from one probe of a
     candidate step to the next; a probe samples three times and asks the teacher about each. input: what the damage of a rung is told
-    from (gumbel): none (a table of what was probed) | place (a network over timestep and layer) | content (over the input, too: the rungs are
-    then decided for each batch). budgets: [smallest, largest], a dial: every step draws its budget between them, and the student can be
+    from (gumbel): none (a table of what was probed) | place (a network over timestep and layer) | content (over the input, too: until freeze_at
+    the gates of each batch are its own; the plan that is kept is that of a mean input). budgets: [smallest, largest], a dial: every step draws its budget between them, and the student can be
     asked for any; `budget` is then the one it has unless asked.
     """
 
@@ -380,6 +381,7 @@ def check_train(config: TrainConfig) -> None:
         ("optim.steps", config.optim.steps, config.optim.steps >= 1, "at least 1"),
         ("policy.merge_layers", config.policy.merge_layers, config.policy.merge_layers is None or config.policy.merge_layers >= 0, "null (all) or a number of layers"),
         ("optim.batch_size", config.optim.batch_size, config.optim.batch_size >= 1, "at least 1"),
+        ("model.cell", config.model.cell, len(config.model.cell) == 3 and all(1 <= c <= t for c, t in zip(config.model.cell, config.model.tile)) and config.model.cell != [1, 1, 1], "[t, h, w], each ≥ 1 and within model.tile, not [1, 1, 1]"),
         ("model.tile", config.model.tile, len(config.model.tile) == 3 and min(config.model.tile) >= 1, "[t, h, w], each ≥ 1"),
         ("runtime.name", config.runtime.name, config.runtime.name in RUNTIMES, " | ".join(RUNTIMES)),
         ("runtime.sequence_parallel", config.runtime.sequence_parallel, config.runtime.sequence_parallel >= 1, "1 (off) or more"),

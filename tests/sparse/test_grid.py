@@ -51,6 +51,23 @@ def test_cells_partition_every_tile(sides, extents):
         assert num_src == sum(max(len(cell) - 1, 0) for cell in filled)
 
 
+@pytest.mark.parametrize("cell", [(3, 2, 2), (2, 2, 2), (3, 1, 2), (1, 4, 4)])
+def test_cells_may_cross_frames(cell):
+    """Every token is in one cell of that extent; the dst is the one in the middle; more can merge than the sparsest rung asks for."""
+    grid, tile = TokenGrid(7, 6, 8), Tile(3, 4, 4, cell=cell)
+    layout = tile_layout(grid, tile)
+    assert tile_layout(grid, Tile(3, 4, 4)) is not layout
+    for cells, run in zip(layout.cells.tolist(), tiles_by_hand(grid, tile)):
+        filled = [[run[p] for p in c if p >= 0] for c in cells if c[0] >= 0]
+        assert sorted(token for c in filled for token in c) == sorted(run)
+        for tokens in filled:
+            extents = [[min(axis), max(axis)] for axis in zip(*tokens)]
+            assert all(high - low < most for (low, high), most in zip(extents, cell))
+            assert tokens[0] == tuple((low + high) // 2 for low, high in extents)
+    whole = layout.sizes == 48
+    assert whole.any() and (layout.num_src[whole] > 36).all()
+
+
 def test_wan_480p():
     layout = tile_layout(TokenGrid(21, 30, 52), Tile(4, 4, 4))
     assert layout.grid.num_tokens == 32_760

@@ -15,7 +15,7 @@ def measured_for(path: str | Path, student: Student) -> MeasuredCosts:
     s, tile = student.sampling, student.model.tile
     wanted = {
         "device": device_name(), "num_layers": student.model.num_layers, "transformer": shape_of(student.model),
-        "tile": [tile.t, tile.h, tile.w], **{key: s[key] for key in ("height", "width", "num_frames") if s.get(key) is not None},
+        "tile": [tile.t, tile.h, tile.w], "cell": list(tile.cell), **{key: s[key] for key in ("height", "width", "num_frames") if s.get(key) is not None},
     }  # fmt: skip
     return read_costs(path, wanted)
 

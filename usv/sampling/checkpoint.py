@@ -21,7 +21,7 @@ from usv.files import atomic_folder, checksum, replacing, settle
 from usv.models import lora
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
-from usv.sampling.record import CheckpointError, check_record, plan_of
+from usv.sampling.record import CELL, CheckpointError, check_record, plan_of
 from usv.sampling.wan_file import read, unpack
 from usv.sparse.grid import Tile
 from usv.sparse.plan import SparsityPlan
@@ -88,6 +88,7 @@ def record_of(student: Student) -> dict:
         "family": student.model.family.name,
         "transformer": {key: config[key] for key in student.model.family.shape_keys},
         "tile": [student.model.tile.t, student.model.tile.h, student.model.tile.w],
+        "cell": list(student.model.tile.cell),
         "plan": student.plan.to_dict(),
         "sampling": student.sampling,
         "training": student.training,
@@ -180,7 +181,7 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
             f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; load "
             f"WanPipeline.from_pretrained({str(path.parent)!r}) first"
         )
-    plan, tile = plan_of(record, path / "config.json"), Tile(*record["tile"])
+    plan, tile = plan_of(record, path / "config.json"), Tile(*record["tile"], cell=tuple(record.get("cell", CELL)))
     transformer = type(base).from_config(base.config)
     if plan.num_layers != len(transformer.blocks):
         raise CheckpointError(

@@ -15,6 +15,7 @@ from usv.config import SettingError
 from usv.sparse.plan import SparsityPlan
 
 MOST_BINS = 1000
+CELL = [1, 2, 2]  # of students from before cells could cross frames
 # of `sampling`: name -> (kind, least, most)
 RANGES = {
     "height": (Integral, 1, 16384), "width": (Integral, 1, 16384), "num_frames": (Integral, 1, 100_000), "num_inference_steps": (Integral, 1, 1000),
@@ -52,7 +53,7 @@ def is_number(value, kind=Real, least: float = -math.inf, most: float = math.inf
 
 def check_record(record: dict, file) -> None:
     """CheckpointError, naming the entry, for what no student can have."""
-    problems = [*_shape(record["transformer"]), *_tile(record["tile"]), *_sampling(record["sampling"]), *_adapters(record.get("lora"))]
+    problems = [*_shape(record["transformer"]), *_tile(record["tile"]), *_cell(record.get("cell", CELL)), *_sampling(record["sampling"]), *_adapters(record.get("lora"))]
     problems += [f"{name}: got a {type(record[name]).__name__}, expected an object" for name in ("training", "policy") if not isinstance(record.get(name, {}), dict)]
     problems += _fingerprint(record.get("fingerprint"))
     if problems:
@@ -85,6 +86,12 @@ def _tile(tile) -> list[str]:
     if isinstance(tile, list) and len(tile) == 3 and all(is_number(v, Integral, 1, MOST_TILE) for v in tile) and math.prod(tile) <= MOST_TILE:
         return []
     return [f"no usable tile: got {str(tile)[:100]}, expected three numbers from 1 on, of at most {MOST_TILE} tokens together"]
+
+
+def _cell(cell) -> list[str]:
+    if isinstance(cell, list) and len(cell) == 3 and all(is_number(v, Integral, 1, MOST_TILE) for v in cell):
+        return []
+    return [f"no usable cell: got {str(cell)[:100]}, expected three numbers from 1 on"]
 
 
 def _sampling(sampling) -> list[str]:

@@ -41,7 +41,7 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     m = config.model
     run.pipe = frozen_pipeline(config, ranks)
     transformer = run.pipe.transformer
-    tile = Tile(*m.tile)
+    tile = Tile(*m.tile, cell=tuple(m.cell))
     torch.manual_seed(config.seed)
     if config.lora.rank:
         student = lora.adapt(transformer, tile, config.lora.rank, config.lora.alpha, config.lora.targets)
@@ -67,6 +67,8 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
         costs = measured_costs(config, student)
     run.costs, run.shape, run.layout = dict(zip(RUNGS, costs)), shape, layout
     least = least_cost(config, run.costs, run.num_layers)
+    if config.policy.input == "content" and run.share.world > 1:
+        raise SettingError(f"policy.input: got content on {run.share.world} processes, accepted: none | place; clips of other processes are not seen by the network")
     share = config.policy.bins if config.policy.steps else 1  # a jumped step costs nothing, and one of them always runs
     if config.policy.name != "inherit" and least / share > config.policy.budget:
         lowest = math.ceil(1000 * least / share) / 1000
@@ -192,7 +194,7 @@ def measured_costs(config: TrainConfig, student) -> list[float]:
     """Costs of the rungs in seconds of this machine, from `policy.cost`. CostsError where they are of something else."""
     m = config.model
     wanted = {
-        "device": device_name(), "num_layers": student.num_layers, "transformer": shape_of(student), "tile": list(m.tile), "height": m.height,
+        "device": device_name(), "num_layers": student.num_layers, "transformer": shape_of(student), "tile": list(m.tile), "cell": list(m.cell), "height": m.height,
         "width": m.width, "num_frames": m.num_frames,
     }  # fmt: skip
     return read_costs(config.policy.cost, wanted).rung_costs()

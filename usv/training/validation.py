@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -79,6 +80,9 @@ def validate(run: Run, tracker) -> dict[str, float]:
         return {}
     with run.engine.autocast():
         values = velocity_error(run, student)
+        for budget in run.config.policy.budgets:  # both ends of a dial
+            at_end = velocity_error(run, replace(student, plan=run.policy.decode(budget)))
+            values[f"validation/weighted_error_at_{budget:g}"] = at_end["validation/weighted_error"]
     plan = student.executed_plan()
     values["validation/plan_cost"] = plan_cost(plan, run.shape, run.layout)
     if steps := student.plan.steps:  # what policy.budget bounds: the whole sampling, in dense forwards at every candidate step

@@ -51,7 +51,7 @@ def bench(model: SparseTransformer, inputs: Inputs, size: Sequence[int], seconds
     extra, switch = solve({key: min(values) for key, values in samples.items()}, layers)
     what = {
         "device": device_name(), "dtype": str(inputs.latents.dtype).removeprefix("torch."), "num_layers": layers, "transformer": shape_of(model),
-        "tile": [model.tile.t, model.tile.h, model.tile.w], "height": size[0], "width": size[1], "num_frames": size[2],
+        "tile": [model.tile.t, model.tile.h, model.tile.w], "cell": list(model.tile.cell), "height": size[0], "width": size[1], "num_frames": size[2],
         "batch_size": len(inputs.latents), "text_length": inputs.text.shape[1],
     }  # fmt: skip
     return {

@@ -71,7 +71,7 @@ def pipeline_sides(
     pipe, model: ModelConfig, checkpoints: dict[str, str], densities, merges, batch_size: int
 ) -> tuple[list[Side], Inputs]:
     """Dense first, then one side a checkpoint, then every density with every merged fraction."""
-    base = SparseTransformer(pipe.transformer, Tile(*model.tile)).to(pipe.device).eval()
+    base = SparseTransformer(pipe.transformer, Tile(*model.tile, cell=tuple(model.cell))).to(pipe.device).eval()
     shape = latent_shape(pipe, model)
     weight = base.transformer.patch_embedding.weight  # diffusers keeps others in fp32 whatever the model's dtype
     inputs = Inputs.random(shape, batch_size, model.max_sequence_length, base.config.text_dim, weight)

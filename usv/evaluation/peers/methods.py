@@ -108,7 +108,7 @@ def merging(model: ModelConfig, merge: int) -> Method:
     def enter(pipe: WanPipeline) -> Iterator[Running]:
         transformer, record = pipe.transformer, Record()
         plan = SparsityPlan.uniform(Rung(0, merge), timestep_bins(1, model.flow_shift), len(transformer.blocks))
-        sparse = SparseTransformer(transformer, Tile(*model.tile)).to(transformer.device)
+        sparse = SparseTransformer(transformer, Tile(*model.tile, cell=tuple(model.cell))).to(transformer.device)
         pipe.transformer = hold(Student(sparse, plan), record, folded=False)
         try:
             yield Running(executed=lambda: (record.mean_density(), record.mean_merged()))
