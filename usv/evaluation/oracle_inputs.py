@@ -12,7 +12,6 @@ plan cannot have learned the noise it is judged on. gain = 1 − error / error o
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -24,9 +23,11 @@ from tqdm import tqdm
 
 from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory
+from usv.evaluation.arguments import check
 from usv.evaluation.evaluate import machine
 from usv.evaluation.oracle import Judge
 from usv.evaluation.oracle_terminal import alone, joint, rung_of
+from usv.files import write_result
 from usv.models.forward import SparseTransformer
 from usv.objectives.regression import velocity_loss
 from usv.policy.damage import STEPS, WIDTH
@@ -105,6 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     try:
+        check(args)
         pipe = load_pipeline(args.model)
         student = load_student(args.ckpt, pipe.transformer)
         s, plan = student.sampling, student.plan
@@ -126,9 +128,7 @@ def main() -> None:
         print(f"{name:22} gain {row['gain']:+.1%} [{row['interval'][0]:+.1%}, {row['interval'][1]:+.1%}] at mean cost {row['cost']:.4f}")
     if args.out is not None:
         command = "python -m usv.oracle_inputs " + " ".join(sys.argv[1:])
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"commit": commit(), "command": command, "machine": machine(), **report}) + "\n")
-        print(args.out)
+        write_result(args.out, {"commit": commit(), "command": command, "machine": machine(), **report}, indent=None)
 
 
 if __name__ == "__main__":

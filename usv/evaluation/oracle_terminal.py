@@ -19,7 +19,6 @@ them was chosen on, compared by their ends' distance from the dense rollout's, p
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -31,8 +30,10 @@ from tqdm import tqdm
 
 from usv import flow
 from usv.cpu import keep_freed_memory
+from usv.evaluation.arguments import check
 from usv.evaluation.evaluate import machine
 from usv.evaluation.report.plots import curves
+from usv.files import write_result, write_text
 from usv.policy import AXES
 from usv.policy.damage import FIRST, STEPS, WIDTH
 from usv.policy.fixed import uniform_plan
@@ -235,6 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     try:
+        check(args)
         pipe = load_pipeline(args.model)
         student = load_student(args.ckpt, pipe.transformer)
         data = ShardDataset(args.data, 2 * args.clips, split="val", drop_text=0.0, shuffle=False, repeat=False, model=args.model)
@@ -255,10 +257,8 @@ def main() -> None:
     print(table(report))
     if args.out is not None:
         command = "python -m usv.damages " + " ".join(sys.argv[1:])
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"commit": commit(), "command": command, "machine": machine(), **report}) + "\n")
-        args.out.with_suffix(".svg").write_text(plot(report))
-        print(args.out)
+        write_result(args.out, {"commit": commit(), "command": command, "machine": machine(), **report}, indent=None)
+        write_text(args.out.with_suffix(".svg"), plot(report))
 
 
 def table(report: dict) -> str:

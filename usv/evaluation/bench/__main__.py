@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from usv.config import ModelConfig
+from usv.config import ModelConfig, SettingError
 from usv.cpu import keep_freed_memory
 from usv.evaluation.arguments import check
 from usv.evaluation.bench import block, costs, denoise, forward, memory, training
