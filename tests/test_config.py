@@ -160,7 +160,7 @@ def test_inference_has_its_own_keys():
     "setting, value",
     [
         ("policy.name", "other"), ("policy.budget", 0.0), ("policy.budget", 1.5), ("policy.budget", -0.1), ("policy.bins", 0),
-        ("policy.freeze_at", 0.0), ("policy.freeze_at", 1.1), ("policy.input", "clip"), ("policy.budgets", [0.3]), ("policy.budgets", [0.4, 0.2]), ("policy.budgets", [0.5, 0.9]),
+        ("policy.freeze_at", 0.0), ("policy.freeze_at", 1.1), ("policy.input", "clip"), ("policy.budgets", [0.3]), ("policy.budgets", [0.4, 0.2]), ("model.cell", [1, 1, 1]),
         ("policy.warm_down", [0.1]), ("policy.warm_down", [0.5, 0.1]), ("policy.warm_down", [-0.1, 0.5]), ("optim.steps", 0),
         ("optim.batch_size", 0), ("model.tile", [4, 4]), ("model.tile", [4, 0, 4]), ("runtime.precision", "fp16"),
         ("logger.name", "tensorboard"), ("logger.mode", "on"), ("logger.every", 0), ("logger.validate_every", 0),

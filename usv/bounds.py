@@ -41,8 +41,8 @@ RANGES = {
     "base_dim": Range(1, 65_536), "decoder_base_dim": Range(1, 65_536), "codec.patch_size": Range(1, 64), "image_channels": Range(1, 4096),
     "scale_spatial": Range(1, 64), "scale_temporal": Range(1, 64),
     # how sparsity is decided
-    "jump_every": COUNT, "most_density": Range(0, 1, above=True), "merge_layers": Range(0, 1000), "budget": Range(0, 1, above=True), "bins": SOME,
-    "probes": Range(0, 1000), "policy.lr": ABOVE_ZERO, "tau_start": ABOVE_ZERO, "tau_end": ABOVE_ZERO, "entropy_bonus": FROM_ZERO, "gamma": ABOVE_ZERO,
+    "jump_every": COUNT, "most_density": Range(0, 1, above=True), "merge_layers": Range(0, 1000), "budget": Range(0, 1, above=True), "speedup": Range(1, 1e6), "bins": SOME,
+    "probes": Range(0, 1000), "gamma": ABOVE_ZERO,
     "freeze_at": Range(0, 1, above=True),
     # what is learned
     "solver_steps": SOME, "reuse": COUNT, "base_weight": FROM_ZERO, "matching_weight": FROM_ZERO, "adversarial_weight": FROM_ZERO, "critic_warmup": Range(0, 1_000_000), "critic_lr": ABOVE_ZERO, "critic_updates": SOME,
@@ -55,7 +55,7 @@ RANGES = {
     "dry_run_devices": Range(1, 1_000_000), "dry_run_utilisation": Range(0, 1, above=True),
 }  # fmt: skip
 # of lists: the range of each, the least and the most of them
-LISTS = {"betas": (Range(0, 1, below=True), 2, 2), "tile": (Range(1, MOST_TILE), 3, 3), "patch_size": (Range(1, 64), 3, 3), "student_timesteps": (Range(0, 1000, above=True), 0, 1000), "warm_down": (SHARE, 2, 2), "mix": (ABOVE_ZERO, 0, 10_000)}  # fmt: skip
+LISTS = {"betas": (Range(0, 1, below=True), 2, 2), "tile": (Range(1, MOST_TILE), 3, 3), "patch_size": (Range(1, 64), 3, 3), "student_timesteps": (Range(0, 1000, above=True), 0, 1000), "warm_down": (SHARE, 2, 2), "budgets": (Range(0, 1, above=True), 0, 2), "cell": (Range(1, MOST_TILE), 3, 3), "mix": (ABOVE_ZERO, 0, 10_000)}  # fmt: skip
 TEXTS = {"path", "output_dir", "resume", "project"}  # never empty
 
 

@@ -268,6 +268,9 @@ class InferConfig:
     seeds: int = 1  # videos per prompt, with seeds seed, seed + 1, …
     batch_size: int = 4
     num_inference_steps: int | None = None
+    budget: float | None = None  # share of the dense cost that the student's plan is decoded for, if it carries damages; none: its own
+    speedup: float | None = None  # or of the dense forward over the student's, with `costs`
+    costs: str | None = None  # a file of python -m usv.bench costs, of this machine
     compare: bool = False
     output_dir: str = "outputs/videos"
     fps: int | None = None  # of the files; none: model.fps
@@ -381,7 +384,7 @@ def check_train(config: TrainConfig) -> None:
         ("optim.steps", config.optim.steps, config.optim.steps >= 1, "at least 1"),
         ("policy.merge_layers", config.policy.merge_layers, config.policy.merge_layers is None or config.policy.merge_layers >= 0, "null (all) or a number of layers"),
         ("optim.batch_size", config.optim.batch_size, config.optim.batch_size >= 1, "at least 1"),
-        ("model.cell", config.model.cell, len(config.model.cell) == 3 and all(1 <= c <= t for c, t in zip(config.model.cell, config.model.tile)) and config.model.cell != [1, 1, 1], "[t, h, w], each ≥ 1 and within model.tile, not [1, 1, 1]"),
+        ("model.cell", config.model.cell, len(config.model.cell) == 3 and min(config.model.cell) >= 1 and max(config.model.cell) > 1, "[t, h, w], each ≥ 1, one above"),
         ("model.tile", config.model.tile, len(config.model.tile) == 3 and min(config.model.tile) >= 1, "[t, h, w], each ≥ 1"),
         ("runtime.name", config.runtime.name, config.runtime.name in RUNTIMES, " | ".join(RUNTIMES)),
         ("runtime.sequence_parallel", config.runtime.sequence_parallel, config.runtime.sequence_parallel >= 1, "1 (off) or more"),

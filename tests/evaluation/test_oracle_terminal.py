@@ -40,11 +40,12 @@ def test_what_an_early_push_is_at_the_end(bin):
 
 
 def test_a_few_step_sampler_forgets():
-    """Re-noising keeps (1 − sigma) of what a step did: pushes at high noise hardly reach the end."""
+    """A push moves x0 by sigma times itself; re-noising keeps 1 − sigma of that, and the next x0 (1 − sigma · PULL) of what is kept."""
     r = rollouts(few_steps=True, steps=4)
+    assert r.bins == [3, 2, 1, 0] and r.sigmas == [1.0, 0.75, 0.5, 0.25, 0.0]
     damages = [r.terminal(bin, (Rung(2, 0),) * LAYERS) for bin in range(4)]
-    assert damages[3] < damages[2] < damages[1] < damages[0]
-    assert damages[1] / damages[0] < 1
+    kept = [0.25, 0.5 * 0.75 * 0.8, 0.75 * 0.5 * 0.6 * 0.75 * 0.8, 1.0 * 0.25 * 0.4 * 0.5 * 0.6 * 0.75 * 0.8]
+    assert [d / damages[0] for d in damages] == pytest.approx([(k / kept[0]) ** 2 for k in kept], rel=1e-3)
 
 
 def test_all_cells_are_measured_or_stood_for():

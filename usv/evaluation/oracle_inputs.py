@@ -69,7 +69,7 @@ def plans(damage: np.ndarray, edges, costs: np.ndarray, budget: float, merge_lay
     clips, bins = damage.shape[:2]
     own = [joint(clip, merge_layers) for clip in damage]
     one = plan_of(edges, joint(damage.mean(0), merge_layers), costs, budget)
-    together = plan_of(range(clips * bins), np.concatenate(own), costs, budget)  # all clips' bins as rows of one table
+    together = plan_of(range(1, clips * bins + 1), np.concatenate(own), costs, budget)  # all clips' bins as rows of one table
     return {
         "one plan": [one] * clips,
         "own plan": [plan_of(edges, table, costs, budget) for table in own],

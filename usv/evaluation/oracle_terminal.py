@@ -190,7 +190,7 @@ def compare(calls: Sequence[Call], noise: torch.Tensor, plan: SparsityPlan, time
         "edges": list(plan.edges), "timesteps": rollouts.timesteps, "budget": budget, "steps": steps, "rows": rows,
         "terminal_against_local": paired(ends["local"], ends["terminal"]), "log_correlation": correlation,
         "log_amplification_std": float(gain.std()) if gain.size else None,
-        "damage": {name: values.round(9).tolist() for name, values in damage.items()},
+        "damage": {name: values.astype(float).round(9).tolist() for name, values in damage.items()},
     }  # fmt: skip
 
 
