@@ -84,6 +84,9 @@ def run(config: InferConfig) -> dict:
         raise SettingError("ckpt_low: got one without ckpt; give ckpt=HIGH ckpt_low=LOW, a student of each expert")
     elif config.compare and pattern is None:
         raise SettingError("compare=true compares with the dense model: also give ckpt=FOLDER or attention=svg2")
+    asked = {name: getattr(config, name) for name in ("budget", "speedup", "costs") if getattr(config, name) is not None}
+    if asked and config.ckpt is None:
+        raise SettingError(f"{next(iter(asked))}: got one without ckpt, accepted: with ckpt=FOLDER of a student that carries damages")
     folder = Path(config.output_dir)
     prepare_folder(folder)
     pipe = load_pipeline(config.model.path, *best_place())
@@ -94,7 +97,7 @@ def run(config: InferConfig) -> dict:
     out = Output(folder, config, methods, texts, seeds)
     for name in methods:
         if name == "student":
-            usv.enable(pipe, config.ckpt if config.ckpt_low is None else (config.ckpt, config.ckpt_low), impl=config.attention.impl, attention=pattern, **options)
+            usv.enable(pipe, config.ckpt if config.ckpt_low is None else (config.ckpt, config.ckpt_low), impl=config.attention.impl, attention=pattern, **options, **asked)
         elif name == pattern:
             usv.enable(pipe, attention=pattern, impl=config.attention.impl, **options)
         steps = config.num_inference_steps or (pipe._usv.student.sampling.get("num_inference_steps") if name == "student" else None)

@@ -42,7 +42,7 @@ def test_a_file_is_of_its_machine_and_model(tmp_path, monkeypatch):
     assert report["rounds"] == 1 and len(report["rungs"]) == len(RUNGS) and report["what"]["device"] in costs.table(report)
     plan = SparsityPlan((1000.0,), ((Rung(2, 1), Rung(2, 1)),))
     student = Student(model, plan, {"height": tiny.SIZE, "width": tiny.SIZE, "num_frames": tiny.FRAMES})
-    measured = measured_for(tmp_path / "costs.json", student)
+    measured = measured_for(tmp_path / "costs.json", student, 2)
     assert measured.row_seconds((Rung(),) * 2) == report["dense_seconds"]
     merged = next(r for r in report["rungs"] if (r["density"], r["merged"]) == (0.25, MERGE_LADDER[1]))
     assert measured.plan_cost(plan) * report["dense_seconds"] == pytest.approx(merged["forward_seconds"], rel=1e-6), "what was timed is predicted as it was"
@@ -51,7 +51,7 @@ def test_a_file_is_of_its_machine_and_model(tmp_path, monkeypatch):
         other["what"] |= change
         (tmp_path / "other.json").write_text(json.dumps(other))
         with pytest.raises(CostsError, match=f"measured for {next(iter(change))} = "):
-            measured_for(tmp_path / "other.json", student)
+            measured_for(tmp_path / "other.json", student, 2)
     assert read_costs(tmp_path / "costs.json").num_layers == 2
 
 

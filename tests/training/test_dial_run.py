@@ -40,10 +40,10 @@ def test_one_checkpoint_serves_every_budget(make, watched, tmp_path, tiny_wan):
     layout = tile_layout(student.model.grid_of((16, tiny.FRAMES, 8, 8)), student.model.tile)
     shape = ModelShape.of(student.model.config, tiny.TEXT)
     for budget in (0.7, 0.8, 0.95):
-        assert plan_cost(plan_at(student, budget), shape, layout) <= budget + 1e-9
-    assert plan_at(student) is student.plan and plan_at(student, 0.8) == student.plan, "its own budget is its own plan"
+        assert plan_cost(plan_at(student, student.plan, budget), shape, layout) <= budget + 1e-9
+    assert plan_at(student, student.plan) is student.plan and plan_at(student, student.plan, 0.8) == student.plan, "its own budget is its own plan"
     with pytest.raises(BudgetError, match=r"budget: got 0.5, accepted: 0.7 to 0.95"):
-        plan_at(student, 0.5)
+        plan_at(student, student.plan, 0.5)
     watched(run("parts"), at={6: interrupt})
     _, parts, _ = watched(run("parts"))
     assert same(whole, parts), "resumed after the freeze it draws and decodes as it would have"
