@@ -19,7 +19,7 @@ def test_a_slot_seen_often_is_its_mean_and_as_uncertain_as_its_mean_is():
     estimate = table.estimate()
     assert estimate.mean[0, :, 3].tolist() == pytest.approx([0.1, 0.2, 0.3], abs=5 * 0.02 / 150**0.5)
     assert estimate.std[0, :, 3].tolist() == pytest.approx([0.02 / 150**0.5] * 3, rel=0.25)
-    assert (estimate.std[1, :, 3] > 10 * estimate.std[0, :, 3]).all(), "the other timestep was never looked at"
+    assert (estimate.std[1, :, 3] > 3 * estimate.std[0, :, 3]).all(), "the other timestep was never looked at"
     assert not estimate.mean[..., list(FIRST)].any() and not estimate.std[..., list(FIRST)].any()
 
 
@@ -45,13 +45,15 @@ def test_gates_cool_as_probes_come():
 
 
 def landscape(bins, layers, seed=0):
-    """(bins, layers, WIDTH): smooth in timestep, a size of its own for every layer, twice as dear with every step of a ladder."""
+    """(bins, layers, WIDTH): every layer has a size of its own and a timestep at which it matters most, later the deeper it lies; twice as
+    dear with every step of a ladder. Not a product of factors."""
     rng = np.random.default_rng(seed)
-    time, layer = np.exp(1.5 * np.sin(np.pi * (np.arange(bins) + 0.5) / bins)), np.exp(0.8 * rng.normal(size=layers))
+    time, depth, layer = (np.arange(bins) + 0.5) / bins, (np.arange(layers) + 0.5) / layers, np.exp(0.5 * rng.normal(size=layers))
+    matters = np.exp(1.5 * np.cos(2 * np.pi * (time[:, None] - depth)))
     out = np.zeros((bins, layers, WIDTH))
     for axis, (first, length) in enumerate(zip(FIRST, AXES.values())):
         for rung in range(1, length):
-            out[..., first + rung] = 0.002 * (axis + 1) * 2.0**rung * np.outer(time, layer)
+            out[..., first + rung] = 0.002 * (axis + 1) * 2.0**rung * matters * layer
     return out
 
 
@@ -64,7 +66,7 @@ def fill(network, table, truth, probes, seed):
         table.observe(bin, layer, slot, value)
         network.observe(bin, layer, slot, value)
         if index % 3 == 2:
-            network.fit(noise, table.kinds())
+            network.fit(noise, table.prior())
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def pooled():
 
 
 def test_pooling_tells_what_was_never_probed(pooled):
-    """In slots without a probe the network is nearer to the truth than the table's own prior, kind by kind of equal weight."""
+    """In slots without a probe the network is nearer to the truth than the table's own factors, every kind having equal weight."""
     truth, table, network = pooled
     unseen = (table.seen[..., list(STEPS)] == 0).numpy()
     assert 0.3 < unseen.mean() < 0.7
@@ -113,7 +115,7 @@ def test_content_tells_inputs_apart_and_the_network_learns_from_it():
     for _ in range(60):
         content = torch.randn(CONTENT, generator=generator)
         network.observe(0, 0, 2, 0.3 if content[0] > 0 else 0.1, content)
-        network.fit(torch.full((WIDTH,), 0.01), torch.full((WIDTH,), 0.2))
+        network.fit(torch.full((WIDTH,), 0.01), torch.full((1, 1, WIDTH), 0.2))
     high, low = (float(network.predict(torch.tensor([x, *[0.0] * (CONTENT - 1)]))[0][0, 0, 2]) for x in (1.0, -1.0))
     assert high > 1.5 * low
     latents, text = torch.randn(2, 4, 3, 6, 6, generator=generator), torch.randn(2, 5, 64, generator=generator)

@@ -4,7 +4,7 @@ A probe says what one step along one ladder did in one layer at one timestep, on
 step of a ladder) is probed once in tens of forwards, or never: at real Wan's size there are 1,920. So an estimate is
 
     posterior of a slot = its own running mean, weighed by its count against what a `prior` says
-    prior   table:    the mean of its layer, that of its kind          network: `usv.policy.network`, over timestep, layer and input
+    prior   table:    means by kind, layer and timestep, as factors     network: `usv.policy.network`, over timestep, layer and input
 
 and its variance says how little is known: gates are as warm as the standard deviation of what they choose by (`temperature`).
 Noise is pooled over all slots of a kind (its probes differ in batch and in the other layers' rungs), and what is known is forgotten at
@@ -89,12 +89,21 @@ class DamageTable:
         return mean
 
     def prior(self, without_own: bool = False) -> torch.Tensor:
-        """Means of the layer, each shrunk towards that of the kind; `without_own`: of the other timesteps."""
-        weight = self.weight()
-        total, count = (self.mean * weight).sum(0), weight.sum(0)
-        if without_own:
-            total, count = total - self.mean * weight, count - weight
-        return ((total + 2 * self.kinds()) / (count + 2)).expand_as(self.mean)
+        """(bins, layers, WIDTH): mean of the kind × factor of the layer × factor of the timestep × factor of this step in this layer.
+
+        Each factor is the weighted mean of what the slots it is of have over the factors before it, shrunk to 1 by two probes' weight; so
+        a layer that suffers is thought to suffer from steps that were never probed in it, too. `without_own`: the last factor without the
+        slot it is asked for.
+        """
+        weight, kinds = self.weight(), self.kinds()
+        base = kinds.clamp_min(1e-3 * kinds.abs().mean()).clamp_min(1e-30).expand_as(self.mean)
+        for dims in ((0, 2), (1, 2), (0,)):
+            ratio = weight * self.mean / base
+            total, count = ratio.sum(dims, keepdim=True), weight.sum(dims, keepdim=True)
+            if without_own and dims == (0,):
+                total, count = total - ratio, count - weight
+            base = base * ((total + 2) / (count + 2)).clamp_min(0.05)
+        return base
 
     def spread(self, prior: torch.Tensor) -> torch.Tensor:
         """(WIDTH,) variance of the slots of a kind about a prior, beyond their noise; at least a hundredth of the noise."""

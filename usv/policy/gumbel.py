@@ -109,7 +109,7 @@ class GumbelPolicy:
         if self.network is not None:
             for layer, value in entropies.items():
                 self.network.entropy[decisions.bin, layer] += 0.05 * (value - self.network.entropy[decisions.bin, layer])
-            self.network.fit(self.table.noise_variance(), self.table.kinds())
+            self.network.fit(self.table.noise_variance(), self.table.prior())
         self._estimate = self._gates = None
 
     # ---- steps -------------------------------------------------------------------------------------------------------

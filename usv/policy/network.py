@@ -1,6 +1,6 @@
 """The damage network: one small ensemble that says what any rung does, also in slots that were never probed.
 
-    (timestep, layer, axis and rung, coarse entropy[, text, latents])  --MLP × members-->  softplus  × scale of the kind  =  damage of one step
+    (timestep, layer, axis and rung, coarse entropy[, text, latents])  --MLP × members-->  softplus  × the table's prior  =  damage of one step
 
 It is fitted to the probes that run anyway, all of which are kept (the last `capacity`, older ones at less weight), a few minibatches
 after each forward. Members differ in their start, in a fixed random function added to each (so that they disagree where nothing was
@@ -52,7 +52,7 @@ class DamageNetwork(nn.Module):
             self.register_parameter(name + "_bias", nn.Parameter(torch.zeros(MEMBERS, 1, fan_out)))
         self.register_buffer("prior_first", normal(MEMBERS, width, HIDDEN) / math.sqrt(width))
         self.register_buffer("prior_last", normal(MEMBERS, HIDDEN, 1) / math.sqrt(HIDDEN))
-        self.register_buffer("scale", torch.ones(WIDTH))  # typical size of each kind of step
+        self.register_buffer("scale", torch.ones(bins, num_layers, WIDTH))  # what the table's factors make of each slot
         self.register_buffer("entropy", torch.full((bins, num_layers), 0.5))
         self.register_buffer("probes", torch.zeros(0, 3, dtype=torch.int64))  # bin, layer, slot
         self.register_buffer("values", torch.zeros(0))
@@ -74,7 +74,7 @@ class DamageNetwork(nn.Module):
         x = nn.functional.silu(x @ self.first + self.first_bias)
         x = nn.functional.silu(x @ self.second + self.second_bias)
         out = (x @ self.last + self.last_bias + prior)[..., 0]
-        return nn.functional.softplus(out) * self.scale[probes[:, 2]]
+        return nn.functional.softplus(out) / math.log(2) * self.scale[tuple(probes.T)]
 
     @torch.no_grad()
     def observe(self, bin: int, layer: int, slot: int, value: float, content: torch.Tensor | None = None) -> None:
@@ -87,15 +87,15 @@ class DamageNetwork(nn.Module):
             setattr(self, name, torch.cat([getattr(self, name), part])[-self.capacity :])
 
     @torch.enable_grad()
-    def fit(self, noise_variance: torch.Tensor, kinds: torch.Tensor, batch: int = 128) -> None:
+    def fit(self, noise_variance: torch.Tensor, prior: torch.Tensor, batch: int = 128) -> None:
         """A few minibatches.
 
-        noise_variance: (WIDTH,) of a probe of each kind, in units of which it is missed. kinds: (WIDTH,) mean of each kind, which the output's
-        scale follows, that the network says only what differs within a kind.
+        noise_variance: (WIDTH,) of a probe of each kind, in units of which it is missed. prior: (bins, layers, WIDTH) of the table, which
+        the output multiplies: the network says only what factors of kind, layer and timestep do not.
         """
         if not self.ready:
             return
-        self.scale.copy_(kinds.clamp_min(1e-3 * kinds.abs().mean()).clamp_min(1e-12) / math.log(2))
+        self.scale.copy_(prior)
         age = torch.arange(len(self.values) - 1, -1, -1)
         weight = self.counts.T * 0.5 ** (age / self.half_life)
         sigma = noise_variance.float().clamp_min(1e-24).sqrt()[self.probes[:, 2]]
