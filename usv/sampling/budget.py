@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,10 +99,6 @@ def set_budget(pipe, budget=None, speedup=None, costs: str | Path | None = None)
     own = state.__dict__.setdefault("own_plans", [student.plan for student in state.students])
     plans = [plan_at(student, plan, budget, speedup, costs) for student, plan in zip(state.students, own)]
     state.students = tuple(replace(student, plan=plan) for student, plan in zip(state.students, plans))
-    _run(pipe, state, plans)
+    for place, plan in zip(state.originals, plans):
+        pipelines.bare(getattr(pipe, place))._planned.plan = plan
     return pipe
-
-
-def _run(pipe, state, plans: Sequence[SparsityPlan]) -> None:
-    for place, student, plan in zip(state.originals, state.students, plans):
-        setattr(pipe, place, pipelines.planned(student.model, plan, state.record))

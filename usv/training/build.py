@@ -67,8 +67,8 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
         costs = measured_costs(config, student)
     run.costs, run.shape, run.layout = dict(zip(RUNGS, costs)), shape, layout
     least = least_cost(config, run.costs, run.num_layers)
-    if config.policy.input == "content" and run.share.world > 1:
-        raise SettingError(f"policy.input: got content on {run.share.world} processes, accepted: none | place; clips of other processes are not seen by the network")
+    if config.policy.input == "content" and (run.share.world > 1 or config.optim.accumulate > 1):
+        raise SettingError(f"policy.input: got content on {run.share.world} processes in {config.optim.accumulate} parts, accepted: none | place, or one of each; clips of other processes and parts are not seen by the network")
     share = config.policy.bins if config.policy.steps else 1  # a jumped step costs nothing, and one of them always runs
     if config.policy.name != "inherit" and least / share > config.policy.budget:
         lowest = math.ceil(1000 * least / share) / 1000

@@ -246,14 +246,16 @@ def odd_state(state) -> str | None:
     if not isinstance(state, dict):
         return f"a {type(state).__name__}, not a state"
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind) or isinstance(state.get(name), bool)]
-    wrong += [name for name in ("running", "best", "policy_optimizer", "plan") if name not in state]
+    wrong += [name for name in ("best", "plan") if name not in state]
     if wrong:
         return f"no usable entry {wrong[0]!r}"
     if not 0 <= state["step"] <= state["steps"] or state["skipped"] < 0 or not isinstance(state.get("settings", {}), dict):
         return f"step {state['step']} of {state['steps']}, {state['skipped']} skipped"
-    for name in ("running", "best"):
-        if not isinstance(state[name], float | None):
-            return f"{name} is no number"
+    if not isinstance(state["best"], float | None):
+        return "best is no number"
+    wanted = state.get("wanted", [0.0, 0])  # of a state from before damages had a unit of their own: it begins anew
+    if not (isinstance(wanted, list) and len(wanted) == 2 and isinstance(wanted[0], float) and isinstance(wanted[1], int) and math.isfinite(wanted[0])):
+        return "wanted is no mean and count"
     tensors = [("student", state["student"]), ("ema", state["ema"])]
     if any(not isinstance(value, torch.Tensor) for _, part in tensors for value in part.values()):
         return "weights that are no tensors"
@@ -277,7 +279,8 @@ def restore(run, folder: Path, state: dict) -> None:
         critic = state.get("critic")  # where it lay before there were objectives
         run.objective.load_state_dict(state.get("objective", {} if critic is None else {"critic": critic}))
         run.data.load_state_dict(state["data"])
-        run.step, run.wanted, run.skipped, run.best = (state[name] for name in ("step", "wanted", "skipped", "best"))
+        run.step, run.skipped, run.best = (state[name] for name in ("step", "skipped", "best"))
+        run.wanted = list(state.get("wanted", run.wanted))
         run.best = None if run.best is None or not math.isfinite(run.best) else run.best
         run.plan = None if state["plan"] is None else SparsityPlan.from_dict(state["plan"])
         if run.plan is not None and (len(run.plan.edges) != len(run.edges) or run.plan.num_layers != run.num_layers):
