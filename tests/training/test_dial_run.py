@@ -14,7 +14,7 @@ from usv.training.run import budget_at
 
 
 def dial(config):
-    config.policy.budget, config.policy.budgets = 0.8, [0.7, 0.95]
+    config.policy.budget, config.policy.budgets, config.policy.input = 0.8, [0.7, 0.95], "place"
     return config
 
 

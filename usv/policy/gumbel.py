@@ -45,7 +45,7 @@ class GumbelPolicy:
         num_layers: int,
         costs: Sequence[float],
         probes: int = 2,
-        input: str = "place",
+        input: str = "none",
         memory: float = 0.1,
         axes: Sequence[str] = tuple(AXES),
         steps: bool = False,
