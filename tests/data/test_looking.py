@@ -159,3 +159,14 @@ def test_a_name_that_is_no_text(settings, tmp_path):
     (tmp_path / "v" / "b.mp4").write_bytes(b"no video")
     prepare.run(settings(tmp_path / "v", tmp_path / "out"))
     assert [os.fsencode(i["source"]) for i in infos(tmp_path / "out")] == [b"caf\xe9.mp4"]
+
+
+def test_labels_of_any_type_train(settings, tmp_path):
+    folder = tmp_path / "v"
+    for name in "ab":
+        make_video(folder / f"{name}.mp4", 15)
+    rows = [{"file": "a.mp4", "caption": "a", "subject": "dog"}, {"file": "b.mp4", "caption": "b", "subject": 3, "motion": None}]
+    (folder / "captions.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    prepare.run(settings(folder, tmp_path / "out"))
+    batch = next(iter(open_shards(tmp_path / "out", 2, drop_text=0.0)))
+    assert sorted(batch["captions"]) == ["a", "b"] and "subject" not in batch and "motion" not in batch

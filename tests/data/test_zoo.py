@@ -216,3 +216,16 @@ def test_frames_do_not_pile_up(files):
     finally:
         gc.enable()
     assert count > 20 and alive < 6
+
+
+def test_our_own_videos_say_how_they_are_coloured(tmp_path):
+    """infer.py's mp4: tagged BT.709, so that a player of any size shows the colours that were generated."""
+    from usv.video import write_mp4
+
+    colours = torch.tensor(zoo.PATCHES[:8] / 255).float()
+    video = colours.repeat_interleave(16, 0).repeat_interleave(2, 0).T[None, :, None, :].expand(6, 3, 64, -1)
+    write_mp4(tmp_path / "v.mp4", video)
+    frame = decoding.scan(tmp_path / "v.mp4").frame
+    assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (1, 1, 1, 1)
+    shown = zoo.shown(tmp_path / "v.mp4", 1)[0][32, 16::32]
+    assert np.abs(shown.astype(int) - zoo.PATCHES[:8]).max() <= 6  # crf 16
