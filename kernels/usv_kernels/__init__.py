@@ -5,6 +5,8 @@ Importing this package needs torch only; Triton is imported when a Triton kernel
 
 from ._products import multiplies_bf16 as multiplies_bf16
 from .block_pool import block_pool as block_pool
+from .block_sparse_attention import BlockProxy as BlockProxy
+from .block_sparse_attention import block_proxy as block_proxy
 from .block_sparse_attention import block_sparse_attention as block_sparse_attention
 from .kmeans import Clusters as Clusters
 from .kmeans import kmeans as kmeans

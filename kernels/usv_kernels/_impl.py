@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOAT_DTYPES, require
+from ._gpus import gpu_of
 
 logger = logging.getLogger("usv_kernels")
 _announced: set[tuple[str, str]] = set()
@@ -59,10 +60,16 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def require_triton(x: Tensor) -> None:
-    """Called inside a Triton-backed op: a CPU tensor needs the interpreter, chosen before triton is imported."""
-    if x.device.type != "cuda":
-        import triton
+def runs_on(x: Tensor) -> bool:
+    """Whether Triton can work on the memory of x: a GPU's, or any in its interpreter."""
+    import triton
 
-        require(triton.knobs.runtime.interpret, "impl", f"'triton' with a tensor on {x.device.type}",
-                "a GPU tensor, or TRITON_INTERPRET=1 set before triton is first used")  # fmt: skip
+    return x.device.type == "cuda" or triton.knobs.runtime.interpret
+
+
+def require_triton(x: Tensor) -> None:
+    """Called inside a Triton-backed op: a CPU tensor needs the interpreter, chosen before triton is imported; a GPU has to be one
+    that the kernels run on."""
+    require(runs_on(x), "impl", f"'triton' with a tensor on {x.device.type}",
+            "a GPU tensor, or TRITON_INTERPRET=1 set before triton is first used")  # fmt: skip
+    gpu_of(x)

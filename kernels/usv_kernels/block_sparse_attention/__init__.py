@@ -15,6 +15,9 @@ from torch import Tensor
 from .._checks import check_attention, check_values, looks_at_values, require
 from ..selection import BlockSelection
 from . import operator, reference
+from .proxy import BlockProxy as BlockProxy
+from .proxy import block_proxy as block_proxy
+from .proxy import check_proxy, log_sizes
 
 log = logging.getLogger("usv_kernels")
 IMPLS = ("auto", "reference", "cpu", "triton", "flex", "flex_compiled")
@@ -31,6 +34,7 @@ def block_sparse_attention(
     scale: float | None = None,
     impl: str = "auto",
     debug: bool = False,
+    proxy: BlockProxy | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every query block over the key blocks it lists.
 
@@ -46,6 +50,10 @@ def block_sparse_attention(
             one size without bias and gates (on a CPU its lse is NaN).
         debug: on a GPU, also check counts, indices and block bounds by device-side assertions. On a CPU they are always
             checked (outside torch.compile).
+        proxy: what stands in the softmax for each key block that a row's block does not list: mean keys and values
+            (B, H, N, D) and sizes, as `block_proxy` makes them; differentiable. None drops those blocks. key_bias and
+            block_gate do not touch it: a bias belongs into its means and sizes. Query rows outside every block have none.
+            Not for "flex" and "flex_compiled".
 
     Returns:
         out: (B, H, Sq, D) in q's dtype. lse: (B, H, Sq), natural log, fp32 (fp64 for fp64 input). Both are
@@ -63,20 +71,24 @@ def block_sparse_attention(
     if looks_at_values(selection.kv_indices, debug):
         check_values(selection, q.shape[2], k.shape[2])
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if proxy is not None:
+        check_proxy(proxy, q, selection)
+        proxy = (*proxy[:2], log_sizes(proxy[2], *q.shape[:2]))
     if impl == "auto":
         impl = "cpu" if q.device.type == "cpu" else "triton"
         _announce(q.device.type, impl)
     if impl == "reference":
-        return reference.attend(q, k, v, selection, key_bias, block_gate, scale)
+        return reference.attend(q, k, v, selection, key_bias, block_gate, scale, proxy)
     if impl in ("flex", "flex_compiled"):
         from . import flex
 
+        require(proxy is None, "impl", f"{impl!r} with a proxy", "impl='triton', 'cpu' or 'reference'")
         if impl == "flex":
             return flex.attend(q, k, v, selection, key_bias, block_gate, scale)
         require(key_bias is None and block_gate is None, "impl", "'flex_compiled' with a bias or gates", "impl='flex', or neither")
         return flex.attend_compiled(q, k, v, selection, scale)
     require(impl == "triton" or q.device.type == "cpu", "impl", f"'cpu' with tensors on {q.device}", "tensors on the CPU")
-    return operator.attend(q, k, v, selection, key_bias, block_gate, scale, impl)
+    return operator.attend(q, k, v, selection, key_bias, block_gate, scale, impl, proxy)
 
 
 def _announce(device: str, impl: str) -> None:

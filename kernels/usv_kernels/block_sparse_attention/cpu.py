@@ -108,6 +108,31 @@ def _scores(q_npD: Tensor, k_nLD: Tensor, column: Tensor | None, scale: float, s
     return s_npL.baddbmm_(q_npD, k_nLD.transpose(1, 2), beta=0 if column is None else 1, alpha=scale)
 
 
+class Proxies:
+    """Keys, values and log sizes (B, H, N) of what stands for blocks that are not listed; no gather: a head's are shared by its queries."""
+
+    def __init__(self, proxy: tuple[Tensor, ...], layout: Layout, dtype: torch.dtype):
+        self.keys, self.values = (x.flatten(0, 1).to(dtype) for x in proxy[:2])
+        groups, number = self.keys.shape[:2]
+        self.number, self.num_q = number, layout.num_q
+        columns = proxy[2].reshape(groups, 1, number).to(dtype).expand(groups, layout.num_q, number).reshape(-1, number)
+        used = torch.arange(layout.lists.shape[1]) < layout.counts.unsqueeze(-1)
+        target = torch.where(used, layout.lists % max(number, 1), number)
+        listed = torch.zeros(len(columns), number + 1, dtype=torch.bool).scatter_(1, target, True)[:, :number]
+        self.columns = columns.masked_fill_(listed, float("-inf"))  # (G * M, N)
+
+    def head(self, b: Batch) -> int:
+        return int(b.lists[0]) // self.num_q
+
+    def scores(self, q_npD: Tensor, b: Batch, scale: float, unit: float, scratch: Scratch) -> Tensor:
+        """(n, p, N) logits, of exp2 if unit is log2(e), in the buffer of the scores."""
+        n, p, _ = b.shape
+        s = scratch("s", n, p, self.number)
+        keys = self.keys[self.head(b)]
+        torch.mm(q_npD.view(n * p, -1), keys.T, out=s.view(n * p, -1))
+        return s.mul_(scale * unit).add_((self.columns[b.lists] * unit).unsqueeze(1))
+
+
 def _inputs(q, k, v, key_bias, block_gate, layout: Layout, dtype):
     q_units = _units(q, layout.q_unit)
     k_units, v_units = _key_units(k, layout.kv_tile), _key_units(v, layout.kv_tile)
@@ -118,20 +143,29 @@ def _inputs(q, k, v, key_bias, block_gate, layout: Layout, dtype):
     return q_units, k_units, v_units, bias, gate
 
 
-def _exponents_fit(q: Tensor, k: Tensor, bias: Tensor | None, gate: Tensor | None, layout: Layout, scale: float) -> bool:
+def _exponents_fit(q: Tensor, k: Tensor, bias: Tensor | None, gate: Tensor | None, layout: Layout, scale: float, proxy=None) -> bool:
     """Whether no logit can leave -40..40, by |<q, k>| <= |q| |k|. Then exp needs no maximum subtracted: the largest term of a
     row is at least e^-40 and its sum at most e^40 times its length, far inside fp32. Saves two of four passes over scores.
     NaN counts for nothing: where it is listed it spoils its row either way, and where it is not it must not matter."""
-    bound = abs(scale)
-    for x in (q, k):
-        # In x's own dtype: it sums in fp32 and makes no converted copy. eps is for what rounding took off a norm.
-        norms = torch.linalg.vector_norm(x, dim=-1)
-        bound *= float(norms.nan_to_num(0.0, posinf=math.inf).amax()) * (1 + torch.finfo(x.dtype).eps) if x.numel() else 0.0
+    longest = _longest(q)
+    bound = abs(scale) * longest * _longest(k)
     if gate is not None:
         gate = torch.where(torch.arange(gate.shape[1]) < layout.counts.unsqueeze(-1), gate, 0.0)
     for x in (bias, gate):
         bound += float(x.abs().nan_to_num(0.0, posinf=math.inf).amax()) if x is not None and x.numel() else 0.0
+    if proxy is not None:
+        added = proxy[2].nan_to_num(0.0, neginf=0.0).abs()
+        bound = max(bound, abs(scale) * longest * _longest(proxy[0]) + (float(added.amax()) if added.numel() else 0.0))
     return bound <= 40.0
+
+
+def _longest(x: Tensor) -> float:
+    """A bound on the norms of the rows of x. Taken in x's own dtype: it sums in fp32 and makes no converted copy; eps is for what
+    rounding took off a norm."""
+    if not x.numel():
+        return 0.0
+    norms = torch.linalg.vector_norm(x, dim=-1)
+    return float(norms.nan_to_num(0.0, posinf=math.inf).amax()) * (1 + torch.finfo(x.dtype).eps)
 
 
 def _subtract_top(s: Tensor, top: Tensor, total: Tensor, o_npD: Tensor, begun: bool) -> None:
@@ -147,18 +181,36 @@ def _subtract_top(s: Tensor, top: Tensor, total: Tensor, o_npD: Tensor, begun: b
     s.sub_(top.masked_fill(top == float("-inf"), 0.0)).mul_(LOG2E)
 
 
+def _step(s: Tensor, values, top: Tensor, total: Tensor, o_npD: Tensor, shifted: bool, begun: bool) -> None:
+    """One step of the online softmax: logits s (n, p, L) and a function that gives their values (n, L, D) or (L, D)."""
+    if shifted:
+        _subtract_top(s, top, total, o_npD, begun)
+    torch.exp2(s, out=s)
+    v = values()
+    if v.dim() == 2:  # of all items
+        flat, o_flat = s.view(-1, s.shape[-1]), o_npD.view(-1, v.shape[-1])
+        o_flat.addmm_(flat, v) if begun else torch.mm(flat, v, out=o_flat)
+    else:
+        o_npD.baddbmm_(s, v) if begun else torch.bmm(s, v, out=o_npD)
+    if begun:
+        total.add_(torch.sum(s, -1, keepdim=True))
+    else:
+        torch.sum(s, -1, keepdim=True, out=total)
+
+
 @fast_products
-def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0, kv_max: int = 0) -> tuple[Tensor, Tensor]:
+def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0, kv_max: int = 0, proxy=None) -> tuple[Tensor, Tensor]:
     """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) in fp32 (fp64 for fp64 input). Reads the sizes: needs no bounds."""
     dim = q.shape[3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    layout = make_plan(selection_tensors, q.shape[2], k.shape[2])
+    layout = make_plan(selection_tensors, q.shape[2], k.shape[2], proxy is not None)
     q_units, k_units, v_units, bias, gate = _inputs(q, k, v, key_bias, block_gate, layout, dtype)
+    proxies = None if proxy is None else Proxies(proxy, layout, dtype)
     # Written in q's dtype batch by batch while in cache; with uniform counts every row is written, so no zeros are needed.
     out = (torch.empty if layout.uniform else torch.zeros)(q_units.shape, dtype=q.dtype)
     # lse = tops + log(totals): rows that no batch writes keep log(0) = -inf.
     tops, totals = (torch.zeros(q_units.shape[0], layout.q_unit, dtype=dtype) for _ in range(2))
-    shifted = not _exponents_fit(q, k, key_bias, gate, layout, scale)
+    shifted = not _exponents_fit(q, k, key_bias, gate, layout, scale, proxy)
     # Small logits are scaled for exp2 at once; large ones only after the maximum, else their rounding would grow with them.
     unit = 1.0 if shifted else LOG2E
     scratch = Scratch(dtype)
@@ -168,27 +220,27 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
         q_npD = scratch.take("q", q_units, b.q_index, n, p, dim)
         top, total = (scratch.place(name, x, b.q_index, n, p, 1) for name, x in (("top", tops), ("total", totals)))
         o_npD = scratch("o", n, p, dim)
-        for i, piece in enumerate(pieces(b, layout.kv_tile)):
+        begun, column = False, None
+        for piece in pieces(b, layout.kv_tile):
             length = piece.shape[2]
             k_nLD = scratch.take("k", k_units[b.kv_unit], piece.kv_index, n, length, dim)
             column = _column_bias(piece, layout, bias, gate, dtype)
             if column is not None and not shifted:
                 column = column * unit
             s = _scores(q_npD, k_nLD, column, scale * unit, scratch("s", n, p, length))
-            if shifted:
-                _subtract_top(s, top, total, o_npD, begun=i > 0)
-            torch.exp2(s, out=s)
-            # K is no longer needed: V takes its buffer, which is still in cache.
-            v_nLD = scratch.take("k", v_units[b.kv_unit], piece.kv_index, n, length, dim)
-            if i == 0:
-                torch.sum(s, -1, keepdim=True, out=total)
-                torch.bmm(s, v_nLD, out=o_npD)
-            else:
-                total.add_(torch.sum(s, -1, keepdim=True))
-                o_npD.baddbmm_(s, v_nLD)
+
+            def listed(piece=piece, length=length):
+                # K is no longer needed: V takes its buffer, which is still in cache.
+                return scratch.take("k", v_units[b.kv_unit], piece.kv_index, n, length, dim)
+
+            _step(s, listed, top, total, o_npD, shifted, begun)
+            begun = True
+        if proxies is not None:
+            s = proxies.scores(q_npD, b, scale, unit, scratch)
+            _step(s, lambda: proxies.values[proxies.head(b)], top, total, o_npD, shifted, begun)
         if shifted:
             _put(tops, b, top.masked_fill_(top == float("-inf"), 0.0))
-        divisor = total if column is None else torch.where(total == 0, 1.0, total)
+        divisor = total if column is None and proxies is None else torch.where(total == 0, 1.0, total)
         o_npD = torch.div(o_npD, divisor, out=scratch.place("out", out, b.q_index, n, p, dim))
         _put(out, b, o_npD)
         _put(totals, b, total)
@@ -197,12 +249,15 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
 
 @fast_products
 def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0,
-             kv_max: int = 0):  # fmt: skip
-    """Gradients of q, k, v, key_bias and block_gate (None for an absent argument). grad_lse may be None."""
+             kv_max: int = 0, proxy=None):  # fmt: skip
+    """Gradients of q, k, v, key_bias and block_gate (None for an absent argument), and of the three tensors of a proxy. grad_lse may
+    be None."""
     batch, heads, kv_len, dim = k.shape
     dtype = lse.dtype
-    layout = make_plan(selection_tensors, q.shape[2], kv_len)
+    layout = make_plan(selection_tensors, q.shape[2], kv_len, proxy is not None)
     q_units, k_units, v_units, bias, gate = _inputs(q, k, v, key_bias, block_gate, layout, dtype)
+    proxies = None if proxy is None else Proxies(proxy, layout, dtype)
+    dproxy = None if proxy is None else [torch.zeros(x.shape[0] * x.shape[1], *x.shape[2:], dtype=dtype) for x in proxy]
     delta = _row_products(grad_out, out, dtype)
     if grad_lse is not None:
         delta = delta - grad_lse.unsqueeze(-1)
@@ -229,8 +284,8 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
             delta_np1 = scratch.take("delta", delta_units, b.q_index, n, p, 1)
             if b.q_invalid is not None:
                 lse_np1 = lse_np1.masked_fill(b.q_invalid.unsqueeze(-1), float("inf"))
-            dq_npD = scratch("o", n, p, dim)
-            for i, piece in enumerate(pieces(b, layout.kv_tile)):
+            dq_npD, begun = scratch("o", n, p, dim), False
+            for piece in pieces(b, layout.kv_tile):
                 length = piece.shape[2]
                 here = piece.sum_index - part.heads.start * (whole // layout.kv_tile)
                 k_nLD = scratch.take("k", k_units[b.kv_unit], piece.kv_index, n, length, dim)
@@ -243,9 +298,14 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
                 ds = torch.bmm(go_npD, v_nLD.transpose(1, 2), out=scratch("ds", n, p, length)).sub_(delta_np1).mul_(s)
                 if bias is not None or gate is not None:
                     _add_column_gradient(ds.sum(1), piece, layout, dbias, dgate)
-                dq_npD = torch.bmm(ds, k_nLD, out=dq_npD) if i == 0 else dq_npD.baddbmm_(ds, k_nLD)
+                dq_npD = dq_npD.baddbmm_(ds, k_nLD) if begun else torch.bmm(ds, k_nLD, out=dq_npD)
+                begun = True
                 dk_nLD = torch.bmm(ds.transpose(1, 2), q_npD, out=scratch("v", n, length, dim))
                 dk_tiles.index_add_(0, here, dk_nLD.view(-1, layout.kv_tile * dim))
+            if proxies is not None:
+                s = proxies.scores(q_npD, b, scale, 1.0, scratch)
+                torch.exp2(s.sub_(lse_np1).mul_(LOG2E), out=s)
+                _add_proxy_gradients(s, q_npD, go_npD, delta_np1, dq_npD if begun else dq_npD.zero_(), proxies, proxies.head(b), scale, dproxy)
             dq_npD = torch.mul(dq_npD, scale, out=scratch.place("dq", dq, b.q_index, n, p, dim))
             _put(dq, b, dq_npD)
         torch.mul(dk_part[:, :kv_len], scale, out=dk_here)
@@ -256,7 +316,19 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
         dbias = (dbias.sum(1, keepdim=True) if key_bias.shape[1] != heads else dbias).to(key_bias.dtype).contiguous()
     if dgate is not None:
         dgate = dgate.view(block_gate.shape).to(block_gate.dtype)
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dbias, dgate
+    found = [] if proxy is None else [x.view(y.shape).to(y.dtype) for x, y in zip(dproxy, proxy)]
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dbias, dgate, *found
+
+
+def _add_proxy_gradients(p_npN: Tensor, q_npD, go_npD, delta_np1, dq_npD, proxies: Proxies, head: int, scale: float, dproxy: list[Tensor]) -> None:
+    """Adds what the probabilities of proxies give to dQ (without the scale) and to the gradients of their keys, values and log sizes."""
+    p, q, go, dq = (x.view(-1, x.shape[-1]) for x in (p_npN, q_npD, go_npD, dq_npD))
+    dkeys, dvalues, dbias = (x[head] for x in dproxy)
+    dvalues.addmm_(p.T, go)
+    ds = torch.mm(go, proxies.values[head].T).sub_(delta_np1.reshape(-1, 1)).mul_(p)
+    dbias += ds.sum(0)
+    dq.addmm_(ds, proxies.keys[head])
+    dkeys.addmm_(ds.T, q, alpha=scale)
 
 
 def _row_products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -59,17 +59,18 @@ class Layout:
         return 1 if self.q_len % self.q_tile else self.q_tile
 
 
-def _group(p: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, list]:
-    """Sorts items by size and cuts them into batches whose padding stays small. Items without tokens are dropped."""
+def _group(p: np.ndarray, tokens: np.ndarray, empty: bool) -> tuple[np.ndarray, list]:
+    """Sorts items by size and cuts them into batches whose padding stays small. Items without tokens are dropped, or batched apart
+    from all others if `empty`."""
     order = np.lexsort((tokens, np.ceil(np.log2(np.maximum(p, 1)) * 4)))
-    order = order[(p[order] > 0) & (tokens[order] > 0)]
+    order = order[(p[order] > 0) & ((tokens[order] > 0) | empty)]
     batches, first, real, top_p, top_l = [], 0, 0, 0, 0
     limit = BATCH_ELEMENTS * torch.get_num_threads()
     for i, (rows, length) in enumerate(zip(p[order].tolist(), tokens[order].tolist(), strict=True)):
         new_p, new_l, number = max(top_p, rows), max(top_l, length), i - first + 1
         padded, new_real = new_p * new_l * number, real + rows * length
         wasteful = padded > PADDING_FACTOR * new_real and padded - new_real > PADDING_PAIRS
-        if number > 1 and (padded > limit or wasteful):
+        if number > 1 and (padded > limit or wasteful or (top_l == 0) != (length == 0)):
             batches.append((first, i))
             first, real, top_p, top_l = i, rows * length, rows, length
         else:
@@ -79,22 +80,23 @@ def _group(p: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, list]:
     return order, batches
 
 
-def _parts(p: np.ndarray, tokens: np.ndarray, head: np.ndarray, groups: int) -> tuple[np.ndarray, list[Part]]:
-    """Sorts items of `groups` heads into parts of as few heads as are worth it."""
+def _parts(p: np.ndarray, tokens: np.ndarray, head: np.ndarray, groups: int, apart: bool) -> tuple[np.ndarray, list[Part]]:
+    """Sorts items of `groups` heads into parts of as few heads as are worth it, or of one (`make_plan`)."""
     pairs = int((p * tokens).sum()) // max(groups, 1)
-    together = max(1, PART_BATCHES * BATCH_ELEMENTS * torch.get_num_threads() // max(pairs, 1))
+    together = max(1, PART_BATCHES * BATCH_ELEMENTS * torch.get_num_threads() // max(pairs, 1)) if not apart else 1
     orders, parts, done = [np.zeros(0, np.int64)], [], 0
     for first in range(0, groups, together):
         last = min(first + together, groups)
         here = np.flatnonzero((head >= first) & (head < last))
-        order, batches = _group(p[here], tokens[here])
+        order, batches = _group(p[here], tokens[here], apart)
         parts.append(Part(slice(first, last), [(done + i, done + j) for i, j in batches]))
         orders.append(here[order])
         done += len(order)
     return np.concatenate(orders), parts
 
 
-def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) -> Layout:
+def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int, apart: bool = False) -> Layout:
+    """apart: for proxies, which belong to a head and are there for empty lists too: a batch has queries of one head, and none is dropped."""
     kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes = selection_tensors
     batch, heads, num_q, capacity = kv_indices.shape
     groups, num_kv = batch * heads, kv_sizes.shape[-1]
@@ -114,7 +116,7 @@ def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) ->
             threads = torch.get_num_threads()
             # However long the lists, an item for each thread: one product shared by threads is slower than one product each.
             step = max(threads, BATCH_ELEMENTS * threads // (q_tile * highest * kv_tile))
-            together = max(1, step // num_q)  # heads of a part
+            together = max(1, step // num_q) if not apart else 1  # heads of a part
             for group in range(0, groups, together):
                 last = min(group + together, groups)
                 batches = [(i, min(i + step, last * num_q)) for i in range(group * num_q, last * num_q, step)]
@@ -122,13 +124,13 @@ def make_plan(selection_tensors: tuple[Tensor, ...], q_len: int, kv_len: int) ->
             layout.uniform, layout.lists = highest, lists[:, :highest].contiguous()
         else:
             tokens = (counts * kv_tile).numpy()
-            order, layout.parts = _parts(np.full(len(counts), q_tile), tokens, np.arange(len(counts)) // num_q, groups)
+            order, layout.parts = _parts(np.full(len(counts), q_tile), tokens, np.arange(len(counts)) // num_q, groups, apart)
             layout.row_list = torch.from_numpy(order)
         return layout
-    return _plan_tokens(lists, counts, selection_tensors, q_len, kv_len)
+    return _plan_tokens(lists, counts, selection_tensors, q_len, kv_len, apart)
 
 
-def _plan_tokens(lists, counts, selection_tensors, q_len: int, kv_len: int) -> Layout:
+def _plan_tokens(lists, counts, selection_tensors, q_len: int, kv_len: int, apart: bool) -> Layout:
     _, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes = selection_tensors
     batch, heads, num_q, capacity = kv_indices.shape
     num_kv = kv_sizes.shape[-1]
@@ -146,7 +148,7 @@ def _plan_tokens(lists, counts, selection_tensors, q_len: int, kv_len: int) -> L
     start, size = q_start[row_list] + shift, (q_size[row_list] - shift).clamp(max=MAX_ROWS)
     used = torch.arange(capacity) < counts.unsqueeze(-1)
     tokens = torch.where(used, kv_size[torch.where(used, lists, 0)], 0).sum(-1) if num_kv else counts * 0
-    order, parts = _parts(size.numpy(), tokens[row_list].numpy(), (row_list // num_q).numpy(), batch * heads)
+    order, parts = _parts(size.numpy(), tokens[row_list].numpy(), (row_list // num_q).numpy(), batch * heads, apart)
     order = torch.from_numpy(order)
     sides = (1, 1, q_len, kv_len, num_q, num_kv)
     return Layout(lists, counts, row_list[order], parts, *sides, start[order], size[order], kv_start, kv_size)
@@ -172,6 +174,8 @@ class Batch:
 def _runs(start: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(n, c) runs -> (n, L) token of each position, its run, and whether it is padding. Padding repeats the last
     token of the item, so that nothing outside its list is ever touched."""
+    if start.shape[1] == 0:
+        return start, start, start.bool()
     end = size.cumsum(-1)
     total = end[:, -1:]
     position = torch.arange(int(total.max())).expand(len(start), -1)
@@ -193,6 +197,8 @@ def pieces(b: Batch, tile: int) -> Iterator[Batch]:
     """The batch itself, or where its lists are long, piece by piece of them: the scores of a whole list would leave the caches (half of
     the blocks of 32,760 tokens take 1.44 s whole and 1.23 s in pieces; pieces of a quarter of the size 1.68 s)."""
     n, p, length = b.shape
+    if length == 0:  # empty lists, of which only proxies are attended
+        return
     unit = tile if b.slot is None else 1
     number = -(-length // max(unit, PIECE_ELEMENTS // p))
     if number == 1:
@@ -219,7 +225,7 @@ def make_batch(layout: Layout, first: int, last: int) -> Batch:
         counts, unused = layout.counts[lists], None
         slots = int(counts.max())
         index = layout.lists[lists, :slots]
-        if int(counts.min()) != slots:
+        if slots and int(counts.min()) != slots:
             unused = torch.arange(slots) >= counts.unsqueeze(-1)
             index = torch.where(unused, index.gather(1, counts.unsqueeze(-1) - 1), index)
     if layout.q_start is not None:

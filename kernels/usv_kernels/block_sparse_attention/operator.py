@@ -22,15 +22,16 @@ def _implementation(name: str):
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, block_gate: Tensor | None, kv_num_blocks: Tensor,
     kv_indices: Tensor, q_starts: Tensor, q_sizes: Tensor, kv_starts: Tensor, kv_sizes: Tensor, q_max: int,
-    kv_max: int, scale: float, impl: str,
+    kv_max: int, scale: float, impl: str, proxy_keys: Tensor | None = None, proxy_values: Tensor | None = None,
+    proxy_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     selection = (kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes)
-    return _implementation(impl).forward(q, k, v, selection, key_bias, block_gate, scale, q_max, kv_max)
+    proxy = None if proxy_keys is None else (proxy_keys, proxy_values, proxy_bias)
+    return _implementation(impl).forward(q, k, v, selection, key_bias, block_gate, scale, q_max, kv_max, proxy)
 
 
 @forward_op.register_fake
-def _(q, k, v, key_bias, block_gate, kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes, q_max, kv_max,
-      scale, impl):  # fmt: skip
+def _(q, k, v, *rest):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
@@ -40,40 +41,48 @@ def backward_op(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     key_bias: Tensor | None, block_gate: Tensor | None, kv_num_blocks: Tensor, kv_indices: Tensor, q_starts: Tensor,
     q_sizes: Tensor, kv_starts: Tensor, kv_sizes: Tensor, q_max: int,
-    kv_max: int, scale: float, impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, key_bias, block_gate; an absent argument gets an empty tensor, as ops return no None."""
+    kv_max: int, scale: float, impl: str, proxy_keys: Tensor | None = None, proxy_values: Tensor | None = None,
+    proxy_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, key_bias, block_gate and the three of the proxy; an absent argument gets an empty tensor, as ops
+    return no None."""
     selection = (kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes)
-    gradients = _implementation(impl).backward(grad_out, grad_lse, q, k, v, out, lse, selection, key_bias, block_gate, scale, q_max, kv_max)
+    proxy = None if proxy_keys is None else (proxy_keys, proxy_values, proxy_bias)
+    gradients = _implementation(impl).backward(grad_out, grad_lse, q, k, v, out, lse, selection, key_bias, block_gate, scale, q_max, kv_max, proxy)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @backward_op.register_fake
-def _(grad_out, grad_lse, q, k, v, out, lse, key_bias, block_gate, *rest):
-    bias, gate = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (key_bias, block_gate))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias, gate
+def _(grad_out, grad_lse, q, k, v, out, lse, key_bias, block_gate, kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes,
+      q_max, kv_max, scale, impl, proxy_keys=None, proxy_values=None, proxy_bias=None):  # fmt: skip
+    optional = (key_bias, block_gate, proxy_keys, proxy_values, proxy_bias)
+    gradients = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in optional)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *gradients
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, key_bias, block_gate, *selection, ctx.q_max, ctx.kv_max, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(q, k, v, *output, key_bias, block_gate, *selection)
+    q, k, v, key_bias, block_gate, *selection, ctx.q_max, ctx.kv_max, ctx.scale, ctx.impl = inputs[:15]
+    proxy = inputs[15:] or (None,) * 3
+    ctx.save_for_backward(q, k, v, *output, key_bias, block_gate, *proxy, *selection)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, key_bias, block_gate, *selection = ctx.saved_tensors
+    q, k, v, out, lse, key_bias, block_gate, proxy_keys, proxy_values, proxy_bias, *selection = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 15
+        return (None,) * 18
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    dq, dk, dv, dbias, dgate = backward_op(grad_out, grad_lse, q, k, v, out, lse, key_bias, block_gate, *selection,
-                                           ctx.q_max, ctx.kv_max, ctx.scale, ctx.impl)  # fmt: skip
-    return (dq, dk, dv, None if key_bias is None else dbias, None if block_gate is None else dgate, *(None,) * 10)
+    dq, dk, dv, dbias, dgate, *dproxy = backward_op(grad_out, grad_lse, q, k, v, out, lse, key_bias, block_gate, *selection, ctx.q_max,
+                                                    ctx.kv_max, ctx.scale, ctx.impl, proxy_keys, proxy_values, proxy_bias)  # fmt: skip
+    dproxy = dproxy if proxy_keys is not None else (None,) * 3
+    return (dq, dk, dv, None if key_bias is None else dbias, None if block_gate is None else dgate, *(None,) * 10, *dproxy)
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias: Tensor | None,
-           block_gate: Tensor | None, scale: float, impl: str) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The op with a BlockSelection taken apart."""
-    return forward_op(q, k, v, key_bias, block_gate, *selection.tensors(), selection.q_max, selection.kv_max, scale, impl)
+           block_gate: Tensor | None, scale: float, impl: str, proxy: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op with a BlockSelection taken apart. proxy: keys, values and log sizes (B, H, N)."""
+    return forward_op(q, k, v, key_bias, block_gate, *selection.tensors(), selection.q_max, selection.kv_max, scale, impl,
+                      *(proxy or (None,) * 3))  # fmt: skip

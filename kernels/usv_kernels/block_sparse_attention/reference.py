@@ -3,7 +3,7 @@
     S_ij = scale * <q_i, k_j> + key_bias_j + block_gate(block of i, block of j)   if that pair of blocks is listed
     lse_i = log sum_j exp S_ij,   out_i = sum_j exp(S_ij - lse_i) v_j
 
-Needs O(Sq * Sk) memory: it is the oracle of the tests, not a way to run a model.
+With proxies (`proxy`) the blocks that are not listed are further columns. Needs O(Sq * Sk) memory: it is the oracle of the tests, not a way to run a model.
 """
 
 import torch
@@ -35,8 +35,9 @@ def pair_logits(selection: BlockSelection, block_gate: Tensor | None, dtype: tor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias: Tensor | None,
-           block_gate: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Same arguments and results as the public function; half precision is computed in fp32, fp64 in fp64."""
+           block_gate: Tensor | None, scale: float, proxy: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Same arguments and results as the public function, but a proxy's log sizes (B, H, N); half precision is computed in fp32,
+    fp64 in fp64."""
     batch, heads, q_len, _ = q.shape
     kv_len = k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -48,14 +49,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias:
     if key_bias is not None:
         bias = bias + key_bias.to(dtype).unsqueeze(2)
     s = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale + bias
+    values = v.to(dtype)
+    if proxy is not None:
+        proxy_keys, proxy_values, log_size = (x.to(dtype) for x in proxy)
+        closed = torch.nn.functional.pad(selection.to_mask(), (0, 0, 0, 1), value=True)  # the last row: of tokens outside every block
+        closed = closed.gather(2, q_block.unsqueeze(-1).expand(-1, -1, -1, closed.shape[-1]))
+        approximated = q.to(dtype) @ proxy_keys.transpose(-1, -2) * scale + log_size.unsqueeze(2)
+        s = torch.cat((s, approximated.masked_fill(closed, float("-inf"))), -1)
+        values = torch.cat((values, proxy_values), 2)
 
     # Rows without any finite logit give out = 0 and lse = -inf with zero gradients, not NaN.
-    top = s.detach().amax(-1, keepdim=True) if kv_len else s.new_full((batch, heads, q_len, 1), float("-inf"))
+    top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((batch, heads, q_len, 1), float("-inf"))
     top = torch.where(top == float("-inf"), 0.0, top)
     p = torch.exp(s - top)
     total = p.sum(-1, keepdim=True)
     empty = total == 0
     safe = torch.where(empty, 1.0, total)
-    out = (p / safe) @ v.to(dtype)
+    out = (p / safe) @ values
     lse = torch.where(empty, float("-inf"), top + safe.log()).squeeze(-1)
     return out.to(q.dtype), lse
