@@ -74,7 +74,7 @@ def known(name: str) -> Gpu:
     before = [gpu for gpu in GPUS.values() if gpu.name[:2] == name[:2] and len(gpu.name) == len(name) and _order(gpu.name) < _order(name)]
     older = name.startswith("sm_") and _order(name) < 80 or name.startswith("gfx10")
     accepted = "sm_80 (Ampere) and newer, gfx90a (MI200) and newer, gfx1100 (RDNA 3) and newer"
-    require(bool(before) and not older, "device", f"{name}, which multiplies no bf16 in matrix instructions", f"{accepted}; elsewhere {INSTEAD}")
+    require(bool(before) and not older, "device", f"{name}, older than what these kernels run on", f"{accepted}; elsewhere {INSTEAD}")
     nearest = max(before, key=lambda gpu: _order(gpu.name))
     log.warning("usv_kernels: %s is not in the table of GPUs; it gets the tiles of %s", name, nearest.name)
     return replace(nearest, name=name)

@@ -1,26 +1,25 @@
 """What the compiler makes of every companion kernel, without a GPU; `compile_report` tabulates it beside the attention kernels."""
 
-import re
-
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ._gpus import Gpu
 from .block_pool import triton as block_pool
 from .kmeans import triton as kmeans
-from .machine_code import amd_figures, nvidia_figures
+from .machine_code import figures
 from .norm_rope import triton as norm_rope
 from .permute import triton as permute
 from .select import triton as select
 from .token_merge import triton as token_merge
 
 
-def kernels(target: int | str) -> list[tuple]:
+def kernels(gpu: Gpu) -> list[tuple]:
     """(kernel, types of its pointer arguments, types of arguments that are not i32, constants, number of warps): the shapes
     of Wan 2.1 (head dim 128, 1536 channels, tiles of 64 tokens, 512 blocks) and bfloat16, as the wrappers launch them."""
     means, rotation = {"BLOCK_T": 32, "BLOCK_D": 128}, {"PAIRS": 64, "HAS_POSITIONS": True, "BLOCK_P": 1024}
-    half, full = (kmeans.assign_tile(128, dtype, "amd" if target == "gfx942" else target) for dtype in (torch.bfloat16, torch.float32))
+    half, full = (kmeans.assign_tile(128, dtype, gpu) for dtype in (torch.bfloat16, torch.float32))
     return [
         (block_pool._forward_kernel, "bf16 i32 i32 bf16", {}, means, 4),
         (block_pool._backward_kernel, "bf16 i32 i32 bf16", {}, means, 4),
@@ -39,33 +38,27 @@ def kernels(target: int | str) -> list[tuple]:
     ]  # fmt: skip
 
 
-def build(kernel, pointers: str, other: dict, constants: dict, warps: int, target: int | str) -> dict:
-    """One kernel for an NVIDIA architecture (80, 90, 100) or for "gfx942"."""
+def build(kernel, pointers: str, other: dict, constants: dict, warps: int, gpu: Gpu) -> dict:
+    """One kernel for one GPU."""
     names = kernel.arg_names
     types = iter(pointers.split())
     signature = {}
     for name in names:
         default = "*" + next(types) if name.endswith("_ptr") else other.get(name, "i32")
         signature[name] = "constexpr" if name in constants else default
-    # Row strides and widths are multiples of 16 in every model; without saying so no 16-byte access is possible.
+    # Row strides and widths are multiples of 16 in every model; without saying so no 16-byte access is possible. Tensors below 2 GiB
+    # are read through buffers on AMD, which Triton asks of every tensor at run time.
     wide = ("dim", "channels", "stride_b", "stride_h", "stride_s", "num_kv")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in wide}
+    amd, attributes = not gpu.name.startswith("sm_"), {}
+    for i, name in enumerate(names):
+        if name.endswith("_ptr") or name in wide:
+            attributes[(i,)] = [["tt.divisibility", 16]] + ([["tt.pointer_range", 32]] if amd and name.endswith("_ptr") else [])
     special = [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize or p.name.endswith("_ptr"))]
-    source = ASTSource(kernel, signature, constants, aligned)
+    source = ASTSource(kernel, signature, constants, attributes)
     stages = kmeans.STAGES if kernel is kmeans._assign_kernel else 3
-    described = {"kernel": f"{kernel.__module__.split('.')[1]}.{kernel.__name__}", "types": pointers, "constants": constants, "warps": warps,
-                 "specialised": special}  # fmt: skip
-    if target == "gfx942":
-        options = {"num_warps": warps, "num_stages": min(stages, 2)}
-        compiled = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
-        assembly = compiled.asm["amdgcn"]
-        return described | amd_figures(compiled, warps) | {
-            "dots": len(re.findall("v_mfma", assembly)),
-            "wide_accesses": len(re.findall(r"(?:global|buffer|flat)_(?:load|store)_dwordx4", assembly)),
-        }  # fmt: skip
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "num_stages": stages})
-    ptx = compiled.asm["ptx"]
-    return described | nvidia_figures(compiled, warps, target) | {
-        "dots": ptx.count("mma.sync") + ptx.count("wgmma.mma_async") + ptx.count("tcgen05.mma"),
-        "wide_accesses": ptx.count(".v4.b32"),
-    }  # fmt: skip
+    target = GPUTarget("hip", gpu.name, 64 if gpu.unit == "mfma" else 32) if amd else GPUTarget("cuda", int(gpu.name[3:]), 32)
+    options = {"num_warps": warps, "num_stages": min(stages, 2) if amd else stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=target, options=options)
+    found = figures(compiled, gpu)
+    return {"kernel": f"{kernel.__module__.split('.')[1]}.{kernel.__name__}", "types": pointers, "constants": constants, "warps": warps,
+            "specialised": special} | found | {"dots": found["inner_loop"].get("mma", 0)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every kernel as machine code for GPUs that are not here: Ampere, Hopper, Blackwell and MI300."""
+"""Every kernel as machine code for GPUs that are not here, from Ampere to RDNA 4: what CI's half of the compile report shows."""
 
 import json
 import os
@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import usv_kernels
+from usv_kernels.compile_report import ONE_A_UNIT, SIBLINGS, TARGETS
 
 MAIN = {"forward", "dq", "dkv"}
-SMALLEST_SM80 = 99 * 1024  # shared memory of the smallest GPUs that run sm_80 code, bytes
+KIB = 1024
+UNITS = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_103": "tcgen05",
+         "sm_120": "mma.sync", "sm_121": "mma.sync", "gfx90a": "mfma", "gfx942": "mfma", "gfx950": "mfma", "gfx1100": "wmma",
+         "gfx1151": "wmma", "gfx1201": "wmma"}  # fmt: skip
+NEVER_SPILL = {"sm_80", "sm_90", "sm_100", "gfx942"}
 # Specialised arguments are compiled in (by divisibility, or as 1). These are a model's own, or follow from them: strides of
 # whole rows. N of `select` is a choice of two builds: rows of a multiple of 16 scores are read 16 bytes at a time.
 FIXED = {"dim", "channels", "stride_b", "stride_h", "stride_s", "stride_row", "stride_col", "index_s", "num_kv"}
@@ -19,9 +24,9 @@ COMPANIONS = {"block_pool", "select", "token_merge", "permute", "kmeans", "norm_
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Everything, compiled by another process: this one's triton may be the interpreter, which compiles nothing."""
+    """CI's half, compiled by another process: this one's triton may be the interpreter, which compiles nothing."""
     folder = tmp_path_factory.mktemp("compiled")
-    command = [sys.executable, "-m", "usv_kernels.compile_report", "--out", str(folder)]
+    command = [sys.executable, "-m", "usv_kernels.compile_report", "--half", "--out", str(folder)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "kernels_compiled.json").read_text())
@@ -38,50 +43,45 @@ def environment() -> dict:
 
 
 def test_every_kernel_builds_for_every_target(rows):
-    built = {(r["target"], r["kernel"], r["D"], r["dtype"], r["layout"], r["bias_and_gate"]) for r in rows}
-    for target in ("sm_80", "sm_90", "sm_100"):
+    built = {(r["target"], r["kernel"], r["D"], r["layout"], r["bias_and_gate"], r["proxy"]) for r in rows}
+    for target in TARGETS:
         for kernel in MAIN:
-            for dim in (32, 64, 96, 128):
-                layouts = [(layout, extras) for layout in ("tile 64", "tile 128", "clusters") for extras in (False, True)] + [("tile 512", True)]
-                assert built >= {(target, kernel, dim, "bf16", *each) for each in layouts}
-                assert (target, kernel, dim, "fp16", "tile 64", True) in built
-                assert built >= {(target, kernel, dim, "fp32", layout, True) for layout in ("tile 64", "clusters")}
-    assert built >= {("gfx942", k, d, "bf16", y, True) for k in MAIN for d in (64, 128) for y in ("tile 64", "tile 128", "clusters")}
-    assert {"delta", "gate_sum"} <= {r["kernel"] for r in rows}
+            assert built >= {(target, kernel, 128, layout, True, False) for layout in ("tile 64", "clusters")}
+            if target not in SIBLINGS:
+                assert built >= {(target, kernel, 64, layout, True, False) for layout in ("tile 64", "clusters")}
+                assert (target, kernel, 128, "tile 64", False, kernel != "dkv") in built
+                assert (target, kernel, 96, "tile 128", True, False) in built
 
 
-def test_no_spills_and_shared_memory_within_the_device(report, rows):
+def test_no_local_memory_in_loops_and_no_spills_where_there_were_none(report, rows):
+    """On RDNA, which has 256 registers a lane whatever is done, the backward spills; its forward does not."""
     triton = tuple(map(int, report["triton"].split(".")[:2]))
     for row in rows:
-        assert row["inner_loop"].get("local", 0) == 0, row
+        if UNITS[row["target"]] != "wmma" or row["kernel"] == "forward":
+            assert row["inner_loop"].get("local", 0) == 0, row
         # Triton 3.6 keeps a few registers of some variants in memory around their loops.
-        assert row["spills"] == 0 or triton < (3, 7), row
-        assert row["shared_bytes"] <= row["shared_limit"], row
-        assert row.get("programs_per_sm", 1) >= 1, row
+        assert row["spills"] == 0 or row["target"] not in NEVER_SPILL or triton < (3, 7), row
 
 
-def test_tensor_cores_of_each_generation(rows):
-    unit = {"sm_80": "mma_sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
-    half = [r for r in rows if r["kernel"] in MAIN and r["dtype"] == "bf16"]
-    assert len(half) >= 18
-    for row in half:
-        # Products of each loop body: QK and PV; QK, dOV and dSK; and four in dkv.
-        assert row[unit[row["target"]]] >= {"forward": 2, "dq": 3, "dkv": 4}[row["kernel"]], row
-        assert row["inner_loop"]["mma"] > 0, row
+def test_shared_memory_leaves_two_kib_and_two_programs_fit(rows):
+    for row in rows:
+        assert row["shared_bytes"] <= row["shared_limit"] - 2 * KIB, row
+        assert row["programs_per_sm"] >= 1, row
+        if UNITS[row["target"]] == "mma.sync" and row["kernel"] in ("forward", "dq") and (row["D"], row["layout"]) == (128, "tile 64"):
+            assert row["programs_per_sm"] >= 2, row
 
 
-def test_warpgroups_share_the_products(rows):
-    """On Hopper 64 rows are one warpgroup's: a second one on the same tile repeats its products, and nothing else shows it."""
-    found = [r for r in rows if r["target"] == "sm_90" and r["kernel"] in MAIN and r["dtype"] != "fp32"]
-    assert len(found) >= 84 and {r["tensor_work"] for r in found} == {1.0}
+def test_no_product_is_computed_twice(rows):
+    """Warps that share a tile badly repeat its products, and neither registers nor spills show it: every kind of matrix instruction."""
+    for row in (r for r in rows if r["kernel"] in MAIN):
+        assert (row["unit"], row["matrix_work"]) == (UNITS[row["target"]], 1.0), row
 
 
 def test_loads_of_16_bytes_and_no_atomics(rows):
-    for row in (r for r in rows if r["target"].startswith("sm_")):
-        assert row["atomics"] == 0, row
-        assert row["kernel"] == "gate_sum" or row["loads_16_bytes"] > 0, row
-        if row["kernel"] in MAIN and row["dtype"] == "bf16":
-            assert row["inner_loop"]["mma"] > 0 and row["inner_loop"]["async copy"] > 0, row
+    for row in rows:
+        assert row["atomics"] == 0 and row["wide_accesses"] > 0 and row["inner_loop"]["mma"] > 0, row
+        if UNITS[row["target"]] in ("mma.sync", "wgmma"):
+            assert row["inner_loop"].get("async copy", 0) > 0, row
 
 
 def test_nothing_that_varies_between_steps_is_compiled_in():
@@ -96,20 +96,20 @@ def test_nothing_that_varies_between_steps_is_compiled_in():
         special = {name for name, constant, plain in parameters if not (constant or plain or name.endswith("_ptr"))}
         assert special <= rows, f"{kernel} would compile anew for {special - rows}"
         constants = {name for name, constant, _ in parameters if constant}
-        assert constants <= {"HAS_BIAS", "HAS_GATE", "HAS_GRAD_LSE", "KV_TILES", "Q_TILES", "BM", "BN", "BK", "D", "DP"}
+        assert constants <= {"HAS_BIAS", "HAS_GATE", "HAS_GRAD_LSE", "HAS_PROXY", "KV_TILES", "Q_TILES", "BM", "BN", "BK", "D", "DP", "D1"}
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ONE_A_UNIT)
 def test_companions(report, target):
     rows = [row for row in report["companions"] if row["target"] == target]
     assert {row["kernel"].split(".")[0] for row in rows} == COMPANIONS
     for row in rows:
-        assert row["registers"] > 0 and row["shared_bytes"] <= row["shared_limit"], row
-        assert target != "sm_80" or row["shared_bytes"] <= SMALLEST_SM80, row
+        assert row["registers"] > 0 and row["shared_bytes"] <= row["shared_limit"] - 2 * KIB, row
         assert row["spills"] == 0, row
         assert set(row["specialised"]) <= FIXED, f"would compile anew when a count or length changes: {row}"
-        # 1024 channels of 16 bits over 256 lanes of gfx942 are 8 bytes each.
+        # 1024 channels of 16 bits over 256 lanes of AMD's waves of 64 are 8 bytes each.
         if (target, row["kernel"]) != ("gfx942", "token_merge._reduce_kernel"):
             assert row["wide_accesses"] > 0, f"no 16-byte access: {row}"
         assert row["atomics"] == 0, f"atomics make runs differ: {row}"
-        assert (row["dots"] > 0) == (row["kernel"] == "kmeans._assign_kernel"), f"matrix instructions: {row}"
+        products = row["kernel"] == "kmeans._assign_kernel" and (UNITS[target] != "wmma" or row["types"].startswith("bf16"))
+        assert (row["dots"] > 0) == products, f"matrix instructions: {row}"

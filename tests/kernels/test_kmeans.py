@@ -201,11 +201,12 @@ def test_refusals():
 
 def test_tiles_of_every_target():
     """What no machine at hand runs: smaller tiles where operands lie in registers, no tf32x3 where there is none."""
+    from usv_kernels._gpus import GPUS
     from usv_kernels.kmeans.triton import assign_tile
 
     for dtype in DTYPES:
         for dim in (16, 24, 64, 128):
-            tiles = {target: assign_tile(dim, dtype, target)[0] for target in (80, 90, 100, 120, "amd")}
-            assert {t for t, tile in tiles.items() if tile["PRECISION"] == "tf32x3"} == {80, 90, 100, 120}
-            small = {t for t, tile in tiles.items() if tile["BLOCK_K"] < tiles[90]["BLOCK_K"]}
-            assert small == {80, 120, "amd"} and all(t["BLOCK_D"] >= dim and t["BLOCK_K"] >= 16 for t in tiles.values())
+            tiles = {name: assign_tile(dim, dtype, gpu)[0] for name, gpu in GPUS.items()}
+            assert {t for t, tile in tiles.items() if tile["PRECISION"] == "tf32x3"} == {t for t in GPUS if t.startswith("sm_")}
+            small = {t for t, tile in tiles.items() if tile["BLOCK_K"] < tiles["sm_90"]["BLOCK_K"]}
+            assert small == {t for t, gpu in GPUS.items() if gpu.unit not in ("wgmma", "tcgen05")} and all(t["BLOCK_D"] >= dim and t["BLOCK_K"] >= 16 for t in tiles.values())

@@ -1,6 +1,9 @@
-"""What is read from compiled kernels: loops of both assemblies, and occupancy."""
+"""What is read from compiled kernels: loops of both assemblies, the work of matrix instructions, and occupancy."""
 
-from usv_kernels.machine_code import amd_loop, nvidia_loop, programs_per_cu, programs_per_sm
+from collections import Counter
+
+from usv_kernels._gpus import GPUS
+from usv_kernels.machine_code import amd_loop, matrix_work, mix, nvidia_loop, programs_per_sm, tcgen05_work
 
 NVIDIA_TEXT = """
 	.text.kernel:
@@ -40,23 +43,43 @@ AMD_TEXT = """
 
 
 def test_the_innermost_loop_with_matrix_instructions_is_counted():
-    assert nvidia_loop(NVIDIA_TEXT) == {"mma": 1, "fp32": 1, "other": 1, "total": 3}
-    assert amd_loop(AMD_TEXT) == {"mma": 1, "exp": 1, "other": 1, "total": 3}
+    assert mix(nvidia_loop(NVIDIA_TEXT)) == {"mma": 1, "fp32": 1, "other": 1, "total": 3}
+    assert mix(amd_loop(AMD_TEXT)) == {"mma": 1, "exp": 1, "other": 1, "total": 3}
     without = NVIDIA_TEXT.replace("HMMA", "IADD")  # none has any: still the innermost counts
-    assert nvidia_loop(without) == {"fp32": 1, "other": 2, "total": 3}
+    assert mix(nvidia_loop(without)) == {"fp32": 1, "other": 2, "total": 3}
     assert not nvidia_loop("        /*0000*/   EXIT ;")
     moved = AMD_TEXT.replace("v_mfma_f32_32x32x8_bf16_1k", "v_readfirstlane_b32").replace(
         "ds_read_b128", "v_mfma_f32_32x32x8_bf16_1k"
     )
-    assert amd_loop(moved) == {"mma": 1, "exp": 1, "global": 1, "other": 3, "total": 6}  # the inner loop has none
+    assert mix(amd_loop(moved)) == {"mma": 1, "exp": 1, "global": 1, "other": 3, "total": 6}  # the inner loop has none
     assert not amd_loop(".LBB0_1:   ; %then\n\tds_read_b32 v1, v2\n\ts_cbranch_scc1 .LBB0_1\n")  # no head of a loop
 
 
 def test_occupancy():
     """By hand: 65,536 registers in units of 8 a thread, 64 warps, shared memory plus 1 KiB a program."""
-    assert programs_per_sm(128, 0, 4, 80) == 4
-    assert programs_per_sm(121, 0, 4, 80) == 4 and programs_per_sm(129, 0, 4, 80) == 3
-    assert programs_per_sm(32, 48 * 1024, 4, 80) == 3 and programs_per_sm(32, 48 * 1024, 4, 90) == 4
-    assert programs_per_sm(16, 0, 4, 90) == 16
-    assert [programs_per_cu(r, 1024, 4) for r in (64, 65, 256, 512)] == [8, 7, 2, 1]
-    assert programs_per_cu(64, 20 * 1024, 4) == 3
+    sm_80, sm_90, sm_100, sm_89 = (GPUS[name] for name in ("sm_80", "sm_90", "sm_100", "sm_89"))
+    assert programs_per_sm(128, 0, 4, sm_80) == 4
+    assert programs_per_sm(121, 0, 4, sm_80) == 4 and programs_per_sm(129, 0, 4, sm_80) == 3
+    assert programs_per_sm(32, 48 * 1024, 4, sm_80) == 3 and programs_per_sm(32, 48 * 1024, 4, sm_90) == 4
+    assert programs_per_sm(16, 0, 4, sm_90) == 16
+    # 48 warps of Ada and 100 KiB; 512 columns of Blackwell's tensor memory
+    assert programs_per_sm(16, 0, 4, sm_89) == 12 and programs_per_sm(16, 48 * 1024, 4, sm_89) == 2
+    assert programs_per_sm(64, 0, 4, sm_100, 256) == 2 and programs_per_sm(64, 0, 4, sm_100, 192) == 2
+    # CDNA: 512 registers of each of four SIMDs, 8 waves; RDNA 3: 1,536 of two, in units of 24, 16 waves
+    gfx942, gfx1100 = GPUS["gfx942"], GPUS["gfx1100"]
+    assert [programs_per_sm(r, 1024, 4, gfx942) for r in (64, 65, 256, 512)] == [8, 7, 2, 1]
+    assert programs_per_sm(64, 20 * 1024, 4, gfx942) == 3 and programs_per_sm(64, 20 * 1024, 4, GPUS["gfx950"]) == 8
+    assert [programs_per_sm(r, 1024, 4, gfx1100) for r in (96, 97, 192, 256)] == [8, 6, 4, 2]
+
+
+def test_work_of_matrix_instructions():
+    """Every warp executes each; a warpgroup, four warps, one wgmma; a program one tcgen05, whose shape is in its descriptor."""
+    assert matrix_work(Counter({"HMMA.16816.F32.BF16": 3, "FFMA": 9}), 4) == ("mma.sync", 3 * 16 * 8 * 16 * 4)
+    assert matrix_work(Counter({"HGMMA.64x128x16.F32.BF16": 2}), 8) == ("wgmma", 2 * 64 * 128 * 16 * 2)
+    assert matrix_work(Counter({"v_mfma_f32_16x16x16_bf16": 2, "v_mfma_f32_32x32x8_bf16": 1}), 4) == ("mfma", (2 * 4096 + 8192) * 4)
+    assert matrix_work(Counter({"v_wmma_f32_16x16x16_bf16": 5}), 2) == ("wmma", 5 * 4096 * 2)
+    assert matrix_work(Counter({"FFMA": 5}), 2) == (None, 0)
+    n, m = 128 // 8 << 17, 64 // 16 << 24
+    step = "\ttcgen05.mma.cta_group::1.kind::f16 [ %r2 + 0 ], [ %r5 + 0 ], %rd1, %r9, %p1;\n"
+    ptx = f"\tmov.b32 \t%r9, {n | m};\n" + step + "$L__BB0_1:\n" + 2 * step + "\t@%p2 bra \t$L__BB0_1;\n" + 3 * step
+    assert tcgen05_work(ptx, 2) == 2 * 64 * 128 * 16 and tcgen05_work(ptx, 4) == 0

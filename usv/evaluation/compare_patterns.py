@@ -40,6 +40,8 @@ from usv.sampling.patterns import PatternRecord, calls_report
 from usv.sparse.grid import TokenGrid
 
 CALIBRATION_SEED = 10**6  # seeds of the prompts on which settings are found; those of the comparison begin at 0
+PROXY = "+proxy"  # behind the name of a pattern: with its option proxy
+WITH_PROXY = ("svg+proxy", "svg2+proxy")
 STAGES = ("profile", "cluster", "select", "permute", "attention")
 
 
@@ -95,7 +97,7 @@ class Setup:
     def run(self, label: str, prompts: list[str], seeds: list[int], name: str | None = None, options: dict | None = None):
         """(Generation, PatternRecord or None) of a pattern, or of the dense model where name is None."""
         if name is not None:
-            usv.enable(self.pipe, attention=name, recall_rows=self.recall_rows, **self.warm_up, **options)
+            usv.enable(self.pipe, attention=name.removesuffix(PROXY), recall_rows=self.recall_rows, **self.warm_up, **options)
         try:
             with tqdm(total=len(prompts), desc=label, unit="video") as bar:
                 generation = generate(self.pipe, self.model, prompts, seeds, self.batch_size, progress=bar)
@@ -111,12 +113,14 @@ class Setup:
             _, record = self.run(f"{name} {density} settings", self.prompts[:clips], seeds, name, tried)
             return record.sparse_density(), temporal_share(record, tried, self.grid())
 
-        return settings_for(name, density, self.grid(), measure, options)
+        if name.endswith(PROXY):
+            options = options | {"proxy": True}
+        return settings_for(name.removesuffix(PROXY), density, self.grid(), measure, options)
 
 
 def temporal_share(record: PatternRecord, options: dict, grid: TokenGrid) -> float:
     """The share of temporal heads that svg's executed density tells: the first frame is kept by spatial heads only."""
-    if set(options) != {"density", "block"}:
+    if set(options) - {"proxy"} != {"density", "block"}:
         return 0.0  # not svg
     spatial, temporal = svg_densities(grid, options["density"], options["block"])
     return min(max((spatial - record.sparse_density()) / max(spatial - temporal, 1e-9), 0.0), 1.0)
@@ -177,7 +181,7 @@ def compare(comparison: Comparison, setup: Setup, methods: list[str], densities:
             key = f"{name} {density}"
             options = comparison.report["calibration"].get(key)
             if options is None:
-                options = setup.calibrated(name, density, calibration, comparison.clusters if name == "svg2" else {})
+                options = setup.calibrated(name, density, calibration, comparison.clusters if name.removesuffix(PROXY) == "svg2" else {})
                 comparison.report["calibration"][key] = options
                 comparison.save()
             generation, record = setup.run(key, setup.prompts, setup.seeds, name, options)
@@ -201,7 +205,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="data/wan-mini")
     parser.add_argument("--clips", type=int, default=32)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.3, 0.2], help="executed by the sparse calls")
-    parser.add_argument("--methods", nargs="+", default=list(PATTERNS), choices=list(PATTERNS))
+    parser.add_argument("--methods", nargs="+", default=list(PATTERNS), choices=[*PATTERNS, *WITH_PROXY],
+                        help="svg+proxy and svg2+proxy: with proxy=true")  # fmt: skip
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=4)

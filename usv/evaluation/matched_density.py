@@ -74,7 +74,7 @@ def _candidates(name: str, grid: TokenGrid, density: float) -> Iterator[tuple[di
     for tile in TILES:
         counts = tile_counts(grid, Tile(*tile))
         total = math.prod(counts)
-        if name == "tile_top_k":
+        if name in ("tile_top_k", "tile_top_k_proxy"):
             kept = max(1, round(density * total))
             yield {"density": kept / total, "tile": list(tile)}, kept / total
             continue

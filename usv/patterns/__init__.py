@@ -20,8 +20,10 @@ from usv.patterns.static import SlidingTile as SlidingTile
 from usv.patterns.svg import SVG as SVG
 from usv.patterns.svg2 import SVG2 as SVG2
 from usv.patterns.tile_top_k import TileTopK as TileTopK
+from usv.patterns.tile_top_k import TileTopKProxy as TileTopKProxy
 
-PATTERNS = {"svg": SVG, "svg2": SVG2, "radial": Radial, "sliding_tile": SlidingTile, "tile_top_k": TileTopK}
+PATTERNS = {"svg": SVG, "svg2": SVG2, "radial": Radial, "sliding_tile": SlidingTile, "tile_top_k": TileTopK,
+            "tile_top_k_proxy": TileTopKProxy}  # fmt: skip
 
 
 def make_pattern(name: str, **options) -> Pattern:

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from usv_kernels import BlockSelection, block_sparse_attention, inverse_permutation, permute
+from usv_kernels import BlockSelection, block_proxy, block_sparse_attention, inverse_permutation, permute
 
 from usv.sparse.grid import TokenGrid
 
@@ -97,11 +97,13 @@ class PatternPlan:
     """One call's decision about the S video tokens.
 
     q_order, kv_order: (S,) or (B, H, S) int64, x_ordered = x[order]; None leaves the order. selection: over ordered tokens.
+    proxy: key blocks that are not listed are there by their means (`usv_kernels.block_proxy`) instead of not at all.
     """
 
     q_order: Tensor | None
     kv_order: Tensor | None
     selection: BlockSelection
+    proxy: bool = False
 
 
 class Pattern(Protocol):
@@ -202,7 +204,8 @@ def attend(
     if key_bias is not None and kv_order is not None:
         key_bias = key_bias.expand(*k.shape[:2], -1).gather(-1, kv_order.expand(k.shape[:3]))
     clock.lap("permute")
-    out, _ = block_sparse_attention(q, k, v, selection, key_bias=key_bias, impl=impl)
+    proxy = block_proxy(k, v, selection, key_bias) if plan.proxy else None
+    out, _ = block_sparse_attention(q, k, v, selection, key_bias=key_bias, impl=impl, proxy=proxy)
     clock.lap("attention")
     if q_order is not None:
         out = permute(out, inverse_permutation(q_order))

@@ -30,6 +30,7 @@ class SVG:
     density: kept fraction s of the score matrix, in (0, 1]; the sink comes on top of it.
     rows: query rows of the profiling: a number, or a fraction of the video tokens below 1.
     block: tokens of a block. sink: keep the first frame's keys in spatial heads. seed: of the sampled rows.
+    proxy: blocks that are not listed are there by their means, which is no part of the published method.
     dense_layers, dense_steps: fractions of the first layers and steps that stay dense.
     """
 
@@ -38,6 +39,7 @@ class SVG:
     block: int = 128
     sink: bool = True
     seed: int = 0
+    proxy: bool = False
     dense_layers: float = 0.03
     dense_steps: float = 0.2
 
@@ -57,7 +59,7 @@ class SVG:
             rowwise = torch.arange(grid.num_tokens, device=q.device)
             order = torch.where(temporal[..., None], token_major_order(grid).to(q.device), rowwise)
         clock.lap("select")
-        return PatternPlan(order, order, selection)
+        return PatternPlan(order, order, selection, self.proxy)
 
     def _select(self, temporal: Tensor, grid: TokenGrid, text: Text | None) -> BlockSelection:
         sizes = block_sizes(grid.num_tokens, self.block)

@@ -34,6 +34,7 @@ class SVG2:
     num_kept: key clusters per query cluster, 1..k_clusters.
     density: executed token pairs / all, of every head, in (0, 1]; at least one cluster for each query cluster.
     first_iters, iters: k-means iterations without and with cached centroids.
+    proxy: blocks that are not listed are there by their means, which is no part of the published method.
     dense_layers, dense_steps: fractions of the first layers and steps that stay dense.
     """
 
@@ -45,6 +46,7 @@ class SVG2:
     density: float | None = None
     first_iters: int = 50
     iters: int = 2
+    proxy: bool = False
     dense_layers: float = 0.03
     dense_steps: float = 0.2
 
@@ -73,7 +75,7 @@ class SVG2:
         selection = self.select(q_clusters, k_clusters, key_bias)
         q_order, kv_order = (c.assignment.argsort(dim=-1, stable=True) for c in (q_clusters, k_clusters))
         clock.lap("select")
-        return PatternPlan(q_order, kv_order, selection)
+        return PatternPlan(q_order, kv_order, selection, self.proxy)
 
     def _cluster(self, q: Tensor, k: Tensor, state: PatternState) -> tuple[Clusters, Clusters]:
         for name in ("q_clusters", "k_clusters"):

@@ -1,11 +1,13 @@
 """Tile top-k: the fine branch of VSA (arXiv 2505.13389) without training. Tokens in tile-major order, tile means of q and k,
-and the key tiles with the highest q_c · k_c / √D for each query tile.
+and the key tiles with the highest q_c · k_c / √D for each query tile. Tile top-k with proxies also attends to the others, by their
+means: exact where it matters most, approximate elsewhere, in one softmax.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from usv_kernels import block_pool, select_top_k
 
@@ -21,6 +23,7 @@ class TileTopK:
     tile: tuple[int, int, int] = (4, 4, 4)
     dense_layers: float = 0.03
     dense_steps: float = 0.2
+    proxy: ClassVar[bool] = False
 
     def __post_init__(self):
         require(0 < self.density <= 1, "density", self.density, "a fraction in (0, 1]")
@@ -40,4 +43,11 @@ class TileTopK:
         blocks = (layout.starts, layout.sizes)
         selection = select_top_k(scores, num_kept, *blocks, *blocks)
         clock.lap("select")
-        return PatternPlan(layout.order, layout.order, selection)
+        return PatternPlan(layout.order, layout.order, selection, self.proxy)
+
+
+@dataclass(frozen=True)
+class TileTopKProxy(TileTopK):
+    """The same settings; key tiles that are not listed are there by their mean key and value (`usv_kernels.block_proxy`)."""
+
+    proxy: ClassVar[bool] = True

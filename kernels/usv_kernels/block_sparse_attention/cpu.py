@@ -119,7 +119,7 @@ class Proxies:
         used = torch.arange(layout.lists.shape[1]) < layout.counts.unsqueeze(-1)
         target = torch.where(used, layout.lists % max(number, 1), number)
         listed = torch.zeros(len(columns), number + 1, dtype=torch.bool).scatter_(1, target, True)[:, :number]
-        self.columns = columns.masked_fill_(listed, float("-inf"))  # (G * M, N)
+        self.columns = columns.masked_fill(listed, float("-inf"))  # (G * M, N), which columns itself may only pretend to be
 
     def head(self, b: Batch) -> int:
         return int(b.lists[0]) // self.num_q

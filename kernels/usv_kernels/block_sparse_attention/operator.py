@@ -49,6 +49,7 @@ def backward_op(
     selection = (kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes)
     proxy = None if proxy_keys is None else (proxy_keys, proxy_values, proxy_bias)
     gradients = _implementation(impl).backward(grad_out, grad_lse, q, k, v, out, lse, selection, key_bias, block_gate, scale, q_max, kv_max, proxy)
+    gradients = (*gradients, *(None,) * (8 - len(gradients)))  # without a proxy there are five
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

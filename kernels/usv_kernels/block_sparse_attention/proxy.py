@@ -32,7 +32,7 @@ def block_proxy(k: Tensor, v: Tensor, selection: BlockSelection, key_bias: Tenso
     """The means of the key blocks of a selection, differentiable in k, v and key_bias.
 
     Args:
-        k, v: (B, H, S, D). selection: its key blocks; if they differ between heads they have to follow each other from 0 to S.
+        k, v: (B, H, S, D). selection: its key blocks, of any layout.
         key_bias: (B, H or 1, S), as of attention: tokens count exp(key_bias) times.
 
     Returns: BlockProxy with keys and values in k's dtype, sizes fp32 (fp64 of fp64), (N,) or with a bias (B, H, N).
@@ -53,9 +53,18 @@ def _means(x: Tensor, selection: BlockSelection) -> Tensor:
     if sizes.dim() == 1:
         return block_pool(x, starts, sizes)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows, lengths = x.to(work).flatten(0, 1), sizes.flatten(0, 1).long()
-    sums = torch.segment_reduce(rows, "sum", lengths=lengths, axis=1, initial=0.0)
-    return (sums / lengths.clamp(min=1).unsqueeze(-1)).view(*x.shape[:2], -1, x.shape[3]).to(x.dtype)
+    # Blocks in the order of their tokens, with what lies before each; empty ones last, wherever they claim to begin.
+    length = x.shape[2]
+    starts, sizes = (y.flatten(0, 1).long() for y in (starts, sizes))
+    begin, order = torch.where(sizes > 0, starts, length).sort(dim=-1, stable=True)
+    sorted_sizes = sizes.gather(-1, order)
+    end = begin + sorted_sizes
+    gaps = begin - torch.nn.functional.pad(end[:, :-1], (1, 0))
+    runs = torch.stack((gaps, sorted_sizes), -1).flatten(1)
+    runs = torch.cat((runs, length - end[:, -1:]), -1)
+    sums = torch.segment_reduce(x.to(work).flatten(0, 1).contiguous(), "sum", lengths=runs, axis=1, initial=0.0)[:, 1::2]
+    sums = torch.zeros_like(sums).scatter(1, order.unsqueeze(-1).expand_as(sums), sums)
+    return (sums / sizes.clamp(min=1).unsqueeze(-1)).view(*x.shape[:2], -1, x.shape[3]).to(x.dtype)
 
 
 def check_proxy(proxy, q: Tensor, selection: BlockSelection) -> None:

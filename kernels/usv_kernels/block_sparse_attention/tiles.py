@@ -38,23 +38,17 @@ def tiles_per_block(largest: int, tile: int) -> int:
     return count if 0 < count <= MAX_TILES else 0
 
 
-def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int, gpu: Gpu = GPUS["sm_90"]) -> Config:
-    """The tile shape of `forward`, `dq` or `dkv`. Chosen so that nothing spills as compiled for sm_80, sm_90, sm_100 and gfx942
-    and no product is computed twice (`python -m usv_kernels.compile_report`), not yet from timings (`bench_gpu.tiles`)."""
+def config(kernel: str, dim: int, dtype: torch.dtype, q_max: int, kv_max: int, gpu: Gpu = GPUS["sm_90"],
+           proxy: bool = False) -> Config:  # fmt: skip
+    """The tile of `forward`, `dq` or `dkv`. q_max, kv_max: the largest block of either side, 0 where the host does not know it. proxy:
+    with a second loop, over proxies, which needs registers of its own."""
     loop = "q_max" if kernel == "dkv" else "kv_max"
-    walked, wide = {"q_max": q_max, "kv_max": kv_max}[loop], dim > 64
+    walked = {"q_max": q_max, "kv_max": kv_max}[loop]
     nested = tiles_per_block(walked, 64) == 0
-    if dtype == torch.float32:
-        chosen = _full(kernel, dim, nested, q_max, kv_max)
-    elif gpu.unit in ("mfma", "wmma"):
-        chosen = _cdna(kernel, wide, nested, q_max, kv_max)
-    elif gpu.unit != "mma.sync":
-        chosen = _from_shared(kernel, wide, nested, q_max, kv_max, 100 if gpu.unit == "tcgen05" else 90)
-    else:
-        chosen = _from_registers(kernel, dim, nested, q_max, kv_max)
+    chosen = BY_UNIT[gpu.unit](kernel, dim, nested or proxy and gpu.unit == "mma.sync", q_max, kv_max, gpu) if dtype != torch.float32 else _full(kernel, dim, nested, q_max, kv_max)
     tile = chosen.BM if kernel == "dkv" else chosen.BN
     if not nested and tiles_per_block(walked, tile) == 0:  # too many of so small a tile: the nested loop, which needs more registers
-        return config(kernel, dim, dtype, **{"q_max": q_max, "kv_max": kv_max, loop: 0}, gpu=gpu)
+        return config(kernel, dim, dtype, **{"q_max": q_max, "kv_max": kv_max, loop: 0}, gpu=gpu, proxy=proxy)
     return chosen
 
 
@@ -74,13 +68,10 @@ def _half(kernel: str, q_max: int, kv_max: int) -> tuple[int, int]:
     return _tile(q_max, 128 if kernel == "forward" and q_max > 64 else 64), _tile(kv_max, 64)
 
 
-def _from_shared(kernel: str, wide: bool, nested: bool, q_max: int, kv_max: int, arch: int) -> Config:
-    """Hopper's wgmma and Blackwell's tcgen05 read operands from shared memory. On Hopper a warpgroup, four warps, takes 64 rows: eight
-    warps on fewer would compute the same product twice."""
-    bm, bn = _half(kernel, q_max, kv_max)
-    if nested and arch >= 100:  # more warps hold what would spill
-        narrow = min(bn, 32) if kernel == "dq" and wide else bn
-        return Config(min(bm, 32 if kernel == "dkv" else 64), narrow, 8 if wide else 4, 2)
+def _wgmma(kernel: str, dim: int, nested: bool, q_max: int, kv_max: int, gpu: Gpu) -> Config:
+    """Hopper reads operands from shared memory. A warpgroup, four warps, takes 64 rows: eight warps on fewer would compute the same
+    product twice."""
+    wide, (bm, bn) = dim > 64, _half(kernel, q_max, kv_max)
     if kernel == "forward":
         return Config(bm, bn, 8 if bm == 128 else 4, 2 if nested else 3)
     if not wide:
@@ -91,26 +82,51 @@ def _from_shared(kernel: str, wide: bool, nested: bool, q_max: int, kv_max: int,
     return Config(min(bm, 16 if nested else 32), bn, 4, 2)
 
 
-def _from_registers(kernel: str, dim: int, nested: bool, q_max: int, kv_max: int) -> Config:
-    """Ampere, Ada and consumer Blackwell: both operands of a product come from registers."""
+def _tcgen05(kernel: str, dim: int, nested: bool, q_max: int, kv_max: int, gpu: Gpu) -> Config:
+    """Blackwell's data centre parts, whose accumulators lie in tensor memory; in nested loops more warps hold what would spill."""
     wide, (bm, bn) = dim > 64, _half(kernel, q_max, kv_max)
-    if kernel == "dkv" and (nested or dim == 64 or (wide and q_max > 64)):
+    if not nested:
+        return _wgmma(kernel, dim, nested, q_max, kv_max, gpu)
+    narrow = min(bn, 32) if kernel == "dq" and wide else bn
+    return Config(min(bm, 32 if kernel == "dkv" else 64), narrow, 8 if wide else 4, 2)
+
+
+def _mma_sync(kernel: str, dim: int, nested: bool, q_max: int, kv_max: int, gpu: Gpu) -> Config:
+    """Ampere, Ada and consumer Blackwell: both operands of a product come from registers, and heads of more than 64 channels are
+    walked in two parts (`triton_forward`). The smallest of these GPUs have 99 KiB of shared memory."""
+    wide, (bm, bn) = dim > 64, _half(kernel, q_max, kv_max)
+    consumer = gpu.name in ("sm_120", "sm_121")  # whose compiler keeps fewer of the same values in registers
+    if wide:
+        if kernel == "dkv":
+            return Config(min(bm, 16), bn, 4, 2, halves=True)
+        narrow = min(bn, 32) if kernel == "dq" or nested or consumer else bn
+        bm = min(bm, 64) if nested else bm
+        return Config(bm, narrow, 8 if bm == 128 else 4, 2, halves=True)
+    if kernel == "dkv" and (nested or dim == 64):
         bm = min(bm, 32)
-    if kernel == "forward" and wide and nested:
-        bm = min(bm, 64)
-    warps = 8 if bm == 128 or (wide and (nested or kernel == "dkv" and bn == 64)) else 4
-    if kernel == "dq" and wide and (nested or kv_max > 64) or not wide and nested and kernel != "dkv":
+    if nested and kernel != "dkv" or consumer and kernel == "dq":
         bn = min(bn, 32)
-    stages = 3 if kernel == "forward" and not nested or kernel == "dq" and dim == 64 and not nested else 2
-    return Config(bm, bn, warps, stages)
+    stages = 3 if not nested and (kernel == "forward" or kernel == "dq" and dim == 64) else 2
+    return Config(bm, bn, 8 if bm == 128 else 4, stages)
 
 
-def _cdna(kernel: str, wide: bool, nested: bool, q_max: int, kv_max: int) -> Config:
-    """CDNA: 512 registers a lane with four warps, 256 with eight; a pipeline's second stage lies in registers too."""
-    bm, bn = _half(kernel, q_max, kv_max)
+def _mfma(kernel: str, dim: int, nested: bool, q_max: int, kv_max: int, gpu: Gpu) -> Config:
+    """CDNA: 512 registers a lane with four warps, 256 with eight; a pipeline's second stage lies in registers too. Matrix instructions
+    of 16 rows: of 32, which the compiler would take, four warps on 64 rows compute every product one and a half times."""
+    wide, (bm, bn) = dim > 64, _half(kernel, q_max, kv_max)
     if kernel == "dkv":
-        return Config(min(bm, 16), bn, 8, 2) if wide else Config(min(bm, 32) if nested else bm, bn, 4, 2)
+        return Config(min(bm, 32), bn, 4, 1 if wide else 2, nonkdim=16)
     narrow = min(bn, 32) if wide or kernel == "forward" else bn
-    return Config(bm, narrow, 8 if bm == 128 else 4, 1 if wide and kernel == "dq" else 2)
+    return Config(bm, narrow, 8 if bm == 128 else 4, 1 if wide and kernel == "dq" else 2, nonkdim=16)
 
 
+def _wmma(kernel: str, dim: int, nested: bool, q_max: int, kv_max: int, gpu: Gpu) -> Config:
+    """RDNA: 256 registers a lane whatever the number of warps, and operands twice in the registers of a wave on RDNA 3."""
+    wide, (bm, bn) = dim > 64, _half(kernel, q_max, kv_max)
+    if kernel == "dkv":
+        return Config(min(bm, 16), bn, 4, 1)
+    narrow = min(bn, 16) if wide or kernel == "dq" else min(bn, 32)
+    return Config(bm, narrow, 8 if bm == 128 else 4, 1)
+
+
+BY_UNIT = {"wgmma": _wgmma, "tcgen05": _tcgen05, "mma.sync": _mma_sync, "mfma": _mfma, "wmma": _wmma}

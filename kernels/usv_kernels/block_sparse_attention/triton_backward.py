@@ -8,7 +8,17 @@ With P_ij = exp(S_ij - lse_i), delta_i = <dO_i, O_i> - dlse_i and dS_ij = P_ij *
 import triton
 import triton.language as tl
 
-from .triton_forward import LOG2E, accumulator, column_bias, inner, listed_block, load_parts, load_rows, proxy_column, store_rows
+from .triton_forward import (
+    LOG2E,
+    accumulator,
+    column_bias,
+    inner,
+    listed_block,
+    load_parts,
+    load_rows,
+    proxy_column,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["H", "q_len"])

@@ -121,7 +121,7 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
     lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
     if q.numel() == 0 or q_starts.numel() == 0 or kv_starts.numel() == 0:
         return out, lse
-    cfg = config("forward", q.shape[-1], q.dtype, q_max, kv_max, gpu_of(q))
+    cfg = config("forward", q.shape[-1], q.dtype, q_max, kv_max, gpu_of(q), proxy is not None)
     block, start, rows, _ = tile_table(q_starts, q_sizes, cfg.BM, q_max, q_len)
     bias, *bias_strides = _bias(key_bias, heads)
     gate = None if block_gate is None else block_gate.float().contiguous()
@@ -182,7 +182,7 @@ def _launch_dq(dq, dgate, q, k, v, grad, lse, delta, bias, bias_strides, gate, t
     counts, lists, q_starts, q_sizes, kv_starts, kv_sizes = tensors
     batch, heads, q_len, _ = q.shape
     num_q, capacity = lists.shape[2:]
-    cfg = config("dq", q.shape[-1], q.dtype, q_max, kv_max, gpu_of(q))
+    cfg = config("dq", q.shape[-1], q.dtype, q_max, kv_max, gpu_of(q), proxies[0] is not None)
     block, start, rows, first = tile_table(q_starts, q_sizes, cfg.BM, q_max, q_len)
     tiles = block.shape[1]
     # One tile a block: its sums are the gradient. Otherwise each tile writes its own and a second kernel adds them.
@@ -226,7 +226,7 @@ def _launch_dkv(dk, dv, dbias, offsets, entries, q, k, v, grad, lse, delta, bias
 
 def _launch_proxy_dkv(q, grad, lse, delta, proxies, tensors, scale, q_max) -> list[Tensor]:
     """fp32 gradients of proxy keys, values and log sizes. Proxies are few, so the query tiles are cut into parts that run side by side."""
-    keys, listed = proxies[0], proxies[3]
+    listed = proxies[3]
     batch, heads, q_len, dim = q.shape
     num_q, num_kv = listed.shape[2:]
     cfg = config("dkv", dim, q.dtype, q_max, 64, gpu_of(q))

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._device import on_its_device
+from .._gpus import Gpu, gpu_of
 
 STAGES = 2
 
@@ -82,31 +83,26 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     bias = -0.5 * (centred * (centroids + offset)).sum(-1)
     out = torch.empty(batch, heads, length, dtype=torch.int64, device=x.device)
     if out.numel():
-        constants, warps = assign_tile(dim, x.dtype, _target(x.device))
+        constants, warps = assign_tile(dim, x.dtype, gpu_of(x))
         grid = (batch * heads * triton.cdiv(length, constants["BLOCK_T"]),)
         _assign_kernel[grid](x, centred, bias, out, *x.stride()[:3], heads, length, clusters, dim, **constants,
                              num_stages=STAGES, num_warps=warps)  # fmt: skip
     return out
 
 
-def assign_tile(dim: int, dtype: torch.dtype, target: int | str) -> tuple[dict, int]:
+def assign_tile(dim: int, dtype: torch.dtype, gpu: Gpu) -> tuple[dict, int]:
     """Constants and warps for which nothing spills (`compile_companions`); shared memory below 99 KiB where GPUs may have no more.
 
-    target: 80, 90, ... of an NVIDIA GPU, or "amd". PRECISION says how float32 is multiplied: three TF32 products on NVIDIA's
-    tensor cores, float32 itself on AMD's, which have it and no tf32x3. Only sm_90 to sm_100 multiply from shared memory:
-    elsewhere a whole tile of centroids is in registers, and has to be smaller.
+    PRECISION says how float32 is multiplied: three TF32 products on NVIDIA's tensor cores, float32 itself on AMD's, which have it and no
+    tf32x3. Only sm_90 to sm_110 multiply from shared memory: elsewhere a whole tile of centroids is in registers, and has to be
+    smaller.
     """
     block_d, full = max(triton.next_power_of_2(dim), 16), dtype == torch.float32
-    from_shared = target != "amd" and 90 <= target < 120
-    block_k = (64 if from_shared else 32) // (2 if full and block_d > 64 else 1)
-    constants = {"PRECISION": "ieee" if target == "amd" else "tf32x3", "BLOCK_T": 64, "BLOCK_K": block_k, "BLOCK_D": block_d}
+    block_k = {"wgmma": 64, "tcgen05": 64, "wmma": 16}.get(gpu.unit, 32)
+    block_k = max(block_k // 2, 16) if full and block_d > 64 else block_k
+    amd = not gpu.name.startswith("sm_")
+    constants = {"PRECISION": "ieee" if amd else "tf32x3", "BLOCK_T": 64, "BLOCK_K": block_k, "BLOCK_D": block_d}
     return constants, 8 if full else 4
-
-
-def _target(device: torch.device) -> int | str:
-    if torch.version.hip is not None:
-        return "amd"
-    return 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 80
 
 
 @on_its_device

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .selection import BlockSelection
+from ..selection import BlockSelection
 
 
 def tiles(length: int, block: int) -> torch.Tensor:
@@ -45,7 +45,7 @@ def measure(functions: dict, device: str, budget: float) -> dict:
     """Times all functions alternately until the budget in seconds is spent, at least 3 times each, after a warm-up.
 
     On a GPU a sample is the mean of enough calls in a row for 5 ms, begun while the GPU is held busy: launches would otherwise be timed,
-    not work. `host_ms` is how long the host takes to launch a call; where that is longer than the call, the host is what was timed.
+    not work. `seconds` are all samples in order. `host_ms` is how long the host takes to launch a call; where that is longer than the call, the host is what was timed.
     """
     calls, hosts = dict.fromkeys(functions, 1), dict.fromkeys(functions)
 
@@ -75,7 +75,18 @@ def measure(functions: dict, device: str, budget: float) -> dict:
     while len(next(iter(samples.values()))) < 3 or (time.monotonic() < deadline and len(next(iter(samples.values()))) < 100):
         for name in functions:
             samples[name].append(once(name, calls[name]))
-    return {name: quantiles(values) | ({"host_ms": hosts[name]} if device == "cuda" else {}) for name, values in samples.items()}
+    return {name: quantiles(values) | {"seconds": values} | ({"host_ms": hosts[name]} if device == "cuda" else {}) for name, values in samples.items()}
+
+
+def paired(times: dict, name: str) -> dict:
+    """How many times as long each function took as `name`, by pairs of samples taken one after the other: median, 20% and 80% quantile.
+    What a machine does to all for a while falls out of it, unlike of a ratio of medians."""
+    found = {}
+    for other, found_times in times.items():
+        if other != name:
+            ratios = sorted(b / a for a, b in zip(times[name]["seconds"], found_times["seconds"]))
+            found[other] = {key: ratios[min(len(ratios) - 1, int(f * len(ratios)))] for key, f in (("p20", 0.2), ("median", 0.5), ("p80", 0.8))}
+    return found
 
 
 def _git(*words: str) -> str | None:

@@ -1,6 +1,6 @@
 """Peak memory of sparse attention against dense SDPA at equal shapes.
 
-On a CPU each side runs in a fresh process, `python -m usv_kernels.bench_memory SIDE ...`, which reports how far its resident
+On a CPU each side runs in a fresh process, `python -m usv_kernels.bench.memory SIDE ...`, which reports how far its resident
 set rose above what it held before the call, inputs included there: outputs, gradients, plans and scratch count, whoever
 allocates them. On a GPU it is the allocator's own peak.
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import block_sparse_attention
-from .bench_timing import random_selection
-from .host_memory import give_back_freed_memory
+from .. import block_sparse_attention
+from ..host_memory import give_back_freed_memory
+from .timing import random_selection
 
 SIDES = ("sdpa_dense", "ours")
 PASSES = (False, True)  # with the backward?
@@ -74,11 +74,11 @@ def compare_on_cpu(heads: int, length: int, dim: int, density: float, block: int
     for backward in PASSES:
         peaks = {}
         for side in SIDES:
-            command = [sys.executable, "-m", "usv_kernels.bench_memory", side, *map(str, (heads, length, dim, density, block)),
+            command = [sys.executable, "-m", "usv_kernels.bench.memory", side, *map(str, (heads, length, dim, density, block)),
                        str(dtype).removeprefix("torch."), *(["--backward"] if backward else [])]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise SystemExit(f"bench_memory {side}: {done.stderr[-1000:]}")
+                raise SystemExit(f"bench.memory {side}: {done.stderr[-1000:]}")
             peaks[side] = json.loads(done.stdout)["peak_bytes"]
         rows.append({"pass": "forward+backward" if backward else "forward", "S": length, "D": dim, "H": heads, "block": block,
                      "dtype": str(dtype).removeprefix("torch."), "density": density, "peak_bytes": peaks,

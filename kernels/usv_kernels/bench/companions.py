@@ -9,8 +9,8 @@ import math
 
 import torch
 
-from . import block_pool, block_sparse_attention, inverse_permutation, permute, select_top_k
-from .bench_timing import measure, tiles
+from .. import block_pool, block_sparse_attention, inverse_permutation, permute, select_top_k
+from .timing import measure, tiles
 
 GOAL = 0.10
 
@@ -21,6 +21,8 @@ def companions(heads: int, length: int, dim: int, density: float, block: int, dt
     for backward in (False, True):
         parts = functions(heads, length, dim, density, block, dtype, device, impl, backward)
         times = measure(parts, device, budget)
+        for found in times.values():
+            found.pop("seconds")
         median = {name: times[name]["median_ms"] for name in times}
         once = (median["pooling"] + median["selection"]) / median["attention"]
         row = {"pass": "forward+backward" if backward else "forward", "S": length, "D": dim, "H": heads, "block": block,

@@ -1,0 +1,1 @@
+"""Correctness-gated micro-benchmarks, `python -m usv_kernels.bench`; nothing imports them back."""
