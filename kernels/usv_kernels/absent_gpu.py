@@ -28,7 +28,7 @@ class AbsentDriver:
         arch = int(self.gpu.name[3:]) if nvidia else self.gpu.name
         self.target = GPUTarget("cuda" if nvidia else "hip", arch, 64 if self.gpu.unit == "mfma" else 32)
         properties = {"max_shared_mem": self.gpu.shared, "max_num_regs": 65536, "multiprocessor_count": 100, "warpSize": self.target.warp_size}
-        self.utils = SimpleNamespace(get_device_properties=lambda device: properties, load_binary=lambda *_: (1, 1, 0, 0, 1024))
+        self.utils = SimpleNamespace(get_device_properties=lambda device: properties, load_binary=lambda *_: (1, 1, 0, 0, 1024), unload_module=lambda _: None)
 
     def launcher_cls(self, source, metadata):
         return lambda *arguments, **named: None

@@ -111,7 +111,9 @@ def _scores(q_npD: Tensor, k_nLD: Tensor, column: Tensor | None, scale: float, s
 class Proxies:
     """Keys, values and log sizes (B, H, N) of what stands for blocks that are not listed; no gather: a head's are shared by its queries."""
 
-    def __init__(self, proxy: tuple[Tensor, ...], layout: Layout, dtype: torch.dtype):
+    def __init__(self, proxy: tuple[Tensor, ...], layout: Layout, dtype: torch.dtype, scale: float, unit: float):
+        """scale: of the dot products. unit: log2(e) where the logits are of exp2, else 1."""
+        self.alpha = scale * unit
         self.keys, self.values = (x.flatten(0, 1).to(dtype) for x in proxy[:2])
         groups, number = self.keys.shape[:2]
         self.number, self.num_q = number, layout.num_q
@@ -119,18 +121,18 @@ class Proxies:
         used = torch.arange(layout.lists.shape[1]) < layout.counts.unsqueeze(-1)
         target = torch.where(used, layout.lists % max(number, 1), number)
         listed = torch.zeros(len(columns), number + 1, dtype=torch.bool).scatter_(1, target, True)[:, :number]
-        self.columns = columns.masked_fill(listed, float("-inf"))  # (G * M, N), which columns itself may only pretend to be
+        self.columns = columns.masked_fill(listed, float("-inf")).mul_(unit)  # (G * M, N), which columns itself may only pretend to be
 
     def head(self, b: Batch) -> int:
         return int(b.lists[0]) // self.num_q
 
-    def scores(self, q_npD: Tensor, b: Batch, scale: float, unit: float, scratch: Scratch) -> Tensor:
-        """(n, p, N) logits, of exp2 if unit is log2(e), in the buffer of the scores."""
+    def scores(self, q_npD: Tensor, b: Batch, scratch: Scratch) -> Tensor:
+        """(n, p, N) logits in the buffer of the scores."""
         n, p, _ = b.shape
         s = scratch("s", n, p, self.number)
-        keys = self.keys[self.head(b)]
-        torch.mm(q_npD.view(n * p, -1), keys.T, out=s.view(n * p, -1))
-        return s.mul_(scale * unit).add_((self.columns[b.lists] * unit).unsqueeze(1))
+        s.copy_(self.columns.index_select(0, b.lists).unsqueeze(1))
+        s.view(n * p, -1).addmm_(q_npD.view(n * p, -1), self.keys[self.head(b)].T, alpha=self.alpha)
+        return s
 
 
 def _inputs(q, k, v, key_bias, block_gate, layout: Layout, dtype):
@@ -205,7 +207,6 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     layout = make_plan(selection_tensors, q.shape[2], k.shape[2], proxy is not None)
     q_units, k_units, v_units, bias, gate = _inputs(q, k, v, key_bias, block_gate, layout, dtype)
-    proxies = None if proxy is None else Proxies(proxy, layout, dtype)
     # Written in q's dtype batch by batch while in cache; with uniform counts every row is written, so no zeros are needed.
     out = (torch.empty if layout.uniform else torch.zeros)(q_units.shape, dtype=q.dtype)
     # lse = tops + log(totals): rows that no batch writes keep log(0) = -inf.
@@ -213,6 +214,7 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
     shifted = not _exponents_fit(q, k, key_bias, gate, layout, scale, proxy)
     # Small logits are scaled for exp2 at once; large ones only after the maximum, else their rounding would grow with them.
     unit = 1.0 if shifted else LOG2E
+    proxies = None if proxy is None else Proxies(proxy, layout, dtype, scale, unit)
     scratch = Scratch(dtype)
     for first, last in (batch for part in layout.parts for batch in part.batches):
         b = make_batch(layout, first, last)
@@ -236,7 +238,7 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
             _step(s, listed, top, total, o_npD, shifted, begun)
             begun = True
         if proxies is not None:
-            s = proxies.scores(q_npD, b, scale, unit, scratch)
+            s = proxies.scores(q_npD, b, scratch)
             _step(s, lambda: proxies.values[proxies.head(b)], top, total, o_npD, shifted, begun)
         if shifted:
             _put(tops, b, top.masked_fill_(top == float("-inf"), 0.0))
@@ -256,7 +258,7 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
     dtype = lse.dtype
     layout = make_plan(selection_tensors, q.shape[2], kv_len, proxy is not None)
     q_units, k_units, v_units, bias, gate = _inputs(q, k, v, key_bias, block_gate, layout, dtype)
-    proxies = None if proxy is None else Proxies(proxy, layout, dtype)
+    proxies = None if proxy is None else Proxies(proxy, layout, dtype, scale, 1.0)
     dproxy = None if proxy is None else [torch.zeros(x.shape[0] * x.shape[1], *x.shape[2:], dtype=dtype) for x in proxy]
     delta = _row_products(grad_out, out, dtype)
     if grad_lse is not None:
@@ -303,7 +305,7 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias,
                 dk_nLD = torch.bmm(ds.transpose(1, 2), q_npD, out=scratch("v", n, length, dim))
                 dk_tiles.index_add_(0, here, dk_nLD.view(-1, layout.kv_tile * dim))
             if proxies is not None:
-                s = proxies.scores(q_npD, b, scale, 1.0, scratch)
+                s = proxies.scores(q_npD, b, scratch)
                 torch.exp2(s.sub_(lse_np1).mul_(LOG2E), out=s)
                 _add_proxy_gradients(s, q_npD, go_npD, delta_np1, dq_npD if begun else dq_npD.zero_(), proxies, proxies.head(b), scale, dproxy)
             dq_npD = torch.mul(dq_npD, scale, out=scratch.place("dq", dq, b.q_index, n, p, dim))
