@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from usv.patterns import PatternState, Text, attend, make_pattern
 from usv.patterns.protocol import Clock
 from usv.sparse.grid import TokenGrid
