@@ -99,7 +99,7 @@ class PolicyConfig:
     budget: float = 0.32
     bins: int = 8
     probes: int = 2
-    input: str = "none"
+    input: str = "place"
     budgets: list[float] = field(default_factory=list)
     cost: str | None = None  # a file of python -m usv.bench costs: what rungs and budget cost, in seconds of this machine; none: FLOPs
     gamma: float = 1.0
