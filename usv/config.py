@@ -52,7 +52,8 @@ class ModelConfig:
 
     weights: pretrained (from path) | random (`architecture`, untrained: tests and measurements). experts: transformers of
     the pipeline; of two, one serves timesteps from `boundary` · 1000 on (expert=high), the other those below (low): one is
-    trained a run. fps: frames a second of its clips, with which infer.py writes them.
+    trained a run. fps: frames a second of its clips, with which infer.py writes them. transformer, vae: diffusers' classes of another
+    family than Wan, and the numbers that make the transformer (`vae` is counted as its class makes it).
     """
 
     path: str = "data/wan-mini"
@@ -72,6 +73,9 @@ class ModelConfig:
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     fps: int = 8
+    transformer: str = "WanTransformer3DModel"
+    numbers: dict[str, Any] = field(default_factory=dict)
+    vae: str = "AutoencoderKLWan"
 
 
 @dataclass

@@ -131,4 +131,6 @@ SHAPE_KEYS = (
     "patch_size", "patch_size_t", "ofs_embed_dim", "use_rotary_positional_embeddings", "use_learned_positional_embeddings",
 )  # fmt: skip
 
-FAMILIES = (Family("cogvideox", (CogVideoXTransformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs, outputs, flow_timestep),)
+FAMILIES = (
+    Family("cogvideox", (CogVideoXTransformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs, outputs, flow_timestep, joint=True),
+)  # fmt: skip

@@ -172,5 +172,6 @@ FAMILIES = (
     Family(
         "hunyuan_video", (HunyuanVideoTransformer3DModel,), (DOUBLE, SINGLE), grid, adapt, SHAPE_KEYS, inputs,
         guidance={"true_cfg_scale": 1.0},  # guidance_scale is an input of the model, which runs once
+        joint=True,
     ),
 )  # fmt: skip

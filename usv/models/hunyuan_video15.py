@@ -67,4 +67,4 @@ SHAPE_KEYS = (
     "text_embed_dim", "text_embed_2_dim", "image_embed_dim", "use_meanflow",
 )  # fmt: skip
 
-FAMILIES = (Family("hunyuan_video15", (HunyuanVideo15Transformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs),)
+FAMILIES = (Family("hunyuan_video15", (HunyuanVideo15Transformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs, joint=True),)

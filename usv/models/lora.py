@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
+from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
 from usv.sparse.grid import Tile
 
@@ -29,7 +30,8 @@ def adapt(transformer, tile: Tile, rank: int, alpha: float, targets: Sequence[st
         for n, m in transformer.named_modules()
         if isinstance(m, torch.nn.Linear) and n.endswith(tuple("." + t for t in targets))
     ]
-    names = [n for n in names if n.startswith("blocks.")]
+    inside = tuple(f"{blocks.attribute}." for blocks in family_of(transformer).blocks)
+    names = [n for n in names if n.startswith(inside)]
     if not names:
         raise ValueError(
             f"lora.targets: got {list(targets)}, which no layer of the blocks ends in; accepted: e.g. to_q, to_v, ffn.net.2"

@@ -69,4 +69,4 @@ SHAPE_KEYS = (
     "text_embed_dim", "time_embed_dim",
 )  # fmt: skip
 
-FAMILIES = (Family("mochi", (MochiTransformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs, outputs, other_end),)
+FAMILIES = (Family("mochi", (MochiTransformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs, outputs, other_end, joint=True),)

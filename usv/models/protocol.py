@@ -130,6 +130,7 @@ class Family:
         flow_timestep: (transformer, timesteps as its pipelines pass them) -> those of usv/flow.py, 1000 for noise alone: a plan's.
         view: (transformer, run) -> further attributes that the forward shall see replaced, e.g. what runs between blocks.
         refuse: (transformer, keyword arguments) -> None, or the reason why this call cannot run sparse.
+        joint: whether its attention is over video and text together.
         shared: False where processes cannot share a sample.
         shape_keys: entries of the transformer's config that make a checkpoint fit it.
         zero_padded: whether text is attended whole, zeros behind it (`encoder_hidden_states`), so that its length counts.
@@ -146,6 +147,7 @@ class Family:
     inputs: Callable[..., dict[str, Any]] = _inputs
     outputs: Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor] = lambda transformer, sample, arguments: sample
     flow_timestep: Callable[[nn.Module, Tensor], Tensor] = lambda transformer, timestep: timestep
+    joint: bool = False
     shared: bool = True
     view: Callable[[nn.Module, Any], dict[str, Any]] = lambda transformer, run: {}
     refuse: Callable[[nn.Module, Mapping[str, Any]], str | None] = lambda transformer, arguments: None

@@ -183,9 +183,10 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
         )
     plan, tile = plan_of(record, path / "config.json"), Tile(*record["tile"], cell=tuple(record.get("cell", CELL)))
     transformer = type(base).from_config(base.config)
-    if plan.num_layers != len(transformer.blocks):
+    layers = len(family_of(transformer).layers(transformer))
+    if plan.num_layers != layers:
         raise CheckpointError(
-            f"{path}/config.json: a plan of {plan.num_layers} layers for a model of {len(transformer.blocks)}; use another checkpoint"
+            f"{path}/config.json: a plan of {plan.num_layers} layers for a model of {layers}; use another checkpoint"
         )
     model, adapters = SparseTransformer(transformer, tile), None
     tensors = read_weights(path, record)
@@ -227,6 +228,9 @@ def read_weights(path: Path, record: dict) -> dict[str, torch.Tensor]:
 def fingerprint(transformer: torch.nn.Module) -> dict[str, list[float]]:
     """A few weights of the first and last block, by which an exported student knows its pipeline."""
     state = transformer.state_dict()
+    if not hasattr(transformer, "blocks"):
+        ends = [[n for n in state if n.startswith(f"{blocks.attribute}.") and n.endswith("to_q.weight")] for blocks in family_of(transformer).blocks]
+        return {name: state[name].flatten()[:64].float().tolist() for name in (ends[0][0], ends[-1][-1])}
     names = [
         f"blocks.{i}.{layer}.weight" for i in (0, len(transformer.blocks) - 1) for layer in ("attn1.to_q", "ffn.net.2")
     ]

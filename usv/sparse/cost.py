@@ -1,6 +1,7 @@
 """The cost model: FLOPs of one forward under a plan, from shapes alone.
 
-A block over S tokens of width d with L text tokens (multiply-add = 2 FLOPs):
+A block over S tokens of width d with L text tokens (multiply-add = 2 FLOPs); in joint attention the text has its own rows instead
+of the cross-attention, 4·(2·S·L + L²)·d + 8·L·d² + 4·L·d·d_ff:
 
     self-attention   4·S²·d·density + 8·S·d²        cross-attention  4·S·d² + 4·L·d² + 4·S·L·d        FFN  4·S·d·d_ff
 
@@ -24,21 +25,29 @@ class ModelShape:
     ffn_dim: int
     num_layers: int
     text_length: int
+    joint: bool = False
 
     @classmethod
-    def of(cls, config, text_length: int) -> ModelShape:
-        """From a WanTransformer3DModel config."""
-        dim = config.num_attention_heads * config.attention_head_dim
-        return cls(dim, config.num_attention_heads, config.ffn_dim, config.num_layers, text_length)
+    def of(cls, config, text_length: int, joint: bool = False) -> ModelShape:
+        """From the config of a transformer, an object or a dict; without ffn_dim it is mlp_ratio, else 4, times the width."""
+        config = dict(config) if isinstance(config, dict) else dict(vars(config))
+        heads = config["num_attention_heads"]
+        dim = heads * config["attention_head_dim"]
+        ffn = config.get("ffn_dim") or int(dim * (config.get("mlp_ratio") or 4))
+        return cls(dim, heads, ffn, config["num_layers"] + (config.get("num_single_layers") or 0), text_length, joint)
 
 
 def block_flops(shape: ModelShape, num_tokens: float, density: float = 1.0) -> dict[str, float]:
     """FLOPs of one block by component, `num_tokens` being those left by merging."""
     s, d, text = num_tokens, shape.dim, shape.text_length
+    if shape.joint:
+        words = 4 * (2 * s * text + text * text) * d + 8 * text * d * d + 4 * text * d * shape.ffn_dim
+    else:
+        words = 4 * s * d * d + 4 * text * d * d + 4 * s * text * d
     return {
         "attention": 4 * s * s * d * density,
         "projections": 8 * s * d * d,
-        "cross_attention": 4 * s * d * d + 4 * text * d * d + 4 * s * text * d,
+        "cross_attention": words,
         "ffn": 4 * s * d * shape.ffn_dim,
     }
 

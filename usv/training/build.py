@@ -14,6 +14,7 @@ from usv.config import ObjectiveConfig, SettingError, TrainConfig
 from usv.files import reason_of
 from usv.models import lora
 from usv.models.forward import SparseTransformer
+from usv.models.protocol import sides_of
 from usv.objectives.distribution import Critic, Head
 from usv.policy import allowed
 from usv.policy.baselines import CalibrationPolicy, HandRulePolicy
@@ -61,7 +62,7 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     run.num_layers = student.num_layers
     latent_shape = _latent_shape(run.pipe, m)
     layout = tile_layout(student.grid_of(latent_shape), tile)
-    shape = ModelShape.of(transformer.config, m.max_sequence_length)
+    shape = ModelShape.of(transformer.config, m.max_sequence_length, student.family.joint)
     costs = rung_costs(shape, layout)
     if config.policy.cost is not None:
         costs = measured_costs(config, student)
@@ -232,6 +233,7 @@ def prepare_folder(folder: Path, rank: int = 0) -> None:
 
 def _latent_shape(pipe, m) -> tuple[int, ...]:
     space, time_ = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
-    patch = pipe.transformer.config.patch_size
-    check_size(m, space, time_, patch)
-    return (pipe.transformer.config.in_channels, (m.num_frames - 1) // time_ + 1, m.height // space, m.width // space)
+    config = pipe.transformer.config
+    check_size(m, space, time_, sides_of(config))
+    channels = getattr(config, "out_channels", None) or config.in_channels  # of what is denoised; conditions add to in_channels
+    return (channels, (m.num_frames - 1) // time_ + 1, m.height // space, m.width // space)

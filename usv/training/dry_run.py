@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 from usv.config import SettingError, TrainConfig
+from usv.models.families import family_of
+from usv.models.protocol import sides_of
 from usv.objectives import make_objective
 from usv.sampling.record import numbers_of
 from usv.sparse.cost import ModelShape, block_flops, dense_flops
@@ -61,6 +63,8 @@ def transformer_config(config: TrainConfig) -> dict:
     file = Path(config.model.path) / "transformer" / "config.json"
     if file.is_file():
         return numbers_of(file)
+    if config.model.numbers:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in config.model.numbers.items()}
     a = config.model.architecture
     if min(a.num_layers, a.num_attention_heads, a.ffn_dim) < 1:
         raise SettingError(
@@ -70,12 +74,22 @@ def transformer_config(config: TrainConfig) -> dict:
     return {**vars(a), "patch_size": tuple(a.patch_size)}
 
 
+def meta_transformer(config: TrainConfig) -> torch.nn.Module:
+    """The transformer on the meta device: its config with all defaults, its parameters to be counted."""
+    import diffusers
+
+    if not hasattr(diffusers, config.model.transformer):
+        raise SettingError(f"model.transformer: got {config.model.transformer}, accepted: a class of diffusers, e.g. WanTransformer3DModel")
+    with torch.device("meta"):
+        return getattr(diffusers, config.model.transformer).from_config(transformer_config(config))
+
+
 def count_parameters(config: TrainConfig) -> dict[str, int]:
     """Parameters of transformer, coarse gates, text encoder and VAE, on the meta device: no memory, no weights."""
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    import diffusers
     from transformers import UMT5Config, UMT5EncoderModel
 
-    folder, numbers = Path(config.model.path), transformer_config(config)
+    folder = Path(config.model.path)
     c = config.model.codec
     vae = dict(
         base_dim=c.base_dim, decoder_base_dim=c.decoder_base_dim, z_dim=c.z_dim, is_residual=c.is_residual,
@@ -87,25 +101,26 @@ def count_parameters(config: TrainConfig) -> dict[str, int]:
         vae = numbers_of(folder / "vae" / "config.json")
     if (folder / "text_encoder" / "config.json").is_file():
         encoder = json.loads((folder / "text_encoder" / "config.json").read_text())
+    wan = config.model.vae == "AutoencoderKLWan"
+    networks = {"transformer": meta_transformer(config)}
     with torch.device("meta"):
-        networks = {
-            "transformer": WanTransformer3DModel.from_config(numbers),
-            "text encoder": UMT5EncoderModel(UMT5Config(**encoder)),
-            "VAE": AutoencoderKLWan.from_config(vae),
-        }
+        if wan:  # no other family's is loaded in training
+            networks["text encoder"] = UMT5EncoderModel(UMT5Config(**encoder))
+        networks["VAE"] = getattr(diffusers, config.model.vae).from_config(vae if wan else {})
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    heads, layers = numbers["num_attention_heads"], numbers["num_layers"]
-    counts["gates"] = layers * (heads * numbers["attention_head_dim"] + 1) * heads
+    shape = ModelShape.of(networks["transformer"].config, 0)
+    counts["gates"] = shape.num_layers * (shape.dim + 1) * shape.num_heads
     counts["adapters"] = _adapters(networks["transformer"], config)
     return counts
 
 
 def _adapters(transformer, config: TrainConfig) -> int:
     """Parameters of LoRA adapters: rank · (in + out) of every target in the blocks."""
+    inside = tuple(f"{blocks.attribute}." for blocks in family_of(transformer).blocks)
     linears = (
         m
         for n, m in transformer.named_modules()
-        if n.startswith("blocks.") and n.endswith(tuple("." + t for t in config.lora.targets))
+        if n.startswith(inside) and n.endswith(tuple("." + t for t in config.lora.targets))
     )
     return config.lora.rank * sum(m.in_features + m.out_features for m in linears)
 
@@ -162,12 +177,9 @@ def trained_role(name: str, frozen: int, trained: int, config: TrainConfig, aver
 
 def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShape, int]:
     """All networks of the run with their memory on one device; the shape; tokens of a clip."""
-    numbers, counts = transformer_config(config), count_parameters(config)
-    grid = token_grid(config, numbers["patch_size"])
-    dim = numbers["num_attention_heads"] * numbers["attention_head_dim"]
-    shape = ModelShape(
-        dim, numbers["num_attention_heads"], numbers["ffn_dim"], numbers["num_layers"], config.model.max_sequence_length
-    )
+    network, counts = meta_transformer(config), count_parameters(config)
+    grid = token_grid(config, sides_of(network.config))
+    shape = ModelShape.of(network.config, config.model.max_sequence_length, family_of(network).joint)
     check_density(config, tile_layout(grid, Tile(*config.model.tile)).num_blocks)
     tokens, sharing = grid.num_tokens, config.runtime.sequence_parallel
     if config.dry_run_devices % sharing:
@@ -199,7 +211,7 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
             activations=transient,
         ),
         Role("policy", cells, cells, where="CPU"),
-        Role("text encoder", counts["text encoder"], where="not loaded: embeddings are in the shards"),
+        Role("text encoder", counts.get("text encoder", 0), where="not loaded: embeddings are in the shards"),
         Role("VAE", counts["VAE"], weights=4 * counts["VAE"]),
     ]
     if has_critic(config):

@@ -13,16 +13,30 @@ from accelerate import Accelerator
 from diffusers import WanPipeline, WanTransformer3DModel
 
 from usv.config import SettingError, TrainConfig
+from usv.models.families import family_of
 from usv.sampling.generate import load_pipeline, single_precision_rope
-from usv.training.dry_run import transformer_config
+from usv.training.dry_run import meta_transformer, transformer_config
 from usv.training.optim import MuonAdamW
 from usv.training.ranks import Ranks, precision
 
 
-def frozen_pipeline(config: TrainConfig, ranks: Ranks) -> WanPipeline:
+class Teacher(torch.nn.Module):
+    """Stands for a pipeline of which training needs the transformer alone: the shards hold what its other parts make."""
+
+    vae = text_encoder = scheduler = None
+
+    def __init__(self, transformer: torch.nn.Module, scale_spatial: int, scale_temporal: int):
+        super().__init__()
+        self.transformer = transformer
+        self.vae_scale_factor_spatial, self.vae_scale_factor_temporal = scale_spatial, scale_temporal
+
+
+def frozen_pipeline(config: TrainConfig, ranks: Ranks) -> WanPipeline | Teacher:
     """The teacher and what validation decodes with. On a GPU under bf16 the teacher is bf16 and no text encoder is loaded: the
-    shards hold the embeddings. With weights=random only a transformer, which validates without videos."""
+    shards hold the embeddings. With weights=random, and of other families than Wan, only a transformer, which validates without videos."""
     m = config.model
+    if m.transformer != "WanTransformer3DModel":
+        return other_family(config, ranks)
     if m.weights == "random":
         torch.manual_seed(config.seed)
         transformer = WanTransformer3DModel.from_config(transformer_config(config))
@@ -33,6 +47,25 @@ def frozen_pipeline(config: TrainConfig, ranks: Ranks) -> WanPipeline:
     gpu = ranks.device.type == "cuda"
     half = gpu and precision(config) == "bf16"
     return load_pipeline(m.path, torch.bfloat16 if half else torch.float32, str(ranks.device), text=not gpu, expert=m.expert)
+
+
+def other_family(config: TrainConfig, ranks: Ranks) -> Teacher:
+    """The transformer of model.transformer, pretrained from model.path or random of model.numbers. SettingError where it cannot be had."""
+    m, half = config.model, ranks.device.type == "cuda" and precision(config) == "bf16"
+    network = meta_transformer(config)  # refuses a class that is not there
+    family_of(network)
+    if m.weights == "random":
+        torch.manual_seed(config.seed)
+        transformer = type(network).from_config(transformer_config(config))
+    else:
+        try:
+            transformer = type(network).from_pretrained(m.path, subfolder="transformer", torch_dtype=torch.bfloat16 if half else torch.float32)
+        except (OSError, ValueError) as error:
+            raise SettingError(
+                f"model.path={m.path}: no {m.transformer} could be loaded ({str(error).splitlines()[0][:200]}); give a diffusers folder or a "
+                "reachable hub id"
+            ) from None
+    return Teacher(transformer, m.codec.scale_spatial, m.codec.scale_temporal).to(ranks.device)
 
 
 def make_optimizer(config: TrainConfig, named: list) -> torch.optim.Optimizer:
