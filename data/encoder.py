@@ -1,8 +1,9 @@
-"""A Wan-format model folder as an encoder: clips -> normalised latents, captions -> text embeddings.
+"""A diffusers folder as an encoder: clips -> normalised latents, captions -> text embeddings.
 
-    latents = (vae.encode(video).mode() − latents_mean) / latents_std      (WanPipeline undoes this before decoding)
+    latents = (vae.encode(video).mode() − latents_mean) · scaling_factor / latents_std      (pipelines undo this before decoding)
 
-Text goes through WanPipeline.encode_prompt itself, so cleaning, truncation and padding are the pipeline's.
+Text goes through the pipeline's own encode_prompt, so template, cleaning, truncation and padding are the pipeline's; what it gives for a
+caption is packed into one matrix, as `Family.inputs` of usv/models takes it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 # WanPipeline's own defaults; a model folder may state others in usv.json
 WAN = {"height": 480, "width": 832, "num_frames": 81, "fps": 16, "max_sequence_length": 512}
@@ -46,17 +48,57 @@ def check_model(model: Path, text: bool) -> None:
 def check_size(model: Path, height: int, width: int, num_frames: int) -> None:
     """ValueError, naming the nearest accepted value, for a clip size that the model cannot take."""
     vae = read_json(model / "vae" / "config.json")
-    factor = vae.get("scale_factor_spatial", 8)
+    ltx = vae.get("_class_name") == "AutoencoderKLLTXVideo"
+    factor = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio") or (32 if ltx else 8)
+    stride = 8 if ltx else ENCODER_STRIDE
     patch = read_json(model / "transformer" / "config.json").get("patch_size", [1, 2, 2])
+    patch = [1, patch, patch] if isinstance(patch, int) else patch
     multiple = math.lcm(16, factor * patch[1], factor * patch[2])  # 16: WanPipeline.check_inputs
     for name, value in (("height", height), ("width", width)):
         if value < multiple or value % multiple:
             nearest = max(multiple, round(value / multiple) * multiple)
             raise ValueError(f"--{name} {value}: a multiple of {multiple} is accepted, e.g. {nearest}")
-    if num_frames < 1 or (num_frames - 1) % ENCODER_STRIDE:
-        nearest = max(1, round((num_frames - 1) / ENCODER_STRIDE) * ENCODER_STRIDE + 1)
-        raise ValueError(f"--num-frames {num_frames}: the VAE encodes 1 + 4k frames (it would drop the rest), "
+    if num_frames < 1 or (num_frames - 1) % stride:
+        nearest = max(1, round((num_frames - 1) / stride) * stride + 1)
+        raise ValueError(f"--num-frames {num_frames}: the VAE encodes 1 + {stride}k frames (it would drop the rest), "
                          f"e.g. {nearest}")  # fmt: skip
+
+
+def normalised(vae, z: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, T, h, w) of a VAE as its transformer takes them. What a VAE does not state is 0, 1 and 1."""
+
+    def stated(name: str, default: float) -> torch.Tensor:
+        value = getattr(vae.config, name, None)
+        value = getattr(vae, name, None) if value is None else value  # LTX keeps them as buffers
+        return torch.as_tensor(default if value is None else value, device=z.device, dtype=z.dtype).view(1, -1, 1, 1, 1)
+
+    return (z - stated("latents_mean", 0.0)) * stated("scaling_factor", 1.0) / stated("latents_std", 1.0)
+
+
+def packed_text(pipe, caption: str, length: int) -> torch.Tensor:
+    """(n, E): what the pipeline's `encode_prompt` gives for a caption in one matrix, without rows that are padding.
+
+    ValueError for a pipeline whose text is not known.
+    """
+    name, device = type(pipe).__name__, pipe.device
+    if name.startswith("HunyuanVideo15"):
+        words, mask, glyphs, glyph_mask = pipe.encode_prompt(caption, device=device)
+        parts = [words[0, mask[0].bool()], glyphs[0, glyph_mask[0].bool()]]
+        width = max(part.shape[-1] for part in parts)
+        tagged = [F.pad(part, (0, width - part.shape[-1] + 1), value=0.0) for part in parts]
+        for tag, part in enumerate(tagged, 1):
+            part[:, -1] = tag
+        return torch.cat(tagged)
+    if name.startswith("HunyuanVideo"):
+        words, pooled, mask = pipe.encode_prompt(caption, device=device, max_sequence_length=length - 1)
+        return torch.cat((F.pad(pooled, (0, words.shape[-1] - pooled.shape[-1])), words[0, mask[0].bool()]))
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": length, "device": device}
+    if name.startswith("CogVideoX"):  # padding is attended, so it is kept
+        return pipe.encode_prompt(caption, **options)[0][0]
+    if name.startswith(("LTX", "Mochi")) and not name.startswith("LTX2"):
+        words, mask = pipe.encode_prompt(caption, **options)[:2]
+        return words[0, mask[0].bool()]
+    raise ValueError(f"--model: got a {name}, accepted: one of Wan, HunyuanVideo, HunyuanVideo15, CogVideoX, LTX, Mochi")
 
 
 class Encoder:
@@ -70,7 +112,7 @@ class Encoder:
     """
 
     def __init__(self, model: Path, max_sequence_length: int, text_dtype=torch.float32, device="cpu", text=True):
-        from diffusers import AutoencoderKLWan, WanPipeline
+        from diffusers import AutoModel, DiffusionPipeline
 
         self.device, self.length = torch.device(device), max_sequence_length
         self.pipe = None
@@ -78,15 +120,10 @@ class Encoder:
             listed = read_json(model / "model_index.json")
             unused = {name: None for name in ("transformer", "transformer_2") if name in listed}
             dtypes = {"text_encoder": text_dtype, "default": torch.float32}
-            self.pipe = WanPipeline.from_pretrained(model, dtype=dtypes, **unused).to(self.device)
+            self.pipe = DiffusionPipeline.from_pretrained(model, dtype=dtypes, **unused).to(self.device)
             self.vae = self.pipe.vae
         else:
-            self.vae = AutoencoderKLWan.from_pretrained(model / "vae").to(self.device)
-        config = self.vae.config
-        self.mean, self.std = (
-            torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
+            self.vae = AutoModel.from_pretrained(model / "vae").to(self.device)
         self.text = lru_cache(maxsize=512)(self._text)
 
     @torch.no_grad()
@@ -94,13 +131,15 @@ class Encoder:
         """(B, T, 3, H, W) uint8 -> normalised latents (B, C, T', h, w) fp16."""
         video = frames.to(self.device).permute(0, 2, 1, 3, 4).float() / 127.5 - 1
         mode = self.vae.encode(video).latent_dist.mode()
-        return ((mode - self.mean) / self.std).half().cpu()
+        return normalised(self.vae, mode).half().cpu()
 
     @torch.no_grad()
     def _text(self, caption: str) -> torch.Tensor:
         """Caption -> (n, D) embedding of its n tokens, without the zero rows that pad it."""
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
+        if not type(self.pipe).__name__.startswith("Wan"):
+            return packed_text(self.pipe, caption, self.length).cpu()
         tokens = self.pipe.tokenizer(prompt_clean(caption), truncation=True, max_length=self.length).input_ids
         padded, _ = self.pipe.encode_prompt(
             caption, do_classifier_free_guidance=False, max_sequence_length=self.length, device=self.device

@@ -20,7 +20,10 @@ from usv.patterns import PATTERNS
 from usv.patterns.processors import FAMILIES, REFUSED, refusal
 
 # pipeline whose student train.py trains -> what it is told
-TRAINING = {"WanPipeline": "experiment=usv_wan"}
+TRAINING = {
+    "WanPipeline": "experiment=usv_wan", "HunyuanVideoPipeline": "experiment=usv_hunyuan",
+    "HunyuanVideo15Pipeline": "experiment=usv_hunyuan15", "CogVideoXPipeline": "experiment=usv_cogvideox", "LTXPipeline": "experiment=usv_ltx",
+}  # fmt: skip
 # classes of a pipeline's parts that denoise
 DENOISERS = ("transformer", "transformer_2", "unet")
 HEAD = ("pipeline", "attention", "patterns", "student", "training", "refused, because")

@@ -32,7 +32,7 @@ def adapt(block: nn.Module, attention: nn.Module) -> None:
 def unpacked(text: Tensor, tag: int, width: int) -> tuple[Tensor, Tensor]:
     """(B, L, E) packed text -> the rows with this tag, (B, n, width), first ones first, and their mask (B, n); n at least 1."""
     mine = text[..., -1].round() == tag
-    order = torch.argsort(mine.logical_not().to(torch.uint8), 1, stable=True)
+    order = torch.argsort(mine.logical_not().to(torch.uint8), dim=1, stable=True)
     rows = text.gather(1, order[..., None].expand_as(text))[..., :width]
     mask = mine.gather(1, order)
     longest = max(1, int(mine.sum(1).max()))
