@@ -212,7 +212,9 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
         ),
         Role("policy", cells, cells, where="CPU"),
         Role("text encoder", counts.get("text encoder", 0), where="not loaded: embeddings are in the shards"),
-        Role("VAE", counts["VAE"], weights=4 * counts["VAE"]),
+        Role("VAE", counts["VAE"], weights=4 * counts["VAE"])
+        if config.model.vae == "AutoencoderKLWan"
+        else Role("VAE", counts["VAE"], where="not loaded: validation of this family makes no videos"),
     ]
     if has_critic(config):
         learned = counts["adapters"] if lora else counts["transformer"]  # no gates; of its activations the student's place holds all

@@ -1,0 +1,28 @@
+"""The experiments of other families than Wan: full size on the meta device, and what their first lines say is what a dry run says."""
+
+from pathlib import Path
+
+import pytest
+from test_config import train
+
+from usv.config import check_train
+from usv.training.dry_run import GIB, report
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+TOKENS = {"usv_hunyuan": 33 * 34 * 60, "usv_hunyuan15": 31 * 30 * 53, "usv_cogvideox": 13 * 30 * 45, "usv_ltx": 21 * 16 * 22}
+BILLIONS = {"usv_hunyuan": 12.8, "usv_hunyuan15": 8.3, "usv_cogvideox": 5.6, "usv_ltx": 1.9}  # of the public checkpoints
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_the_first_lines_are_the_dry_runs(name, capsys):
+    config = train(f"experiment={name}")
+    check_train(config)
+    found = report(config)
+    out = capsys.readouterr().out
+    assert f"{TOKENS[name]:,} tokens" in out
+    parameters = [float(line.split()[-8].replace(",", "")) for line in out.splitlines() if line.startswith("teacher")][0]
+    assert abs(parameters / 1e9 - BILLIONS[name]) < 0.06
+    said = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[1]
+    seconds = found["seconds"]
+    assert f"experiment={name} " in said and f": {found['bytes'] / GIB:.0f} GiB, " in said
+    assert f"{seconds:.0f} s a step" in said or f"{seconds:.1f} s a step" in said
