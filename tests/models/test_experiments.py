@@ -20,7 +20,7 @@ def test_the_first_lines_are_the_dry_runs(name, capsys):
     found = report(config)
     out = capsys.readouterr().out
     assert f"{TOKENS[name]:,} tokens" in out
-    parameters = [float(line.split()[-8].replace(",", "")) for line in out.splitlines() if line.startswith("teacher")][0]
+    parameters = next(role.parameters for role in found["roles"].values() if role.name.startswith("teacher"))
     assert abs(parameters / 1e9 - BILLIONS[name]) < 0.06
     said = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[1]
     seconds = found["seconds"]
