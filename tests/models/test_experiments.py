@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from test_config import train
+import runs  # noqa: F401  registers the schema of train.py
+from hydra import compose, initialize_config_dir
 
-from usv.config import check_train
+from usv.config import TrainConfig, check_train, typed
 from usv.training.dry_run import GIB, report
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -15,7 +16,8 @@ BILLIONS = {"usv_hunyuan": 12.8, "usv_hunyuan15": 8.3, "usv_cogvideox": 5.6, "us
 
 @pytest.mark.parametrize("name", TOKENS)
 def test_the_first_lines_are_the_dry_runs(name, capsys):
-    config = train(f"experiment={name}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = typed(compose("train", [f"experiment={name}"]), TrainConfig)
     check_train(config)
     found = report(config)
     out = capsys.readouterr().out
