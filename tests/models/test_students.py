@@ -9,7 +9,7 @@ import tiny_pipelines
 import torch
 
 import usv
-from usv.models.__main__ import rows
+from usv.models.__main__ import CONDITIONED, rows
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
 from usv.sampling import enable as enabling
@@ -19,9 +19,6 @@ from usv.sparse import plan as plans
 from usv.sparse.grid import Tile
 from usv.sparse.plan import Rung, SparsityPlan
 
-# Pipelines whose conditions other than the first frame have tokens beside the grid
-BESIDE = {"LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline", "LTX2DFRPipeline", "LTX2DFRTemporalRefinePipeline", "LTX2HDRPipeline",
-          "LTX2InContextPipeline"}  # fmt: skip
 NAMES = [row.pipeline for row in rows() if row.student != "-"]
 
 
@@ -46,7 +43,7 @@ def unguided(pipe, call):
     return {**call, **off, **{name: value for name, value in guidance.items() if name in call}}
 
 
-@pytest.mark.parametrize("name", sorted(BESIDE))
+@pytest.mark.parametrize("name", sorted(CONDITIONED))
 def test_tokens_beside_the_grid_are_refused_by_name(name):
     pipe, call = tiny_pipelines.make(name)
     call = unguided(pipe, call)
@@ -58,7 +55,7 @@ def test_tokens_beside_the_grid_are_refused_by_name(name):
     assert torch.equal(tiny_pipelines.video(pipe, call), own)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in BESIDE])
+@pytest.mark.parametrize("name", NAMES)
 def test_student(name, monkeypatch):
     pipe, call = tiny_pipelines.make(name)
     call = unguided(pipe, call)
