@@ -91,3 +91,13 @@ def test_a_student_of_another_model_is_refused_in_one_message():
         with pytest.raises(CheckpointError, match="got a MochiPipeline with a MochiTransformer3DModel, accepted: a diffusers pipeline with"):
             usv.enable(unknown, student(pipe.transformer, Rung(1, 0)))
     assert torch.equal(tiny_pipelines.video(pipe, call), own)
+
+
+@pytest.mark.parametrize("name", ["CogVideoXPipeline", "MochiPipeline"])
+def test_few_steps_of_another_clock_are_refused(name):
+    """Their transformers do not predict the flow's velocity at the flow's timestep, which the scheduler of few steps integrates."""
+    pipe, call = tiny_pipelines.make(name)
+    transformer, scheduler = pipe.transformer, pipe.scheduler
+    with pytest.raises(CheckpointError, match="few-step student of .*accepted: a student of the teacher's steps"):
+        usv.enable(pipe, student(transformer, Rung(1, 1), student_timesteps=[1000.0, 500.0], num_inference_steps=2))
+    assert pipe.transformer is transformer and pipe.scheduler is scheduler

@@ -154,6 +154,11 @@ class Family:
     zero_padded: bool = False
     guidance: Mapping[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0, "guidance_scale_2": 1.0})
 
+    @property
+    def flows(self) -> bool:
+        """Whether its pipelines count time as usv/flow.py does; the scheduler of a few-step student does, so others cannot use it."""
+        return self.flow_timestep is type(self).__dataclass_fields__["flow_timestep"].default
+
     def layers(self, transformer: nn.Module) -> list[tuple[Blocks, nn.Module]]:
         """Every block with the list it is of, in the order of execution."""
         return [(blocks, block) for blocks in self.blocks for block in getattr(transformer, blocks.attribute)]

@@ -131,6 +131,12 @@ def enable(
     check_pipeline(pipe)
     with offload_kept(pipe):
         students = _students(pipe, checkpoint)
+        family = students[0].model.family
+        if students[0].sampling.get("student_timesteps") and not family.flows:
+            raise CheckpointError(
+                f"enable: got a few-step student of {family.name}, whose pipelines' timesteps and predictions are not the flow's that its "
+                "steps lie on, accepted: a student of the teacher's steps (objective=velocity)"
+            )
         record, pattern, fine = Record(), None, [None] * len(students)
         if attention is not None:
             recall_rows = options.pop("recall_rows", 0)
