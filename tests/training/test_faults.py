@@ -50,7 +50,8 @@ def stopped(make, watched, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_scheduler_that_ends_a_run_loses_nothing(make, watched, tmp_path, number):
+def test_a_scheduler_that_ends_a_run_loses_nothing(make, watched, tmp_path, number, request):
+    request.addfinalizer(lambda kept=signal.signal(number, signal.SIG_DFL): signal.signal(number, kept))  # under nohup it is ignored, which a run respects
     before = signal.getsignal(number)
     seen, _, record = watched(make(tmp_path / "run", "static"), {3: lambda _: signal.raise_signal(number)})
     assert sorted(seen) == [1, 2, 3] and step_of(tmp_path / "run") == record["training"]["steps"] == 3

@@ -57,7 +57,8 @@ def sparse_forward(block, x: Tensor, text: Tensor, temb: Tensor, attend: Attend)
 def _norm_rope(y: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:
     """(B, S, C) -> (B, H, S, D)."""
     if "forward" not in vars(norm):
-        return norm_rope(y, norm.weight, norm.eps, cos, sin, positions)
+        weight = norm.weight.clone()  # ZeRO-3 frees the parameter before the backward, which needs its values
+        return norm_rope(y, weight, norm.eps, cos, sin, positions)
     # A hook that brings its weight onto the device wraps its forward: the weight may be read nowhere else.
     x = norm(y).unflatten(2, (-1, cos.shape[-1])).transpose(1, 2).float()
     cos, sin = at_positions(cos, positions)[..., 0::2], at_positions(sin, positions)[..., 1::2]

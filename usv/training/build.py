@@ -58,7 +58,7 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     if not config.lora.rank:
         run.teacher.sequence_group = ranks.sequence
     if config.optim.accumulate > 1 and run.objective.needs.critic:
-        raise SettingError(f"optim.accumulate: got {config.optim.accumulate}, accepted: 1 with objective={config.objective.name}, whose critic learns from all clips of a step at once")
+        raise SettingError(f"optim.accumulate: got {config.optim.accumulate}, accepted: 1 with an objective that trains a critic, which learns from all clips of a step at once")
     run.num_layers = student.num_layers
     latent_shape = _latent_shape(run.pipe, m)
     layout = tile_layout(student.grid_of(latent_shape), tile)

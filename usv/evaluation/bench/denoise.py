@@ -65,22 +65,22 @@ def watched(pipe, model: ModelConfig, student: Student | None):
     def before(module, args):
         seen["begun"] = now()
 
-    def after(module, args, output):
+    def after(module, args, kwargs, output):
         seen["transformer"] += now() - seen.pop("begun")
         seen["forwards"] += 1
+        if student is not None:
+            executed(kwargs.get("hidden_states", args[0] if args else None), kwargs.get("timestep", args[1] if len(args) > 1 else None))
 
-    def executed(network, args, kwargs, output):
-        layout = tile_layout(network.grid_of(args[0].shape), network.tile, str(args[0].device))
-        rungs = kwargs.get("rungs", args[3] if len(args) > 3 else None) or (Rung(),) * network.num_layers
-        for layer, rung in enumerate(rungs):
-            plan, stats = layer_plan(rung, layout.num_blocks), output[1]
-            seen["densities"].append(float(stats[layer].density) if layer in stats else 1.0)
-            seen["merged"].append(sum(merged_tokens(plan, layout)) / tokens)
+    def executed(latents, timestep):
+        network = student.model
+        layout = tile_layout(network.grid_of(latents.shape), network.tile, str(latents.device))
+        rungs = student.plan.at(float(timestep.max())) or (Rung(),) * network.num_layers
+        seen["densities"] += list(pipe._usv.record.densities)[-network.num_layers :]  # those of this forward, as they were executed
+        for rung in rungs:
+            seen["merged"].append(sum(merged_tokens(layer_plan(rung, layout.num_blocks), layout)) / tokens)
             seen["flops"] += rung_flops(shape, layout, rung)
 
-    hooks = [transformer.register_forward_pre_hook(before), transformer.register_forward_hook(after)]
-    if student is not None:
-        hooks.append(student.model.register_forward_hook(executed, with_kwargs=True))
+    hooks = [transformer.register_forward_pre_hook(before), transformer.register_forward_hook(after, with_kwargs=True)]
     try:
         yield seen
     finally:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from usv.evaluation import evaluate
+from usv.evaluation import judge
 from usv.evaluation.bench import denoise
 from usv.evaluation.peers import __main__ as peers
 from usv.evaluation.report.inputs import Inputs, axes_of
 
-TABLES = {"usv_mini.json": evaluate.markdown, "peers.json": peers.markdown}  # in data/results
+TABLES = {"usv_mini.json": judge.markdown, "peers.json": peers.markdown}  # in data/results
 
 
 def tables(inputs: Inputs) -> list[str]:
