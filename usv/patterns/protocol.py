@@ -22,6 +22,7 @@ from torch import Tensor
 from usv_kernels import BlockSelection, block_proxy, block_sparse_attention, inverse_permutation, permute
 
 from usv.sparse.grid import TokenGrid
+from usv.sparse.joint import Text
 
 # "measure" counts density and recall: no part of the method
 STAGES = ("profile", "cluster", "select", "permute", "attention", "measure")
@@ -46,32 +47,6 @@ def block_sizes(num_tokens: int, block: int) -> Tensor:
     sizes = torch.full((count,), block, dtype=torch.int32)
     sizes[-1] = num_tokens - (count - 1) * block
     return sizes
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text tokens of a joint sequence.
-
-    num: how many, padding included. before: True if they precede the video, False if they follow it.
-    valid: (B,) integers, how many of them are real, the padding following them; None if all are. Padding is attended by
-        nobody and attends to nothing: its output rows are zeros.
-    """
-
-    num: int
-    before: bool
-    valid: Tensor | None = None
-
-    def video(self, x: Tensor) -> Tensor:
-        """(B, H, T + S, D) -> (B, H, S, D), a view."""
-        return x[:, :, self.num :] if self.before else x[:, :, : x.shape[2] - self.num]
-
-    def key_mask(self, num_video: int) -> Tensor | None:
-        """(B, 1, T + S) bool, True for real tokens; None if all are."""
-        if self.valid is None:
-            return None
-        real = torch.arange(self.num, device=self.valid.device) < self.valid[:, None]
-        video = real.new_ones(len(real), num_video)
-        return torch.cat((real, video) if self.before else (video, real), 1)[:, None]
 
 
 @dataclass
