@@ -6,6 +6,7 @@ SHELL  := bash
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 BIN     = $(VENV)/bin
 LAUNCH  = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -13,11 +14,11 @@ LAUNCH  = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 
 setup: $(VENV)/.ready
 
-# torch is named first: an open range would bring gigabytes of CUDA packages to a laptop
+# torch is named first: an open range would bring gigabytes of CUDA packages to a laptop; Triton as torch's own CUDA build names it
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" $(TRITON)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
