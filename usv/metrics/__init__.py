@@ -2,7 +2,7 @@
 
 Rooms: `appearance` (EfficientNet: subjects, consistency, perceptual distance) · `frechet` (distance of sets, intervals)
 · `motion` (optical flow: camera motion, warp error) · `fidelity` (PSNR, SSIM, VMAF, flicker, the codec's
-grid) · `coverage` (is all of it there) · `paired` (differences of two methods, and what equal quality is) · `things` (MovingThings) · `summary`.
+grid) · `coverage` (is all of it there) · `paired` (differences of two methods, and what equal quality is) · `summary`.
 """
 
 from usv.metrics.appearance import (
