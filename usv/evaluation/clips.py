@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from usv.config import ModelConfig
+from usv.training.data import ShardDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL_SEED, FLOOR_SEED = 3, 4  # neither the teacher's training clips (1) nor the codec's held-out ones (2)
@@ -49,3 +51,15 @@ def asked_clips(model: ModelConfig, subjects: list[int], motions: list[int], see
 
     pairs = enumerate(zip(subjects, motions))
     return torch.stack([torch.stack([one(count * i + k, s, m) for k in range(count)]).mean(0) for i, (s, m) in pairs])
+
+
+def held_out(shards: str, batch_size: int, model: str, asked: str, batches: int = 1) -> tuple[list[dict], torch.Tensor]:
+    """So many batches of the split val in its order, and the embedding of the empty prompt.
+
+    asked: how the message of a ValueError begins where there are fewer, e.g. "--clips: got 4, accepted: at most".
+    """
+    data = ShardDataset(shards, batch_size, split="val", drop_text=0.0, shuffle=False, repeat=False, model=model)
+    found = list(islice(data, batches))
+    if len(found) < batches:
+        raise ValueError(f"{asked} the held-out clips of {shards}")
+    return found, data.empty

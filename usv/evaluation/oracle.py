@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory
 from usv.evaluation import oracle_steps
 from usv.evaluation.arguments import check
+from usv.evaluation.clips import held_out
 from usv.evaluation.evaluate import machine
 from usv.files import write_result
 from usv.models.forward import SparseTransformer
@@ -43,7 +43,6 @@ from usv.sampling.generate import load_pipeline
 from usv.sparse.cost import ModelShape, plan_cost, rung_costs
 from usv.sparse.grid import tile_layout
 from usv.sparse.plan import DENSITY_LADDER, RUNGS, Rung, SparsityPlan, executed_densities
-from usv.training.data import ShardDataset
 from usv.training.run import commit
 
 
@@ -135,20 +134,16 @@ def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights:
     if weights == "teacher":
         settings = replace(settings, guidance_scale=1.0)
     plan = student.plan
-    data = ShardDataset(shards, batch_size, split="val", drop_text=0.0, shuffle=False, repeat=False, model=settings.path)
-    clips = list(islice(data, 2))
-    if len(clips) < 2:
-        raise ValueError(f"--batch-size: got {batch_size}, accepted: at most half of the held-out clips of {shards}")
-    seen, unseen = clips
+    (seen, unseen), empty = held_out(shards, batch_size, settings.path, f"--batch-size: got {batch_size}, accepted: at most half of", 2)
     if plan.steps:
         if weights == "teacher" or held.get("merge_layers") is not None or held.get("most_density", 1.0) < 1:
             raise ValueError("--weights, --merge-layers, --most-density: got one of them for a student of learned steps, accepted: none; they are of rungs")
-        return oracle_steps.compare(settings, student, teacher, seen, unseen, data.empty)
+        return oracle_steps.compare(settings, student, teacher, seen, unseen, empty)
     layout = tile_layout(model.grid_of(seen["latents"].shape), model.tile)
     shape = ModelShape.of(model.config, settings.max_sequence_length)
     costs, budget = rung_costs(shape, layout), plan_cost(plan, shape, layout)
-    damage = measure(Judge(model, teacher, seen, data.empty, settings, plan.edges, 0), len(plan.edges), plan.num_layers)
-    judge = Judge(model, teacher, unseen, data.empty, settings, plan.edges, 1000)
+    damage = measure(Judge(model, teacher, seen, empty, settings, plan.edges, 0), len(plan.edges), plan.num_layers)
+    judge = Judge(model, teacher, unseen, empty, settings, plan.edges, 1000)
     plans = {
         "learned": plan,
         "uniform": uniform_plan(plan.edges, plan.num_layers, costs, budget),

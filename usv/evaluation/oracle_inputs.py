@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory
 from usv.evaluation.arguments import check
+from usv.evaluation.clips import held_out
 from usv.evaluation.evaluate import machine
 from usv.evaluation.oracle import Judge
 from usv.evaluation.oracle_terminal import alone, joint, rung_of
@@ -37,7 +37,6 @@ from usv.sampling.generate import load_pipeline
 from usv.sparse.cost import ModelShape, plan_cost, rung_costs
 from usv.sparse.grid import tile_layout
 from usv.sparse.plan import Rung, SparsityPlan
-from usv.training.data import ShardDataset
 from usv.training.run import commit
 
 Errors = Callable[[int, tuple[Rung, ...] | None, slice], np.ndarray]  # (bin, rungs, clips) -> weighted squared error of each of these clips
@@ -111,14 +110,11 @@ def main() -> None:
         student = load_student(args.ckpt, pipe.transformer)
         s, plan = student.sampling, student.plan
         settings = ModelConfig(args.model, flow_shift=s["flow_shift"], guidance_scale=s["guidance_folded_in"], max_sequence_length=s["max_sequence_length"])
-        data = ShardDataset(args.data, args.clips, split="val", drop_text=0.0, shuffle=False, repeat=False, model=args.model)
-        batch = next(islice(data, 1), None)
-        if batch is None:
-            raise ValueError(f"--clips: got {args.clips}, accepted: at most the held-out clips of {args.data}")
+        (batch,), empty = held_out(args.data, args.clips, args.model, f"--clips: got {args.clips}, accepted: at most")
         teacher = SparseTransformer(pipe.transformer, student.model.tile).eval().requires_grad_(False)
         layout = tile_layout(student.model.grid_of(batch["latents"].shape), student.model.tile)
         shape = ModelShape.of(student.model.config, settings.max_sequence_length)
-        seen, unseen = (errors_of(Judge(student.model, teacher, batch, data.empty, settings, plan.edges, seed)) for seed in (0, 1000))
+        seen, unseen = (errors_of(Judge(student.model, teacher, batch, empty, settings, plan.edges, seed)) for seed in (0, 1000))
         cost_of = lambda p: plan_cost(p, shape, layout)  # noqa: E731
         budget = cost_of(plan) if args.budget is None else args.budget
         report = compare(seen, unseen, args.clips, plan.edges, plan.num_layers, rung_costs(shape, layout), budget, cost_of, args.merge_layers)

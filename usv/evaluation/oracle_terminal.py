@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from usv import flow
 from usv.cpu import keep_freed_memory
 from usv.evaluation.arguments import check
+from usv.evaluation.clips import held_out
 from usv.evaluation.evaluate import machine
 from usv.evaluation.report.plots import curves
 from usv.files import write_result, write_text
@@ -44,7 +44,6 @@ from usv.sampling.sampler import renoise
 from usv.sparse.cost import ModelShape, plan_cost, rung_costs
 from usv.sparse.grid import tile_layout
 from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, SparsityPlan, bin_of
-from usv.training.data import ShardDataset
 from usv.training.run import commit
 
 Row = tuple[Rung, ...] | None
@@ -239,10 +238,7 @@ def main() -> None:
         check(args)
         pipe = load_pipeline(args.model)
         student = load_student(args.ckpt, pipe.transformer)
-        data = ShardDataset(args.data, 2 * args.clips, split="val", drop_text=0.0, shuffle=False, repeat=False, model=args.model)
-        batch = next(islice(data, 1), None)
-        if batch is None:
-            raise ValueError(f"--clips: got {args.clips}, accepted: at most half of the held-out clips of {args.data}")
+        (batch,), _ = held_out(args.data, 2 * args.clips, args.model, f"--clips: got {args.clips}, accepted: at most half of")
         noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(0))
         calls = [lambda x, t, row, text=text: student.model(x, torch.full((len(x),), t), text, row)[0] for text in batch["text"].chunk(2)]
         shape, layout = ModelShape.of(student.model.config, student.sampling["max_sequence_length"]), tile_layout(student.model.grid_of(noise.shape), student.model.tile)
