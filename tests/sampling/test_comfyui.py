@@ -75,7 +75,7 @@ def test_the_file_is_the_student(tiny_wan, tmp_path):
     """Weights, gates, plan and sampling come back; a student of the file is bit-equal to the one that was written."""
     base, one = WanPipeline.from_pretrained(tiny_wan).transformer, student()
     comfyui.write_weights(one, base, tmp_path / "one.safetensors")
-    record, _, _ = wan_file.read(tmp_path / "one.safetensors")
+    record = wan_file.read_record(tmp_path / "one.safetensors")
     assert record["sampling"] == one.sampling and record["tile"] == list(tiny.TILE) and record["base"].keys() and record["version"]
     again = load_student(tmp_path / "one.safetensors", base)
     assert again.plan == one.plan and again.sampling == one.sampling
@@ -126,7 +126,7 @@ def test_strangers_and_damage(tiny_wan, tmp_path):
     base = WanPipeline.from_pretrained(tiny_wan).transformer
     save_file({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, tmp_path / "stranger.safetensors")
     with pytest.raises(CheckpointError, match="no student"):
-        wan_file.read(tmp_path / "stranger.safetensors")
+        wan_file.read_record(tmp_path / "stranger.safetensors")
     later = {"usv": json.dumps({"format": "usv-student-9"}), "usv_gates": base64.b64encode(save({})).decode()}
     save_file({}, tmp_path / "later.safetensors", later)
     with pytest.raises(CheckpointError, match="later.safetensors.*usv-student-9"):
@@ -136,7 +136,7 @@ def test_strangers_and_damage(tiny_wan, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     for name in ("cut", "absent"):
         with pytest.raises(CheckpointError, match=f"{name}.safetensors: not readable"):
-            wan_file.read(tmp_path / f"{name}.safetensors")
+            wan_file.read_record(tmp_path / f"{name}.safetensors")
     other = WanTransformer3DModel(**{**dict(base.config), "ffn_dim": 96})
     with pytest.raises(CheckpointError, match="made for another model"):
         load_student(tmp_path / "one.safetensors", other)

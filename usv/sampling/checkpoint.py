@@ -8,7 +8,6 @@ the rest being the exported pipeline's own transformer ("fingerprint", usv/sampl
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from usv.models import lora
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
 from usv.sampling.record import CELL, CheckpointError, check_record, plan_of
-from usv.sampling.wan_file import read, unpack
+from usv.sampling.wan_file import read_record, read_tensors
 from usv.sparse.grid import Tile
 from usv.sparse.plan import SparsityPlan
 
@@ -100,7 +99,7 @@ def read_config(path: str | Path) -> dict:
     """config.json of a student folder. CheckpointError where it is missing or something else."""
     path = Path(path)
     if path.suffix == ".safetensors":  # one file of usv.export
-        return _checked(read(path)[0], path)
+        return _checked(read_record(path), path)
     settle(path)
     if (path / "usv" / "config.json").exists():  # a pipeline folder of usv.export
         path = path / "usv"
@@ -157,12 +156,7 @@ def load_student(path: str | Path, base: torch.nn.Module) -> Student:
     """A student for the model `base` belongs to. CheckpointError when shapes differ or a file is damaged."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        with tempfile.TemporaryDirectory() as folder:
-            record = read_config(path)
-            try:
-                return _load(unpack(path, Path(folder)), record, base)
-            except CheckpointError as error:
-                raise CheckpointError(str(error).replace(f"{folder}/config.json", str(path)).replace(f"{folder}/student.safetensors", str(path)).replace(folder, str(path))) from None
+        return _load(path, read_config(path), base)
     for attempt in range(READS):
         record = read_config(path)
         folder = path / "usv" if (path / "usv" / "config.json").exists() else path
@@ -174,22 +168,24 @@ def load_student(path: str | Path, base: torch.nn.Module) -> Student:
 
 
 def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
-    """As `load_student`, from the folder that holds student.safetensors."""
+    """As `load_student`, from the folder that holds student.safetensors, or from one file."""
+    one = path.suffix == ".safetensors"
+    config, weights = (path, path) if one else (path / "config.json", path / "student.safetensors")
     check_fits(path, record.get("family", "wan"), record["transformer"], base)
     if record.get("fingerprint") and not _matches(record["fingerprint"], base):
-        raise CheckpointError(
-            f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; load "
-            f"WanPipeline.from_pretrained({str(path.parent)!r}) first"
-        )
-    plan, tile = plan_of(record, path / "config.json"), Tile(*record["tile"], cell=tuple(record.get("cell", CELL)))
+        first = f"pipe.load_lora_weights({str(path)!r}), fuse_lora() and unload_lora_weights()" if one else f"load WanPipeline.from_pretrained({str(path.parent)!r})"
+        raise CheckpointError(f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; {first} first")
+    plan, tile = plan_of(record, config), Tile(*record["tile"], cell=tuple(record.get("cell", CELL)))
     transformer = type(base).from_config(base.config)
     layers = len(family_of(transformer).layers(transformer))
     if plan.num_layers != layers:
         raise CheckpointError(
-            f"{path}/config.json: a plan of {plan.num_layers} layers for a model of {layers}; use another checkpoint"
+            f"{config}: a plan of {plan.num_layers} layers for a model of {layers}; use another checkpoint"
         )
     model, adapters = SparseTransformer(transformer, tile), None
-    tensors = read_weights(path, record)
+    tensors = read_tensors(path, record) if one else read_weights(path, record)
+    if one and (wrong := not_finite(tensors)):
+        raise CheckpointError(f"{path}: damaged or incomplete ({wrong}); use another checkpoint")
     try:
         if record.get("lora") or record.get("fingerprint"):  # the rest is the model's own
             tensors = {
@@ -201,7 +197,7 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
             tensors = lora.merged(tensors, record["lora"]["alpha"] / record["lora"]["rank"])
         model.load_state_dict(tensors)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}/student.safetensors: damaged or incomplete ({str(error).splitlines()[0]}); use another checkpoint") from None
+        raise CheckpointError(f"{weights}: damaged or incomplete ({str(error).splitlines()[0]}); use another checkpoint") from None
     kinds = {name.replace(".base_layer.", "."): p.dtype for name, p in base.named_parameters()}
     for name, p in transformer.named_parameters():  # a bf16 model keeps some parts in fp32
         p.data = p.data.to(kinds[name])

@@ -41,7 +41,7 @@ def check_wan(transformer: torch.nn.Module) -> str | None:
 
     CheckpointError for a transformer of another family, which has no Wan names.
     """
-    if type(transformer).__mro__[0].__name__ != "WanTransformer3DModel" and not any(c.__name__ == "WanTransformer3DModel" for c in type(transformer).__mro__):
+    if not any(c.__name__ == "WanTransformer3DModel" for c in type(transformer).__mro__):
         raise CheckpointError(f"--comfyui: got a {type(transformer).__name__}, accepted: a student of a Wan transformer")
     config = transformer.config
     if config.attention_head_dim != HEAD_WIDTH or config.freq_dim != 256:

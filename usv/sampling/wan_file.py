@@ -8,11 +8,13 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 
 from usv.sampling.record import CheckpointError
 
@@ -63,30 +65,32 @@ def wan_name(name: str, back: bool = False) -> str:
     return f"{blocks}.{index}.{rest}"
 
 
-def read(path: str | Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(record, gates, tensors by diffusers' names) of such a file. CheckpointError where it is damaged, or of somebody else."""
-    path = Path(path)
+@contextmanager
+def _opened(path: str | Path) -> Iterator:
+    """The file and what it says of the student. CheckpointError where it is damaged, or of somebody else."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if "usv" not in metadata:
                 raise CheckpointError(f"{path}: no student (its metadata have no entry usv); give a file of python -m usv.export --comfyui, or a folder of train.py")
-            record, gates = json.loads(metadata["usv"]), load(base64.b64decode(metadata["usv_gates"]))
-            tensors = {wan_name(name.removeprefix("diffusion_model."), back=True): file.get_tensor(name) for name in file.keys()}
+            yield file, metadata
     except CheckpointError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not readable as a student ({str(error).splitlines()[0][:200]}); the file is damaged, use another") from None
-    return record, gates, tensors
 
 
-def unpack(path: str | Path, folder: Path) -> Path:
-    """The file as a student folder, which `load_student` reads. CheckpointError as `read`; the record is not checked here."""
-    record, gates, tensors = read(path)
-    if not record.pop("adapters", False):  # the weights are here; of adapters they are the pipeline's, with the file fused in
-        record.pop("fingerprint", None)
-        gates |= {f"transformer.{name}": value for name, value in tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(gates, folder / "student.safetensors")
-    (folder / "config.json").write_text(json.dumps(record, indent=1))
-    return folder
+def read_record(path: str | Path):
+    """What config.json of a student folder holds; not checked here. CheckpointError as `_opened`."""
+    with _opened(path) as (_, metadata):
+        return json.loads(metadata["usv"])
+
+
+def read_tensors(path: str | Path, record: dict) -> dict[str, torch.Tensor]:
+    """What student.safetensors of a folder holds: gates, and the weights by our names; of adapters the gates only, for their weights are
+    the pipeline's, with the file fused in. CheckpointError as `_opened`."""
+    with _opened(path) as (file, metadata):
+        gates = load(base64.b64decode(metadata["usv_gates"]))
+        if record.get("adapters"):
+            return gates
+        return gates | {f"transformer.{wan_name(name, back=True)}": file.get_tensor(name) for name in file.keys()}
