@@ -58,14 +58,15 @@ def grid(transformer, arguments: Mapping) -> TokenGrid:
     return TokenGrid(*sides)
 
 
+def beside(arguments: Mapping, video: TokenGrid, conditions: str) -> str | None:
+    """Why a call with more tokens than the video's is refused; conditions: which have them."""
+    if (given := arguments["hidden_states"].shape[1]) == video.num_tokens:
+        return None
+    return f"hidden_states: got {given} tokens for {video.num_tokens} of the video, accepted beside a student: the video's alone; {conditions} have tokens beside it"
+
+
 def refuse(transformer, arguments: Mapping) -> str | None:
-    given, tokens = arguments["hidden_states"].shape[1], grid(transformer, arguments)
-    if given != tokens.num_tokens:
-        return (
-            f"hidden_states: got {given} tokens for {tokens.num_tokens} of the video, accepted beside a student: the video's alone; "
-            "conditions other than the first frame have tokens beside it"
-        )
-    return None
+    return beside(arguments, grid(transformer, arguments), "conditions other than the first frame")
 
 
 def pack(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from diffusers import LTX2VideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx2 import apply_interleaved_rotary_emb, apply_split_rotary_emb
 from torch import Tensor, nn
 
-from usv.models.ltx import grid, pack, unpack
+from usv.models.ltx import beside, grid, pack, unpack
 from usv.models.protocol import Attend, Blocks, Family, Processor, sides_of
 
 
@@ -62,12 +62,8 @@ def adapt(block: nn.Module, attention: nn.Module) -> None:
 
 
 def refuse(transformer, arguments: Mapping) -> str | None:
-    given, tokens = arguments["hidden_states"].shape[1], grid(transformer, arguments)
-    if given != tokens.num_tokens:
-        return (
-            f"hidden_states: got {given} tokens for {tokens.num_tokens} of the video, accepted beside a student: the video's alone; "
-            "conditions in context and HDR have tokens beside it"
-        )
+    if (said := beside(arguments, grid(transformer, arguments), "conditions in context and HDR")) is not None:
+        return said
     for name in ("video_self_attention_mask", "spatio_temporal_guidance_blocks"):
         if arguments.get(name) is not None and len(arguments[name]):
             return f"{name}: got one, accepted beside a student: none"

@@ -131,12 +131,6 @@ def enable(
     check_pipeline(pipe)
     with offload_kept(pipe):
         students = _students(pipe, checkpoint)
-        family = students[0].model.family
-        if students[0].sampling.get("student_timesteps") and not family.flows:
-            raise CheckpointError(
-                f"enable: got a few-step student of {family.name}, whose pipelines' timesteps and predictions are not the flow's that its "
-                "steps lie on, accepted: a student of the teacher's steps (objective=velocity)"
-            )
         record, pattern, fine = Record(), None, [None] * len(students)
         if attention is not None:
             recall_rows = options.pop("recall_rows", 0)
@@ -236,6 +230,11 @@ def _students(pipe: DiffusionPipeline, checkpoint) -> tuple[Student, ...]:
     students = tuple(c if isinstance(c, Student) else load_student(c, base) for c, base in zip(given, bases))
     for student, base in zip(students, bases):
         check_fits("enable", student.model.family.name, student.model.config, base)
+        if student.sampling.get("student_timesteps") and not student.model.family.flows:
+            raise CheckpointError(
+                f"enable: got a few-step student of {student.model.family.name}, whose pipelines' timesteps and predictions are not the flow's "
+                "that its steps lie on, accepted: a student of the teacher's steps (objective=velocity)"
+            )
     for student, expert in zip(students, EXPERTS if len(bases) == 2 else (None,)):
         if (found := student.sampling.get("expert")) != expert:
             raise CheckpointError(f"enable: got a student of the expert {found} for the expert {expert}, accepted: one of its own")

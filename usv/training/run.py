@@ -303,18 +303,18 @@ class Run:
             kinds = {name.replace(".base_layer.", "."): p.dtype for name, p in self.pipe.transformer.named_parameters()}
             for name, p in model.transformer.named_parameters():
                 p.data = p.data.to(kinds[name])
-        m = self.config.model
+        m, plan = self.config.model, self.current_plan()
         sampling = {
             "height": m.height, "width": m.width, "num_frames": m.num_frames, "num_inference_steps": m.num_inference_steps,
             "max_sequence_length": m.max_sequence_length, "flow_shift": m.flow_shift, "guidance_folded_in": m.guidance_scale,
         }  # fmt: skip
         if m.expert is not None:
             sampling |= {"expert": m.expert, "boundary": m.boundary}
-        if steps := self.current_plan().student_timesteps() or list(self.config.objective.student_timesteps):
+        if steps := plan.student_timesteps() or list(self.config.objective.student_timesteps):
             sampling |= {"student_timesteps": steps, "num_inference_steps": len(steps)}
         training = {"steps": self.step, "policy": self.config.policy.name, "seed": self.config.seed, "commit": commit()}
         model = model.to(device or self.device).eval().requires_grad_(False)
-        return Student(model, self.current_plan(), sampling, training, policy_tables(self.policy, self.config.policy), used, adapters)
+        return Student(model, plan, sampling, training, policy_tables(self.policy, self.config.policy), used, adapters)
 
     def fail(self, what: str) -> None:
         """Stop on a non-finite step. The last checkpoint stands; a report says what was seen."""
