@@ -35,6 +35,7 @@ import shards  # noqa: E402
 import wan_mini_parts as parts  # noqa: E402
 
 from usv.cpu import keep_freed_memory  # noqa: E402
+from usv.training.optim import muon  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,8 @@ class Optimizers:
         matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         rest = [p for p in params if id(p) not in chosen]
-        muon = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        self.parts = [muon, torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+        by_muon = muon(matrices, 1e-3, 0.01)
+        self.parts = [by_muon, torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
     def step(self, lr: float) -> None:
         for part in self.parts:

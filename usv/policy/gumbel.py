@@ -169,14 +169,18 @@ class GumbelPolicy:
         if target != self.target:
             self.target, self._gates = target, None
 
+    def _jump(self) -> np.ndarray | None:
+        """(bins,) damage of not running each step, +inf for the first; None where steps are not decided."""
+        if not self.steps:
+            return None
+        jump = self.known_jump_damage().double().numpy().copy()
+        jump[-1] = np.inf
+        return jump
+
     def problem(self) -> Problem:
         """What the gates are made from."""
         estimate = self.estimate()
-        jump = None
-        if self.steps:
-            jump = self.known_jump_damage().double().numpy().copy()
-            jump[-1] = np.inf
-        return Problem(self._joint(*estimate.rungs()), self.costs, self.densities, estimate.temperature().numpy(), jump)
+        return Problem(self._joint(*estimate.rungs()), self.costs, self.densities, estimate.temperature().numpy(), self._jump())
 
     def gates(self) -> Gates:
         """The gates at this budget."""
@@ -241,11 +245,7 @@ class GumbelPolicy:
         price that meets it.
         """
         damage = self._joint(*self.rung_damage())
-        jump = None
-        if self.steps:
-            jump = self.known_jump_damage().double().numpy().copy()
-            jump[-1] = np.inf
-        return knapsack.plan_of(self.edges, damage, self.costs, target, self.densities, self.most_density, jump)
+        return knapsack.plan_of(self.edges, damage, self.costs, target, self.densities, self.most_density, self._jump())
 
     def state_dict(self) -> dict:
         tensors = {name: getattr(self, name).clone() for name in ("jump_damage", "jump_base", "jump_seen", "exchange")}
