@@ -31,7 +31,7 @@ from usv.cpu import keep_freed_memory
 from usv.files import write_text
 from usv.patterns.planned import HOW_MUCH
 from usv.sampling.checkpoint import read_config
-from usv.sampling.generate import Generation, best_place, generated, load_pipeline, summed
+from usv.sampling.generate import Generation, best_place, generated, load_pipeline, prompts_of, summed
 from usv.sampling.patterns import calls_report
 from usv.training.build import prepare_folder
 from usv.training.run import commit
@@ -50,17 +50,7 @@ def read_prompts(config: InferConfig) -> list[str]:
         raise SettingError('prompt: give prompt="…" or prompts=FILE with one prompt a line, one of the two')
     if config.prompt is not None:
         return [config.prompt]
-    path = Path(config.prompts)
-    if not path.is_file():
-        raise SettingError(f"prompts={path}: no such file; give a text file with one prompt a line")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise SettingError(f"prompts={path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    lines = [line for line in lines if line and not line.startswith("#")]
-    if not lines:
-        raise SettingError(f"prompts={path}: holds no prompt; put one on each line")
-    return lines
+    return prompts_of(Path(config.prompts), "prompts=")
 
 
 def run(config: InferConfig) -> dict:

@@ -4,8 +4,10 @@
     python -m usv.evaluate --ckpt three=outputs/usv_few_step/student --ckpt two=outputs/usv_few_step/student@1000,750
     python -m usv.evaluate --ckpt data/students/usv_few_step --dense 1 2 4 8 16 --lookup    # beside what a sceptic names
     python -m usv.evaluate --calibrate                                                       # are the metrics worth their names
+    python -m usv.evaluate --shards data/shards/mine --prompts mine.txt --ckpt outputs/mine/student      # your own clips
 
-Prompts are CameraMotion captions, every subject with every motion in turn. Batches of the methods are interleaved, so that a
+Prompts are CameraMotion captions, every subject with every motion in turn; or with --prompts and --shards your own, judged
+without labels (usv/evaluation/own.py). Batches of the methods are interleaved, so that a
 noisy machine hurts all alike. Quality: subject and motion accuracy against the prompt, Fréchet distance to real clips,
 consistency, flicker, warp error, with 95% intervals where there are enough clips; and of students that take the teacher's steps
 how near each video comes to its dense twin (PSNR, SSIM, perceptual distance). Prompts and seeds are pairs: whether a method is of
@@ -25,13 +27,14 @@ import torch
 from tqdm import tqdm
 
 import usv
-from usv.config import ModelConfig
+from usv.config import ModelConfig, SettingError
 from usv.cpu import keep_freed_memory, processor
 from usv.evaluation.arguments import check
 from usv.evaluation.calibrate import calibration
 from usv.evaluation.calibrate import table as calibration_table
 from usv.evaluation.clips import FLOOR_SEED, LOOKUP_CLIPS, REAL_CLIPS, ROOT, asked_clips, real_clips, requests
 from usv.evaluation.judge import finite, judge, table
+from usv.evaluation.own import Own, ask, model_of, real_features, sized
 from usv.files import write_result, write_text
 from usv.metrics import build_prototypes, features, frechet_distance
 from usv.metrics.frechet import MIN_CLIPS
@@ -114,18 +117,24 @@ def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, re
 
 def evaluate(
     model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_size: int, videos: Path | None = None,
-    dense: dict[str, Dense] | None = None, lookup: bool = False,
+    dense: dict[str, Dense] | None = None, lookup: bool = False, own: Own | None = None,
 ) -> dict:
     """The report: machine, commit, and one row of quality, speed and executed sparsity for each method.
 
-    dense: further dense rows by name. lookup: a row of no model at all, the mean of ten real clips of the caption.
+    dense: further dense rows by name. lookup: a row of no model at all, the mean of ten real clips of the caption. own: a
+    user's prompts and shards instead of CameraMotion's; `clips` is then the number of its prompts.
     """
     keep_freed_memory()
     pipe = load_pipeline(model.path, *best_place())
     methods = {"dense": Dense(), **(dense or {}), **{name: opened(pipe, path) for name, path in checkpoints.items()}}
-    prompts, subjects, motions = requests(clips)
-    real, real_subjects = real_clips(model, REAL_CLIPS)
-    prototypes, reference = build_prototypes(real, real_subjects), features(real)
+    subjects = motions = prototypes = None
+    if own is not None:
+        prompts = own.prompts
+        reference, real = real_features(pipe, own, model)
+    else:
+        prompts, subjects, motions = requests(clips)
+        pictures, real_subjects = real_clips(model, REAL_CLIPS)
+        prototypes, reference = build_prototypes(pictures, real_subjects), features(pictures)
     timing = forward_seconds(pipe, model, methods, batch_size)
     generated = generate_all(pipe, model, methods, prompts, list(range(clips)), batch_size)
     rows = {}
@@ -143,13 +152,16 @@ def evaluate(
     if lookup:
         rows["lookup"], shown["lookup"] = {}, asked_clips(model, subjects, motions, FLOOR_SEED, LOOKUP_CLIPS)
     twins = [name for name, method in methods.items() if not isinstance(method, Dense) and _takes_teachers_steps(method, model)]
-    quality = judge(shown, twins, subjects, motions, prototypes, reference, pipe.vae_scale_factor_spatial)
+    quality = judge(shown, twins, subjects, motions, prototypes, reference, pipe.vae_scale_factor_spatial, prompts)
     for name, found in quality.items():
         rows[name] |= found
     if videos is not None:
         show(videos, prompts, shown, model.fps)
     report = {"commit": commit(), "machine": machine(pipe.device), "clips": clips, "checkpoints": checkpoints, "methods": rows}
-    if clips >= MIN_CLIPS:
+    if own is not None:
+        floor = real.pop("floor", None)
+        report |= {"real": real} | ({} if floor is None else {"floor": {"frechet_distance": finite(frechet_distance(reference, floor))}})
+    elif clips >= MIN_CLIPS:
         floor = asked_clips(model, subjects, motions, FLOOR_SEED)
         report["floor"] = {"frechet_distance": finite(frechet_distance(reference, features(floor)))}
     return report
@@ -209,11 +221,27 @@ def show(folder: Path, prompts: list[str], videos: dict[str, torch.Tensor], fps:
     write_text(folder / "videos.json", json.dumps(entries, indent=1) + "\n")
 
 
+def asked(args: argparse.Namespace) -> tuple[Own | None, ModelConfig]:
+    """A user's own prompts, if they are meant, and the model at its size. SettingError for what does not go together."""
+    model = model_of(args.model)
+    if args.prompts is None and args.shards is None:
+        if args.split != "val":
+            raise SettingError(f"--split: got {args.split} without --shards FOLDER, whose split it names")
+        return None, model
+    for option in ("lookup", "calibrate"):
+        if getattr(args, option):
+            raise SettingError(f"--{option}: got it with --{'prompts' if args.prompts else 'shards'}, accepted: with CameraMotion's prompts alone, whose labels it needs")
+    return ask(args.prompts, args.shards, args.split, args.clips, model.path), sized(model, args.shards, named(args.ckpt))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", action="append", default=[], help="[name=]student folder[@timesteps]; repeat for several")
-    parser.add_argument("--model", default=str(ROOT / "data" / "wan-mini"))
-    parser.add_argument("--clips", type=int, default=120)
+    parser.add_argument("--model", default=str(ROOT / "data" / "wan-mini"), help="folder or hub id, or a name of conf/model, e.g. wan_1_3b")
+    parser.add_argument("--clips", type=int, help="default 120; with --prompts or --shards each prompt once")
+    parser.add_argument("--prompts", type=Path, help="your own prompts, one a line; clips are then judged without labels")
+    parser.add_argument("--shards", help="your own shards (data/prepare.py): real clips to hold the videos against, and prompts where none are given")
+    parser.add_argument("--split", default="val", help="which split of --shards is held out from training")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--steps", type=int, default=None, help="sampling steps of the dense model")
@@ -226,9 +254,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         check(args)
+        own, model = asked(args)
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    model = ModelConfig(path=args.model)
+    clips = len(own.prompts) if own else args.clips or 120
     if args.guidance is not None:
         model.guidance_scale = args.guidance
     if args.steps is not None:
@@ -236,10 +265,10 @@ def main() -> None:
     dense = {f"dense_{n}{'_unguided' if scale else ''}": Dense(n, scale) for n in args.dense for scale in (None, *([1.0] if args.unguided else []))}
     try:
         if args.calibrate:
-            report = {"commit": commit(), "machine": machine(), **calibration(model, args.clips)}
+            report = {"commit": commit(), "machine": machine(), **calibration(model, clips)}
             shown = calibration_table(report)
         else:
-            report = evaluate(model, named(args.ckpt), args.clips, args.batch_size, args.videos, dense, args.lookup)
+            report = evaluate(model, named(args.ckpt), clips, args.batch_size, args.videos, dense, args.lookup, own)
             shown = table(report)
         report["command"] = "python -m usv.evaluate " + " ".join(sys.argv[1:])
         print(shown)

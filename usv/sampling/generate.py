@@ -69,6 +69,20 @@ def load_pipeline(
     return pipe.to(device)
 
 
+def prompts_of(path: Path, option: str) -> list[str]:
+    """The prompts of a text file, one a line; lines that begin with # are passed over. SettingError, begun by `option`, for any other file."""
+    if not path.is_file():
+        raise SettingError(f"{option}{path}: no such file; give a text file with one prompt a line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise SettingError(f"{option}{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise SettingError(f"{option}{path}: holds no prompt; put one on each line")
+    return lines
+
+
 def single_precision_rope(transformer) -> None:
     """fp64 tables would make every query and key of the dense model fp64."""
     rope = transformer.rope

@@ -6,6 +6,7 @@ import base64
 from html import escape
 
 from usv.evaluation.bench.denoise import said
+from usv.evaluation.judge import against_dense, floor_of
 from usv.evaluation.report.front import NOT_PEERS, QUALITIES, family_of, points_of, uncovered
 from usv.evaluation.report.inputs import Inputs, Video, axes_of
 from usv.evaluation.report.plots import MARKS, SERIES, css, curves, heatmap, legend_mark, pareto, speed_bars
@@ -22,6 +23,16 @@ MAKES = {
     "curves": "accelerate launch train.py",
     "kernels": "python -m usv_kernels.bench",
 }
+
+
+# qualities of a row -> how they are called, digits
+LABELLED = (("subject_accuracy", "subject accuracy", 3), ("motion_accuracy", "motion accuracy", 3))
+UNLABELLED = (("subject_consistency", "consistency", 3), ("flicker", "flicker", 4), ("flow_warp_error", "warp error", 4))
+
+
+def labelled(report: dict) -> bool:
+    """Whether subject and motion were known: not of a user's own clips."""
+    return not report.get("real")
 
 
 def missing(what: str, key: str) -> str:
@@ -80,7 +91,7 @@ def headline(inputs: Inputs) -> str:
         words = f"{row['denoise_seconds']:.2f} s a clip where dense takes {dense['denoise_seconds']:.2f} s"
         quality = "".join(
             f"<li><b>{row[key]:.{digits}f}</b> {label} <span>dense {dense[key]:.{digits}f}</span></li>"
-            for key, label, digits in (("subject_accuracy", "subject accuracy", 3), ("motion_accuracy", "motion accuracy", 3), ("frechet_distance", "Fréchet distance", 0))
+            for key, label, digits in (*(LABELLED if labelled(report) else UNLABELLED), ("frechet_distance", "Fréchet distance", 0))
             if row.get(key) is not None and dense.get(key) is not None
         )  # fmt: skip
         tiles.append(f'<div class="tile"><h3>{escape(name)}</h3><p class="big">{dense["denoise_seconds"] / row["denoise_seconds"]:.1f}×</p><p>{words}</p><ul>{quality}</ul></div>')
@@ -136,16 +147,16 @@ def is_peers(report: dict) -> bool:
 
 def caption(file: str, report: dict) -> str:
     """A comparison in a line."""
-    kind = "Peers side by side" if is_peers(report) else "Students against the dense model"
+    kind = "Peers side by side" if is_peers(report) else "Students against the dense model" if labelled(report) else "Your own clips"
     return f"{kind}: {report.get('clips', '?')} clips ({file.rsplit('/', 1)[-1]})"
 
 
 def results(inputs: Inputs) -> str:
     """A table for each comparison."""
-    head = ["method", "s a clip", "speed-up", "forwards", "density", "merged", "subject", "motion", "Fréchet", "PSNR", "SSIM", "settings"]
     parts = []
     for file, report in by_size(inputs):
-        rows = []
+        qualities, rows = LABELLED if labelled(report) else UNLABELLED, []
+        head = ["method", "s a clip", "speed-up", "forwards", "density", "merged", *(name.removesuffix(" accuracy") for _, name, _ in qualities), "Fréchet", "PSNR", "SSIM", "settings"]
         for index, (name, row) in enumerate(report["methods"].items(), 1):
             family = family_of(name, row)
             broken = escape(name).replace("_", "_<wbr>")
@@ -154,12 +165,13 @@ def results(inputs: Inputs) -> str:
                 rows.append([label, escape(row["reason"])])
                 continue
             rows.append([
-                label, f"{row['denoise_seconds']:.3f}", f"{row.get('denoise_speedup', 1):.2f}×",
-                escape(str(row["forwards"])), f"{row['attention_density']:.3f}", f"{row['merged']:.0%}", between(row, "subject_accuracy", 3),
-                between(row, "motion_accuracy", 3), between(row, "frechet_distance", 0), plain(row, "psnr", 1), plain(row, "ssim", 3),
+                label, plain(row, "denoise_seconds", 3), f"{row.get('denoise_speedup', 1):.2f}×" if "denoise_seconds" in row else "–",
+                escape(str(row.get("forwards", "–"))), plain(row, "attention_density", 3), f"{row['merged']:.0%}" if "merged" in row else "–",
+                *(between(row, key, digits) for key, _, digits in qualities), between(row, "frechet_distance", 0), plain(row, "psnr", 1), plain(row, "ssim", 3),
                 escape(str(row.get("settings") or report.get("checkpoints", {}).get(name, ""))),
             ])  # fmt: skip
-        parts.append(f"<h3>{escape(caption(file, report))}</h3>" + table(head, rows, "numbers"))
+        said = "".join(f"<li>{escape(line)}</li>" for line in (*against_dense(report), *floor_of(report)))
+        parts.append(f"<h3>{escape(caption(file, report))}</h3>" + table(head, rows, "numbers") + (f"<ul>{said}</ul>" if said else ""))
     text = "<p>Density: share of the attention among the tokens that merging left which was computed in these forwards; for caches, attention calls computed. In brackets 95% intervals. PSNR and SSIM against the dense model's video of the same seed, where a method approximates it.</p>"
     return section("results", "Results", (text + "".join(parts)) if parts else missing("No comparison was found.", "comparison"))
 
@@ -169,7 +181,8 @@ def between(row: dict, key: str, digits: int) -> str:
     if row.get(key) is None:
         return "–"
     low, high = row.get(key + "_low"), row.get(key + "_high")
-    interval = "" if low is None or high is None else f" <small>({low:.{min(digits, 2)}f}–{high:.{min(digits, 2)}f})</small>"
+    shown = digits if digits > 3 else min(digits, 2)
+    interval = "" if low is None or high is None else f" <small>({low:.{shown}f}–{high:.{shown}f})</small>"
     return f"{row[key]:.{digits}f}{interval}"
 
 
