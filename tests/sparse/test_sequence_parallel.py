@@ -4,22 +4,16 @@ Rounding: the dense reference is diffusers' own block, and sums over tokens are 
 and 5e-5 of the largest gradient in fp32, the bounds of tests/models/test_wan.py.
 """
 
-import multiprocessing
-import os
-import socket
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
+from processes import mean, two
 
 from usv.models.forward import Probe, SparseTransformer
 from usv.sparse.grid import Tile, TokenGrid, tile_layout
 from usv.sparse.plan import Rung
 from usv.sparse.sequence_parallel import SequenceGroup, ShardError, alone, shards_of, tile_bounds
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["usv.models.forward", "usv.models.wan"])
 DENSE, HALF, MERGED = Rung(), Rung(1, 0), Rung(2, 1)
 CASES = {  # rungs of three layers, probe of layer 1, a timestep for each token, checkpointing
     "dense": ((DENSE, DENSE, DENSE), None, False, False),
@@ -65,38 +59,21 @@ def forward(model: SparseTransformer, case: str) -> dict[str, torch.Tensor]:
     return {"output": out.detach(), **found, **measured}
 
 
-def work(rank: int, port: int, file: str) -> None:
+def work(rank: int, file: str) -> None:
     """What both processes find, averaged as runtimes average gradients."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
     model = build()
     model.sequence_group = SequenceGroup(rank, 2, dist.group.WORLD)
-    results = {case: forward(model, case) for case in CASES}
-    for found in results.values():
-        for value in found.values():
-            dist.all_reduce(value)
-            value /= 2
+    results = {case: mean(forward(model, case)) for case in CASES}
     with alone(model):  # as rank 0 validates
         results["alone"] = forward(model, "sparse") if rank == 0 else None
     if rank == 0:
         torch.save(results, file)
-    dist.barrier()
-    os._exit(0)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     file = tmp_path_factory.mktemp("shared") / "results.pt"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [SERVER.Process(target=work, args=(rank, port, str(file))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(200)
-    assert [p.exitcode for p in processes] == [0, 0]
+    two(work, str(file))
     return torch.load(file)
 
 

@@ -178,11 +178,6 @@ class Run:
                 raise ValueError("fine: another fine branch does not run with a sequence_group; accepted: None")
             if not self.family.shared:
                 raise ValueError(f"sequence_group: got one for a {self.family.name}, accepted: None; processes cannot share its samples")
-            if self.family.joint and torch.is_grad_enabled():  # outputs are one process's, gradients are not: docs/log.md
-                raise ValueError(
-                    f"sequence_group: got one in training for a {self.family.name}, accepted: None; processes that share a sample of joint "
-                    "attention do not give one process's gradients yet"
-                )
             self.group.check(self.family_heads(), layout.num_blocks)
             shards = shards_of(layout, self.group)
         tokens = Tokens(x, layout, shards)

@@ -4,8 +4,13 @@
 
 Outside attention every operation is a token's own, and token merging is a tile's own, so both stay local; inside, blocks are
 selected per head on the full sequence, as by one process. The exchanges are differentiable. Each process of a group sees the
-same loss; `gather` multiplies the gradient it hands back by N, so that the mean of gradients over all processes, which every
-runtime takes, is the gradient of one process. Source: DeepSpeed Ulysses (arXiv 2309.14509).
+same loss, and every runtime takes the mean of gradients over all processes. One rule makes it the gradient g of one process:
+
+    what all processes hold (weights, text, row-major tokens)     gradients differ by process, their mean is g
+    what one of them holds (its tokens, its heads)                N g
+
+Where all come to hold what each has a part of, `gather` and `gather_heads`, the gradients of all are summed; where one takes its part
+of what all hold, they stay what they are. Source: DeepSpeed Ulysses (arXiv 2309.14509).
 
 Shape letters: B batch, H heads, h = H / N, S tokens, s one's own tokens, E width.
 """
@@ -114,19 +119,18 @@ def to_tokens(x: torch.Tensor, lengths: Sequence[int], group: SequenceGroup) -> 
 
 
 def gather(x: torch.Tensor, lengths: Sequence[int], group: SequenceGroup) -> torch.Tensor:
-    """(B, s, …) -> (B, S, …), the tokens of all processes in order. Its gradient is one's own slice times N: see the module."""
+    """(B, s, …) -> (B, S, …), the tokens of all processes in order. The gradients of all are summed: what follows may differ by process, as
+    where blocks of a second list take each its own tokens of the whole."""
     return _Gather.apply(x, tuple(lengths), group)
 
 
 def own_heads(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
-    """(B, H, T, E) that every process has -> (B, h, T, E), its own heads. The gradient is N times that of its heads, so that
-    the mean over processes is the gradient of one."""
+    """(B, H, T, E) that every process has -> (B, h, T, E), its own heads. The gradient is that of its heads, zeros elsewhere."""
     return _OwnHeads.apply(x, group)
 
 
 def gather_heads(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
-    """(B, h, T, E), one's own heads -> (B, H, T, E) on every process. Differentiable: what the processes make of the whole differs,
-    so their gradients are summed."""
+    """(B, h, T, E), one's own heads -> (B, H, T, E) on every process. The gradients of all are summed."""
     return _GatherHeads.apply(x, group)
 
 
@@ -140,7 +144,7 @@ class _OwnHeads(torch.autograd.Function):
     def backward(ctx, grad):
         heads, group = grad.shape[1], ctx.group
         whole = grad.new_zeros(grad.shape[0], heads * group.size, *grad.shape[2:])
-        whole[:, group.rank * heads : (group.rank + 1) * heads] = grad * group.size
+        whole[:, group.rank * heads : (group.rank + 1) * heads] = grad
         return whole, None
 
 
@@ -185,8 +189,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group.group)
         begin = sum(ctx.lengths[: ctx.group.rank])
-        return grad[:, begin : begin + ctx.lengths[ctx.group.rank]] * ctx.group.size, None, None
+        return grad[:, begin : begin + ctx.lengths[ctx.group.rank]], None, None
 
 
 def _exchange(to_heads: bool, tensors, lengths: tuple[int, ...], group: SequenceGroup) -> tuple[torch.Tensor, ...]:

@@ -29,7 +29,7 @@ from usv.sparse.plan import RUNGS, Rung, SparsityPlan, executed_densities, times
 from usv.training.buckets import of_shape, open_shards
 from usv.training.data import ShardDataset
 from usv.training.engine import Engine, frozen_pipeline
-from usv.training.feasible import check_density, check_size
+from usv.training.feasible import check_density, check_sharing, check_size
 from usv.training.ranks import Ranks
 from usv.training.run import Run
 from usv.training.shards import find_shards
@@ -52,6 +52,7 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
         copy = type(transformer).from_config(transformer.config)
         copy.load_state_dict(transformer.state_dict())
         student = SparseTransformer(copy, tile)
+    check_sharing(config, student.family)
     if config.runtime.gradient_checkpointing:
         student.transformer.enable_gradient_checkpointing()
     student.sequence_group = ranks.sequence

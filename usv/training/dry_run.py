@@ -26,7 +26,7 @@ from usv.objectives import make_objective
 from usv.sampling.record import numbers_of
 from usv.sparse.cost import ModelShape, block_flops, dense_flops
 from usv.sparse.grid import Tile, TokenGrid, tile_layout
-from usv.training.feasible import check_density, check_size
+from usv.training.feasible import check_density, check_sharing, check_size
 
 GIB = 2**30
 # name: (dense bf16 peak in TFLOP/s with fp32 accumulation, memory in GB), from the vendor's data sheets
@@ -178,6 +178,7 @@ def trained_role(name: str, frozen: int, trained: int, config: TrainConfig, aver
 def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShape, int]:
     """All networks of the run with their memory on one device; the shape; tokens of a clip."""
     network, counts = meta_transformer(config), count_parameters(config)
+    check_sharing(config, family_of(network))
     grid = token_grid(config, sides_of(network.config))
     shape = ModelShape.of(network.config, config.model.max_sequence_length, family_of(network).joint)
     check_density(config, tile_layout(grid, Tile(*config.model.tile)).num_blocks)

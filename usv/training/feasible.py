@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from usv.config import ModelConfig, SettingError, TrainConfig
+from usv.models.protocol import Family
 from usv.sparse.plan import executed_densities
 
 
@@ -27,4 +28,13 @@ def check_density(config: TrainConfig, num_blocks: int) -> None:
         raise SettingError(
             f"policy.most_density: got {p.most_density}, but the sparsest plan still computes {lowest:.3f} of the {num_blocks} × {num_blocks} blocks at "
             f"this size and tile; accepted: {lowest:.3f} to 1"
+        )
+
+
+def check_sharing(config: TrainConfig, family: Family) -> None:
+    """SettingError where processes are to share samples of a family that they cannot share."""
+    if config.runtime.sequence_parallel > 1 and not family.shared:
+        raise SettingError(
+            f"runtime.sequence_parallel: got {config.runtime.sequence_parallel} for a model of {family.name}, accepted: 1; its audio asks all of the video's "
+            "tokens, of which a process has its own alone"
         )
