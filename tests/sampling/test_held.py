@@ -246,8 +246,3 @@ def test_a_style_loaded_after_enable_acts_at_its_scale(pipe, folder):
     assert not torch.allclose(whole, wanted, atol=1e-3) and not torch.allclose(half, whole, atol=1e-3)
     pipe.unload_lora_weights()
     assert torch.allclose(latents(pipe), wanted, atol=1e-5)
-    usv.disable(pipe)
-    pipe.load_lora_weights(style)
-    with pytest.raises(CheckpointError, match=r"that has the adapters \['default_0'\], accepted: pipe.unload_lora_weights"):
-        usv.enable(pipe, folder)
-    pipe.unload_lora_weights()

@@ -8,6 +8,8 @@ One copy of the weights serves all, in the precision they were loaded in; adapte
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -59,8 +61,8 @@ def _layers(transformer) -> dict[str, torch.nn.Module]:
 
 @contextmanager
 def base_only(transformer) -> Iterator[None]:
-    """The transformer without its adapters; harmless where it has none."""
-    layers = _layers(transformer).values()
+    """The transformer without its adapters, which `adapters_of` does not see either; harmless where it has none."""
+    layers, configs = _layers(transformer).values(), vars(transformer).pop("peft_config", None)
     for layer in layers:
         layer._disable_adapters = True  # peft's own switch also drops requires_grad, which a graph in flight must keep
     try:
@@ -68,6 +70,8 @@ def base_only(transformer) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+        if configs is not None:
+            transformer.peft_config = configs
 
 
 class Teacher:
@@ -156,3 +160,80 @@ def from_diffusers_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
     return {
         n.replace(".lora_A.", f".lora_A.{NAME}.").replace(".lora_B.", f".lora_B.{NAME}."): v for n, v in tensors.items()
     }
+
+
+# ---- adapters that a user loaded into a pipeline: styles ----------------------------------------------------------------------------------
+
+
+def adapters_of(transformer: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the adapters in a transformer."""
+    return tuple(getattr(transformer, "peft_config", None) or ())
+
+
+def _tuned(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The layers with adapters, of any kind that peft has, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def fused_in(transformer: torch.nn.Module) -> set[str]:
+    """Names of the adapters whose update the weights hold now and that can be taken out again."""
+    if not adapters_of(transformer):
+        return set()
+    return {name for layer in _tuned(transformer).values() for name in layer.merged_adapters}
+
+
+def clean_state(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The transformer's state dict as it is without its adapters, fused ones taken out; the transformer stays as it is."""
+    state, layers = transformer.state_dict(), _tuned(transformer) if adapters_of(transformer) else {}
+    for name, layer in layers.items():
+        prefix, base = f"{name}.", {n: t for n, t in state.items() if n.startswith(f"{name}.base_layer.")}
+        state = {n: t for n, t in state.items() if not n.startswith(prefix)}
+        base = {n.replace(".base_layer.", "."): t for n, t in base.items()}
+        for adapter in layer.merged_adapters:
+            weight = base[f"{prefix}weight"]
+            base[f"{prefix}weight"] = (weight.float() - layer.get_delta_weight(adapter).float()).to(weight.dtype)
+            if getattr(layer, "lora_bias", {}).get(adapter):
+                base[f"{prefix}bias"] = base[f"{prefix}bias"] - (layer.lora_B[adapter].bias * layer.scaling[adapter]).to(base[f"{prefix}bias"])
+        state |= base
+    return state
+
+
+def carry(source: torch.nn.Module, target: torch.nn.Module, shared: bool = False) -> None:
+    """Give `target`, a transformer of the same class without adapters, all adapters of `source` as they are there: weights of their own,
+    scales, which of them act, whether they are fused. shared: whether somebody else has the target's weights, which fusing writes into."""
+    from peft import inject_adapter_in_model
+    from peft.utils import get_peft_model_state_dict
+
+    target._prepare_lora_hotswap_kwargs = getattr(source, "_prepare_lora_hotswap_kwargs", None)
+    if not adapters_of(source):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft takes updates of biases for damage, a second adapter for an accident
+        for name in adapters_of(source):
+            weights = get_peft_model_state_dict(source, adapter_name=name)
+            inject_adapter_in_model(copy.deepcopy(source.peft_config[name]), target, name, low_cpu_mem_usage=True, state_dict=weights)
+    twins = _tuned(target)
+    if shared and fused_in(source):
+        own_weights(target)
+    for place, layer in _tuned(source).items():
+        twin = twins[place]
+        for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+            if not name.startswith("base_layer."):
+                owner, _, leaf = name.rpartition(".")
+                own = tensor.detach().clone()
+                setattr(twin.get_submodule(owner), leaf, torch.nn.Parameter(own, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else own)
+        for name in ("scaling", "_active_adapter", "_disable_adapters"):
+            setattr(twin, name, copy.deepcopy(getattr(layer, name)))
+        if layer.merged_adapters:
+            twin.merge(adapter_names=list(layer.merged_adapters))
+    target._hf_peft_config_loaded = True
+
+
+def own_weights(transformer: torch.nn.Module) -> None:
+    """Copy the weights that fusing writes into, where another transformer has the same ones."""
+    for layer in _tuned(transformer).values():
+        base = layer.get_base_layer()
+        for name, parameter in base.named_parameters(recurse=False):
+            setattr(base, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))

@@ -35,7 +35,8 @@ class Student:
     """A sparse network, the plan it runs, and how it is sampled (height, width, num_frames, num_inference_steps, …).
 
     policy: what its gates had learned (`run_state.policy_tables`). lora: rank, alpha, targets of `adapters` (a state dict of theirs), which `model`
-    has merged in; None where all weights were trained.
+    has merged in; None where all weights were trained. on_base: whether the weights that it was loaded with are the pipeline's own, but for
+    gates and `adapters`.
     """
 
     model: SparseTransformer
@@ -45,6 +46,7 @@ class Student:
     policy: dict = field(default_factory=dict)
     lora: dict | None = None
     adapters: dict | None = None
+    on_base: bool = False
 
     def executed_plan(self) -> SparsityPlan:
         """The plan's rows at the timesteps that are sampled: of a few-step student its own, else all."""
@@ -189,7 +191,7 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
     try:
         if record.get("lora") or record.get("fingerprint"):  # the rest is the model's own
             tensors = {
-                **{f"transformer.{name}": value for name, value in base.state_dict().items()},
+                **{f"transformer.{name}": value for name, value in lora.clean_state(base).items()},
                 **lora.from_diffusers_names(tensors),
             }
         if record.get("lora"):
@@ -204,7 +206,7 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
     model.gates.to(base.dtype)
     device = "cpu" if base.device.type == "meta" else base.device  # offloaded module by module
     model = model.to(device=device).eval().requires_grad_(False)
-    return Student(model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters)
+    return Student(model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters, bool(record.get("lora") or record.get("fingerprint")))
 
 
 def read_weights(path: Path, record: dict) -> dict[str, torch.Tensor]:
@@ -223,7 +225,7 @@ def read_weights(path: Path, record: dict) -> dict[str, torch.Tensor]:
 
 def fingerprint(transformer: torch.nn.Module) -> dict[str, list[float]]:
     """A few weights of the first and last block, by which an exported student knows its pipeline."""
-    state = transformer.state_dict()
+    state = lora.clean_state(transformer)
     if not hasattr(transformer, "blocks"):
         ends = [[n for n in state if n.startswith(f"{blocks.attribute}.") and n.endswith("to_q.weight")] for blocks in family_of(transformer).blocks]
         return {name: state[name].flatten()[:64].float().tolist() for name in (ends[0][0], ends[-1][-1])}
@@ -235,7 +237,7 @@ def fingerprint(transformer: torch.nn.Module) -> dict[str, list[float]]:
 
 def _matches(wanted: dict[str, list[float]], transformer: torch.nn.Module) -> bool:
     """Whether a transformer, perhaps loaded in bf16 (2⁻⁹ relative), has these weights."""
-    found = fingerprint(transformer) if all(f"{name}" in transformer.state_dict() for name in wanted) else {}
+    found = fingerprint(transformer) if set(wanted) <= set(lora.clean_state(transformer)) else {}
     return all(
         name in found and torch.allclose(torch.tensor(found[name]), torch.tensor(values), rtol=2**-8, atol=1e-8)
         for name, values in wanted.items()

@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from usv.models import lora
 from usv.models.families import family_or_none
 from usv.patterns import Pattern
 from usv.patterns.planned import PlannedPattern, planned_pattern
 from usv.sampling.checkpoint import CheckpointError, Student, check_fits, load_student, other_grid
-from usv.sampling.held import adapters_of, hold
+from usv.sampling.held import hold
 from usv.sampling.patterns import (
     KEPT_CALLS,
     Calls,
@@ -41,6 +42,7 @@ from usv.sampling.patterns import (
     transformers_of,
 )
 from usv.sampling.sampler import StudentScheduler, with_shift
+from usv.sampling.styles import check_unloaded, fused_loras, load_lora_weights, set_fused
 from usv.sparse.plan import MERGE_LADDER
 
 logger = logging.getLogger("usv")
@@ -91,6 +93,7 @@ class Enabled:
     scheduler: object  # the pipeline's own; a few-step student brings its timesteps
     pattern: Pattern | None = None  # chooses the blocks at the plan's densities
     kinds: dict[str, tuple] = field(default_factory=dict)  # dtype and device of the held students as they were put in
+    fused: set[str] = field(default_factory=set)  # LoRAs fused into the originals
 
     @property
     def student(self) -> Student:
@@ -131,6 +134,7 @@ def enable(
     check_pipeline(pipe)
     with offload_kept(pipe):
         students = _students(pipe, checkpoint)
+        now, fused = {place: bare(transformer) for place, transformer in transformers_of(pipe).items()}, fused_loras(pipe)
         record, pattern, fine = Record(), None, [None] * len(students)
         if attention is not None:
             recall_rows = options.pop("recall_rows", 0)
@@ -139,20 +143,23 @@ def enable(
                 pattern = pattern or chosen
                 fine[i] = PlannedPattern(chosen, model.num_layers, model.tile, progress_of(pipe), record.calls.append, impl, recall_rows)
         disable(pipe)  # only now: what cannot be loaded leaves the pipeline as it was
-        state = Enabled(transformers_of(pipe), type(pipe), students, record, pipe.scheduler, pattern)
+        state = Enabled(transformers_of(pipe), type(pipe), students, record, pipe.scheduler, pattern, fused=fused_loras(pipe))
         if students[0].sampling.get("student_timesteps"):
             pipe.scheduler = StudentScheduler(students[0].sampling["student_timesteps"])
         elif "flow_shift" in students[0].sampling:  # the noise levels that it was trained for
             pipe.scheduler = with_shift(pipe.scheduler, students[0].sampling["flow_shift"])
-        for (place, original), student, chosen in zip(state.originals.items(), students, fine):
-            held = hold(student, record, impl, chosen)
+        given = checkpoint if isinstance(checkpoint, (tuple, list)) else [checkpoint]
+        for (place, original), student, chosen, one in zip(state.originals.items(), students, fine, given):
+            held = hold(student, record, impl, chosen, shared=one is student)
+            lora.carry(now[place], held, shared=one is student)
             setattr(pipe, place, held)
             _same_storage(bare(original), held)
             state.kinds[place] = (held.dtype, held.device)
-            if original is not bare(original):
+            if original is not bare(original) or any(getattr(module, "_compiled_call_impl", None) for module in original.modules()):
                 logger.warning("usv: %s was compiled; the student runs uncompiled until pipe.%s.compile_repeated_blocks()", place, place)
         pipe.__class__ = _student_pipeline(type(pipe), students[0].sampling, students[0].model.family.guidance)
         pipe._usv = state
+        set_fused(pipe, fused)
     return pipe
 
 
@@ -172,8 +179,6 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
         name = f"enable: got a {type(pipe).__name__} with a {type(transformer).__name__}"
         if family_or_none(transformer) is None:
             raise CheckpointError(f"{name}, accepted: {known}")
-        if adapters := adapters_of(transformer):
-            raise CheckpointError(f"{name} that has the adapters {list(adapters)}, accepted: pipe.unload_lora_weights(), usv.enable, then pipe.load_lora_weights again: a student keeps those that are loaded after it")
         if getattr(transformer, "is_cache_enabled", False):
             raise CheckpointError(f"{name} whose cache is enabled, accepted: disable_cache() first; a plan says already what each step computes")
         if getattr(transformer, "_parallel_config", None) is not None:
@@ -228,6 +233,8 @@ def _students(pipe: DiffusionPipeline, checkpoint) -> tuple[Student, ...]:
         raise CheckpointError(f"enable: got {len(given)} checkpoint(s), accepted: {wanted}")
     bases = [bare(base) for base in bases]
     students = tuple(c if isinstance(c, Student) else load_student(c, base) for c, base in zip(given, bases))
+    own = before.fused if isinstance(before, Enabled) else fused_loras(pipe)
+    check_unloaded(pipe, [bare(t) for t in transformers_of(pipe).values()], own, whole=not all(student.on_base for student in students))
     for student, base in zip(students, bases):
         check_fits("enable", student.model.family.name, student.model.config, base)
         if student.sampling.get("student_timesteps") and not student.model.family.flows:
@@ -264,6 +271,7 @@ def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
             if held.device not in (device, torch.device("meta")):
                 bare(original).to(held.device)
         pipe.scheduler = state.scheduler
+        set_fused(pipe, state.fused)
         del pipe._usv
     return pipe
 
@@ -341,6 +349,8 @@ def _student_pipeline(base: type, sampling: dict, guidance: Mapping[str, float])
             self.scheduler, self.__class__ = scheduler, kind
 
     body = {"__call__": call, "save_pretrained": save_pretrained, "__module__": base.__module__}
+    if hasattr(base, "load_lora_weights"):
+        body["load_lora_weights"] = lambda self, *args, **kwargs: load_lora_weights(base, self, *args, **kwargs)
     return type(base.__name__, (base,), body)
 
 

@@ -2,16 +2,15 @@
 
     held = hold(student, record)      isinstance(held, WanTransformer3DModel), called as one, and moved, cast, offloaded, compiled as one
 
-It shares the student's blocks and tensors and adds the coarse gates (`usv_gates`) as a part of its own, so that hooks, casts and
-offloads put on it before or after reach all that it runs. What cannot work with a student is refused where it is switched on.
+Its modules are its own, their tensors the student's, and the coarse gates (`usv_gates`) are a part of it, so that hooks, casts, offloads
+and adapters put on it before or after reach all that it runs, and nothing else. What cannot work with a student is refused where it is switched on.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +19,7 @@ from types import MethodType
 import torch
 from torch import nn
 
+from usv.models import lora
 from usv.models.families import family_of
 from usv.models.forward import run_forward
 from usv.patterns.planned import PlannedPattern
@@ -33,7 +33,7 @@ class Planned:
     """What a held student runs by: plan (None: dense), tile, the record of what it executed, who chooses the blocks.
 
     text_length: of the text that it was trained with, where the architecture attends its padding; None: any. folded: whether
-    guidance is folded into the weights.
+    guidance is folded into the weights. shared: whether others may have the same tensors.
     """
 
     plan: SparsityPlan | None
@@ -43,6 +43,7 @@ class Planned:
     fine: PlannedPattern | None = None
     text_length: int | None = None
     folded: bool = True
+    shared: bool = False
 
 
 # ---- what a held student does in place of its class's methods ---------------------------------------------------------------------------
@@ -88,9 +89,15 @@ def _save_pretrained(self, save_directory, *_, **__) -> None:
     raise CheckpointError(f"save_pretrained: got a student for {save_directory}, accepted: python -m usv.export, whose folder says what it is, or usv.disable(pipe) first")
 
 
+def _fuse_lora(self, *args, **kwargs) -> None:
+    if self._planned.shared:
+        lora.own_weights(self)
+    type(self).fuse_lora(self, *args, **kwargs)
+
+
 METHODS = {
     "forward": _forward, "cache_context": _cache_context, "enable_cache": _enable_cache, "enable_parallelism": _enable_parallelism,
-    "save_pretrained": _save_pretrained,
+    "save_pretrained": _save_pretrained, "fuse_lora": _fuse_lora,
 }  # fmt: skip
 
 
@@ -101,22 +108,20 @@ def _signature(base: type) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-def hold(student: Student, record, impl: str = "auto", fine: PlannedPattern | None = None, folded: bool = True) -> nn.Module:
+def hold(student: Student, record, impl: str = "auto", fine: PlannedPattern | None = None, folded: bool = True, shared: bool = True) -> nn.Module:
     """The model that a pipeline is given in place of its transformer.
 
-    Every call makes one of its own, so that one student may run in several pipelines. It shares the student's blocks and weights.
+    Every call makes one of its own, so that one student may run in several pipelines. It shares the student's tensors; shared: whether
+    somebody else may use them, so that fusing an adapter has to copy what it writes.
     """
     model, transformer = student.model, student.model.transformer
-    held = type(transformer).__new__(type(transformer))
-    held.__dict__.update(vars(transformer))
-    held.__dict__["_modules"] = {**transformer._modules, "usv_gates": model.gates}
-    for name, value in vars(transformer).items():  # hooks of its own
-        if name.endswith("_hooks") and isinstance(value, dict):
-            held.__dict__[name] = OrderedDict(value)
+    tensors = {id(t): t for part in (transformer, model.gates) for t in (*part.parameters(), *part.buffers())}
+    held = copy.deepcopy(transformer, tensors)
+    held.__dict__["_modules"]["usv_gates"] = copy.deepcopy(model.gates, tensors)
     # Of the very class: from_pipe compares types, a pipeline's config names them. So what it does differently is its own, not its class's.
     held.__dict__.update({name: MethodType(function, held) for name, function in METHODS.items()})
     length = student.sampling.get("max_sequence_length") if model.family.zero_padded else None
-    held.__dict__["_planned"] = Planned(student.plan, model.tile, record, impl, fine, length, folded)
+    held.__dict__["_planned"] = Planned(student.plan, model.tile, record, impl, fine, length, folded, shared)
     return held
 
 
@@ -130,8 +135,3 @@ def fit_text(text: torch.Tensor, length: int) -> torch.Tensor:
             f"pipe.encode_prompt(…, max_sequence_length={length})"
         )
     return text[:, :length]
-
-
-def adapters_of(transformer: nn.Module) -> Sequence[str]:
-    """Names of the LoRA adapters in a transformer."""
-    return tuple(getattr(transformer, "peft_config", None) or ())

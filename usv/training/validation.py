@@ -120,13 +120,13 @@ def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
     prompts = batch["captions"][:count]
     seeds = list(range(len(prompts)))
     embedded = {} if run.pipe.text_encoder is not None else {"embeds": batch["text"][:count], "empty": run.empty}
-    with lora.base_only(run.pipe.transformer):
+    with lora.base_only(run.pipe.transformer):  # its adapters are the student's, merged into it already, and no style to carry over
         dense = generate(run.pipe, run.config.model, prompts, seeds, run.clips_at_once, **embedded)
-    enable(run.pipe, student)
-    try:
-        sparse = generate(run.pipe, run.config.model, prompts, seeds, run.clips_at_once, num_inference_steps=student.sampling["num_inference_steps"], **embedded)
-    finally:
-        disable(run.pipe)
+        enable(run.pipe, student)
+        try:
+            sparse = generate(run.pipe, run.config.model, prompts, seeds, run.clips_at_once, num_inference_steps=student.sampling["num_inference_steps"], **embedded)
+        finally:
+            disable(run.pipe)
     folder, rows, sides = run.folder / "validation", [], (("teacher", dense.videos), ("student", sparse.videos))
     speedup = dense.seconds["denoise"] / sparse.seconds["denoise"]
     quality = {
