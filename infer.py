@@ -31,6 +31,7 @@ from usv.cpu import keep_freed_memory
 from usv.files import write_text
 from usv.patterns.planned import HOW_MUCH
 from usv.sampling.checkpoint import read_config
+from usv.sampling.decoder import load_decoder
 from usv.sampling.generate import Generation, best_place, generated, load_pipeline, prompts_of, summed
 from usv.sampling.patterns import calls_report
 from usv.training.build import prepare_folder
@@ -80,6 +81,7 @@ def run(config: InferConfig) -> dict:
     folder = Path(config.output_dir)
     prepare_folder(folder)
     pipe = load_pipeline(config.model.path, *best_place())
+    decoder = load_decoder(config.decoder, config.model.path, pipe)
     texts = [prompt for prompt in prompts for _ in range(config.seeds)]
     seeds = [config.seed + i for _ in prompts for i in range(config.seeds)]
     sparse = "student" if config.ckpt else pattern
@@ -92,7 +94,7 @@ def run(config: InferConfig) -> dict:
             usv.enable(pipe, attention=pattern, impl=config.attention.impl, **options)
         steps = config.num_inference_steps or (pipe._usv.student.sampling.get("num_inference_steps") if name == "student" else None)
         with tqdm(total=len(texts), desc=name, unit="video") as bar:
-            for batch in generated(pipe, config.model, texts, seeds, config.batch_size, steps, progress=bar):
+            for batch in generated(pipe, config.model, texts, seeds, config.batch_size, steps, progress=bar, decoder=None if name == "dense" and sparse else decoder):
                 out.add(name, batch, executed(pipe, name, pattern))
     return out.finish()
 
@@ -171,7 +173,7 @@ def hashed(value) -> str:
 
 def identity(config: InferConfig, name: str) -> str:
     """A hash of all that decides a method's videos but prompt and seed."""
-    parts = [asdict(config.model), config.num_inference_steps, config.fps, "dense"]
+    parts = [asdict(config.model), config.num_inference_steps, config.fps, *([config.decoder] if config.decoder != "full" else []), "dense"]
     if name != "dense":
         students = [read_config(path) for path in (config.ckpt, config.ckpt_low) if path is not None]
         parts = [*parts[:-1], students, asdict(config.attention)]

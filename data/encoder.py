@@ -123,7 +123,7 @@ class Encoder:
             self.pipe = DiffusionPipeline.from_pretrained(model, dtype=dtypes, **unused).to(self.device)
             self.vae = self.pipe.vae
         else:
-            self.vae = AutoModel.from_pretrained(model / "vae").to(self.device)
+            self.vae = AutoModel.from_pretrained(str(model / "vae")).to(self.device)
         self.text = lru_cache(maxsize=512)(self._text)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
     python -m usv.evaluate --ckpt outputs/usv_mini/student --clips 120 --out data/results/usv_mini.json
     python -m usv.evaluate --ckpt three=outputs/usv_few_step/student --ckpt two=outputs/usv_few_step/student@1000,750
     python -m usv.evaluate --ckpt data/students/usv_few_step --dense 1 2 4 8 16 --lookup    # beside what a sceptic names
+    python -m usv.evaluate --ckpt data/students/usv_few_step --decoder tiny                  # end to end: each student also with a tiny decoder
     python -m usv.evaluate --calibrate                                                       # are the metrics worth their names
     python -m usv.evaluate --shards data/shards/mine --prompts mine.txt --ckpt outputs/mine/student      # your own clips
 
@@ -39,6 +40,7 @@ from usv.files import write_result, write_text
 from usv.metrics import build_prototypes, features, frechet_distance
 from usv.metrics.frechet import MIN_CLIPS
 from usv.sampling.checkpoint import CheckpointError, Student, load_student, named
+from usv.sampling.decoder import TinyDecoder, load_decoder
 from usv.sampling.generate import Generation, best_place, generate, load_pipeline, now
 from usv.sampling.sampler import StudentScheduler
 from usv.sparse.cost import ModelShape, plan_cost
@@ -55,22 +57,32 @@ class Dense:
     guidance: float | None = None
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """A student whose latents are decoded by another decoder than the VAE's."""
+
+    student: Student
+    decoder: TinyDecoder
+
+
 def generate_all(pipe, model: ModelConfig, methods: dict, prompts: list[str], seeds: list[int], batch_size: int) -> dict:
-    """{name: Generation} with batches of all methods interleaved. `methods`: name -> student or `Dense`."""
+    """{name: Generation} with batches of all methods interleaved. `methods`: name -> student, `Decoded` or `Dense`."""
     parts: dict[str, list[Generation]] = {name: [] for name in methods}
     executed: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     with tqdm(total=len(prompts) * len(methods), unit="video") as bar:
         for start in range(0, len(prompts), batch_size):
             for name, checkpoint in methods.items():
                 bar.set_description(name)
-                sparse, guidance = not isinstance(checkpoint, Dense), None
+                sparse, guidance, decoder = not isinstance(checkpoint, Dense), None, None
                 if sparse:
+                    if isinstance(checkpoint, Decoded):
+                        checkpoint, decoder = checkpoint.student, checkpoint.decoder
                     usv.enable(pipe, checkpoint)
                     steps = pipe._usv.student.sampling["num_inference_steps"]
                 else:
                     steps, guidance = checkpoint.steps, checkpoint.guidance
                 part = slice(start, start + batch_size)
-                parts[name].append(generate(pipe, model, prompts[part], seeds[part], batch_size, steps, guidance, progress=bar))
+                parts[name].append(generate(pipe, model, prompts[part], seeds[part], batch_size, steps, guidance, progress=bar, decoder=decoder))
                 if sparse:
                     executed[name].append((pipe._usv.record.mean_density(), pipe._usv.record.mean_merged()))
                     usv.disable(pipe)
@@ -117,16 +129,19 @@ def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, re
 
 def evaluate(
     model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_size: int, videos: Path | None = None,
-    dense: dict[str, Dense] | None = None, lookup: bool = False, own: Own | None = None,
+    dense: dict[str, Dense] | None = None, lookup: bool = False, own: Own | None = None, decoder: str = "full",
 ) -> dict:
     """The report: machine, commit, and one row of quality, speed and executed sparsity for each method.
 
     dense: further dense rows by name. lookup: a row of no model at all, the mean of ten real clips of the caption. own: a
-    user's prompts and shards instead of CameraMotion's; `clips` is then the number of its prompts.
+    user's prompts and shards instead of CameraMotion's; `clips` is then the number of its prompts. decoder: full, or one (`load_decoder`) with which each student gets a
+    second row.
     """
     keep_freed_memory()
     pipe = load_pipeline(model.path, *best_place())
-    methods = {"dense": Dense(), **(dense or {}), **{name: opened(pipe, path) for name, path in checkpoints.items()}}
+    students, tiny = {name: opened(pipe, path) for name, path in checkpoints.items()}, load_decoder(decoder, model.path, pipe)
+    decoded = {f"{name}+{Path(decoder).name}": Decoded(student, tiny) for name, student in students.items()} if tiny is not None else {}
+    methods = {"dense": Dense(), **(dense or {}), **students, **decoded}
     subjects = motions = prototypes = None
     if own is not None:
         prompts = own.prompts
@@ -135,7 +150,8 @@ def evaluate(
         prompts, subjects, motions = requests(clips)
         pictures, real_subjects = real_clips(model, REAL_CLIPS)
         prototypes, reference = build_prototypes(pictures, real_subjects), features(pictures)
-    timing = forward_seconds(pipe, model, methods, batch_size)
+    timing = forward_seconds(pipe, model, {name: method for name, method in methods.items() if name not in decoded}, batch_size)
+    timing |= {name: timing[name.rpartition("+")[0]] for name in decoded}  # the same forwards
     generated = generate_all(pipe, model, methods, prompts, list(range(clips)), batch_size)
     rows = {}
     for name, (generation, density, merged) in generated.items():
@@ -151,7 +167,7 @@ def evaluate(
     shown = {name: g.videos for name, (g, _, _) in generated.items()}
     if lookup:
         rows["lookup"], shown["lookup"] = {}, asked_clips(model, subjects, motions, FLOOR_SEED, LOOKUP_CLIPS)
-    twins = [name for name, method in methods.items() if not isinstance(method, Dense) and _takes_teachers_steps(method, model)]
+    twins = [name for name, method in methods.items() if isinstance(method, Student) and _takes_teachers_steps(method, model)]
     quality = judge(shown, twins, subjects, motions, prototypes, reference, pipe.vae_scale_factor_spatial, prompts)
     for name, found in quality.items():
         rows[name] |= found
@@ -182,7 +198,7 @@ def _flops_ratio(pipe, model: ModelConfig, checkpoint) -> float:
     """FLOPs of the blocks, dense / student, from the cost model."""
     if isinstance(checkpoint, Dense):
         return 1.0
-    usv.enable(pipe, checkpoint)
+    usv.enable(pipe, checkpoint.student if isinstance(checkpoint, Decoded) else checkpoint)
     student = pipe._usv.student
     shape = ModelShape.of(student.model.config, model.max_sequence_length)
     side = pipe.vae_scale_factor_spatial
@@ -247,6 +263,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="sampling steps of the dense model")
     parser.add_argument("--dense", type=int, nargs="*", default=[], metavar="N", help="the dense model at N steps as further rows")
     parser.add_argument("--unguided", action="store_true", help="with --dense: each also without guidance")
+    parser.add_argument("--decoder", default="full", help="full, or tiny or a folder of usv.decoder: each student also with it")
     parser.add_argument("--lookup", action="store_true", help="a row of no model: the mean of ten real clips of the caption")
     parser.add_argument("--calibrate", action="store_true", help="no model: which known damage does each metric see")
     parser.add_argument("--out", type=Path, help="JSON to write")
@@ -268,7 +285,7 @@ def main() -> None:
             report = {"commit": commit(), "machine": machine(), **calibration(model, clips)}
             shown = calibration_table(report)
         else:
-            report = evaluate(model, named(args.ckpt), clips, args.batch_size, args.videos, dense, args.lookup, own)
+            report = evaluate(model, named(args.ckpt), clips, args.batch_size, args.videos, dense, args.lookup, own, args.decoder)
             shown = table(report)
         report["command"] = "python -m usv.evaluate " + " ".join(sys.argv[1:])
         print(shown)

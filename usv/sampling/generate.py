@@ -14,6 +14,7 @@ import torch
 from diffusers import WanPipeline
 
 from usv.config import ModelConfig, SettingError
+from usv.sampling.decoder import TinyDecoder
 from usv.sampling.enable import Enabled, frames_argument
 from usv.sampling.patterns import transformers_of
 from usv.sampling.record import numbers_of
@@ -115,11 +116,12 @@ def generated(
     progress=None,
     embeds: torch.Tensor | None = None,
     empty: torch.Tensor | None = None,
+    decoder: TinyDecoder | None = None,
 ) -> Iterator[Generation]:
     """One video for each (prompt, seed), a batch at a time; the start noise depends on the seed alone, not on batching or method.
 
     embeds (N, L, D) and empty (L, D): embeddings of the prompts and of the empty one, instead of asking the text encoder.
-    guidance_scale None: the model's own for a dense pipeline, 1 for an enabled one. A prompt that is cut is named, on stderr.
+    decoder: instead of the VAE's (usv/sampling/decoder.py). guidance_scale None: the model's own for a dense pipeline, 1 for an enabled one. A prompt that is cut is named, on stderr.
     """
     enabled = isinstance(getattr(pipe, "_usv", None), Enabled)  # a training-free pattern keeps the model's guidance
     scale = guidance_scale if guidance_scale is not None else 1.0 if enabled else model.guidance_scale
@@ -144,7 +146,7 @@ def generated(
                 max_sequence_length=model.max_sequence_length,
             ).frames  # fmt: skip
             denoised = now()
-            videos = decode(pipe, latents).cpu()
+            videos = decode(pipe, latents, decoder).cpu()
             seconds = {"text": encoded - begun, "denoise": denoised - encoded, "decode": now() - denoised}
         if progress is not None:
             progress.update(len(texts))
@@ -189,8 +191,10 @@ def now() -> float:
     return time.perf_counter()
 
 
-def decode(pipe: WanPipeline, latents: torch.Tensor) -> torch.Tensor:
-    """Normalised latents (B, C, T, h, w) -> (B, T, 3, H, W) in [0, 1], as WanPipeline does it."""
+def decode(pipe: WanPipeline, latents: torch.Tensor, decoder: TinyDecoder | None = None) -> torch.Tensor:
+    """Normalised latents (B, C, T, h, w) -> (B, F, 3, H, W) in [0, 1], as WanPipeline does it, or by a decoder of its own."""
+    if decoder is not None:
+        return decoder(latents.float()).clamp(0, 1)
     vae = pipe.vae
     mean, std = (torch.tensor(x, device=latents.device).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
     video = vae.decode(latents.to(vae.dtype) * std + mean, return_dict=False)[0]
