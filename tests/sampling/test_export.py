@@ -122,7 +122,7 @@ def test_a_lora_cut_from_a_full_update_says_what_it_holds(whole, tiny_wan, tmp_p
     trained, name = {n: v.clone() for n, v in base.items()}, "blocks.0.attn1.to_q.weight"
     update = torch.randn(32, 2) @ torch.randn(2, 32)
     trained[name] += update
-    tensors, held = cut(base, trained, TARGETS, 2)
+    tensors, held = cut(base, trained, lora.layers_of(tiny.make_transformer(), TARGETS), 2)
     assert held == pytest.approx(1.0, abs=1e-5)
     layer = "transformer.blocks.0.attn1.to_q"
     torch.testing.assert_close(

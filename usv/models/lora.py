@@ -22,18 +22,24 @@ from usv.sparse.grid import Tile
 NAME, CRITIC = "default", "critic"  # of the adapters among peft's; diffusers' files leave the first out
 
 
+# of a block of any family: projections of attention, of video and text, and of the FFN
+PROJECTIONS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2", "proj_mlp", "proj_out",
+)  # fmt: skip
+
+
+def layers_of(transformer, targets: Sequence[str]) -> list[str]:
+    """Names of the linear layers of the blocks that end in one of `targets`."""
+    inside, ends = tuple(f"{blocks.attribute}." for blocks in family_of(transformer).blocks), tuple(f".{target}" for target in targets)
+    return [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith(inside) and n.endswith(ends)]
+
+
 def adapt(transformer, tile: Tile, rank: int, alpha: float, targets: Sequence[str]) -> SparseTransformer:
     """The transformer, frozen, with trainable adapters on the layers whose names end in one of `targets`, and coarse gates.
 
     ValueError where no layer matches.
     """
-    names = [
-        n
-        for n, m in transformer.named_modules()
-        if isinstance(m, torch.nn.Linear) and n.endswith(tuple("." + t for t in targets))
-    ]
-    inside = tuple(f"{blocks.attribute}." for blocks in family_of(transformer).blocks)
-    names = [n for n in names if n.startswith(inside)]
+    names = layers_of(transformer, targets)
     if not names:
         raise ValueError(
             f"lora.targets: got {list(targets)}, which no layer of the blocks ends in; accepted: e.g. to_q, to_v, ffn.net.2"

@@ -20,7 +20,7 @@ from usv.files import atomic_folder, checksum, replacing, settle
 from usv.models import lora
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
-from usv.sampling.record import CELL, CheckpointError, check_record, plan_of
+from usv.sampling.record import CELL, CheckpointError, check_record, pipeline_class, plan_of
 from usv.sampling.wan_file import read_record, read_tensors
 from usv.sparse.grid import Tile
 from usv.sparse.plan import SparsityPlan
@@ -175,7 +175,9 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
     config, weights = (path, path) if one else (path / "config.json", path / "student.safetensors")
     check_fits(path, record.get("family", "wan"), record["transformer"], base)
     if record.get("fingerprint") and not _matches(record["fingerprint"], base):
-        first = f"pipe.load_lora_weights({str(path)!r}), fuse_lora() and unload_lora_weights()" if one else f"load WanPipeline.from_pretrained({str(path.parent)!r})"
+        place = path if one else path.parent
+        adapted = one or (place / "pytorch_lora_weights.safetensors").is_file()
+        first = f"pipe.load_lora_weights({str(place)!r}), fuse_lora() and unload_lora_weights()" if adapted else f"load {pipeline_class(place)}.from_pretrained({str(place)!r})"
         raise CheckpointError(f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; {first} first")
     plan, tile = plan_of(record, config), Tile(*record["tile"], cell=tuple(record.get("cell", CELL)))
     transformer = type(base).from_config(base.config)

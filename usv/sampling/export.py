@@ -4,7 +4,7 @@
     python -m usv.export --ckpt outputs/usv_wan/student --model … --out exported_lora --lora
     python -m usv.export --ckpt outputs/usv_wan/student --model … --out student.safetensors --comfyui       one file (comfyui.py)
 
-    exported/        WanPipeline.from_pretrained(exported), then usv.enable(pipe, exported)
+    exported/        WanPipeline.from_pretrained(exported), or what its family's is called, then usv.enable(pipe, exported)
       transformer/ vae/ text_encoder/ …     plain diffusers; the student's weights, adapters merged
       usv/config.json                       plan, policy tables, tile, sampler;  usv/student.safetensors  the coarse gates
     exported_lora/   pipe.load_lora_weights(exported_lora); pipe.fuse_lora(); pipe.unload_lora_weights(); usv.enable(pipe, exported_lora)
@@ -22,12 +22,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from usv.config import LoraConfig, SettingError
+from usv.config import SettingError
 from usv.files import FileError, atomic_folder, check_folder, checksum
 from usv.models import lora
 from usv.sampling.checkpoint import (
@@ -40,12 +42,14 @@ from usv.sampling.checkpoint import (
 )
 from usv.sampling.comfyui import check_wan, write_lora, write_weights
 from usv.sampling.generate import load_pipeline
+from usv.sampling.record import pipeline_class, pipeline_index
 
-# what an export is made of: with anything else in it a folder is not replaced
-PARTS = {
-    "usv", "model_index.json", "pytorch_lora_weights.safetensors", "transformer", "transformer_2", "vae", "text_encoder", "tokenizer",
-    "scheduler", "image_encoder", "image_processor",
-}  # fmt: skip
+PARTS = {"usv", "model_index.json", "pytorch_lora_weights.safetensors"}  # of an export, beside the parts of its pipeline
+
+
+def parts_of(folder: Path) -> set[str]:
+    """What an export in `folder` is made of: with anything else in it a folder is not replaced."""
+    return PARTS | set(pipeline_index(folder))
 
 
 def check_out(out: str | Path, overwrite: bool) -> Path:
@@ -57,9 +61,9 @@ def check_out(out: str | Path, overwrite: bool) -> Path:
     path = path.resolve()
     if path.exists() and not path.is_dir():
         raise FileError(f"--out: got {out}, which is a file, accepted: the name of a new folder")
-    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    if names and (not names <= PARTS or not (path / "usv" / "config.json").is_file()):
-        other = ", ".join(sorted(names - PARTS)[:3]) or "no usv/config.json"
+    names, parts = {entry.name for entry in path.iterdir()} if path.exists() else set(), parts_of(path)
+    if names and (not names <= parts or not (path / "usv" / "config.json").is_file()):
+        other = ", ".join(sorted(names - parts)[:3]) or "no usv/config.json"
         raise FileError(f"--out: got {out}, which is not empty and no export of this program ({other}), accepted: a new or an empty folder")
     if names and not overwrite:
         raise FileError(f"--out: got {out}, where an export stands; --overwrite replaces it, or give a new folder")
@@ -90,7 +94,7 @@ def export(ckpt: str | Path, model: str, out: Path, dtype: torch.dtype | None = 
     """
     refuse_expert(ckpt)
     place = check_out(out, overwrite)
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, kind=DiffusionPipeline)
     student = load_student(ckpt, pipe.transformer)
     pipe.transformer = student.model.transformer
     if dtype is not None:
@@ -111,7 +115,7 @@ def export_file(ckpt: str | Path, model: str, out: str | Path, dtype: torch.dtyp
     """
     refuse_expert(ckpt)
     place = check_file(out, overwrite)
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, kind=DiffusionPipeline)
     student = load_student(ckpt, pipe.transformer)
     if dtype is not None:
         cast(student.model.transformer, dtype)
@@ -151,7 +155,9 @@ def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None
     if None not in (own, rank) and own != rank:
         raise SettingError(f"--rank: got {rank} for a student of adapters of rank {own}, accepted: none, which exports them as they are")
     place = check_file(out, overwrite) if comfyui else check_out(out, overwrite)
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, kind=DiffusionPipeline)
+    if not hasattr(pipe, "load_lora_weights"):
+        raise SettingError(f"--lora: got a {type(pipe).__name__}, which loads no LoRA, accepted: neither --lora nor --rank, which writes a whole pipeline")
     student, base = load_student(ckpt, pipe.transformer), fingerprint(pipe.transformer)
     if record.get("lora"):
         tensors = {n: v for n, v in load_file(Path(ckpt) / "student.safetensors").items() if lora.is_adapter(n)}
@@ -161,12 +167,11 @@ def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None
             "--rank: got none, and this student has no adapters; accepted: the rank of the LoRA to cut, e.g. --rank 64"
         )
     else:
-        widest = min(student.model.transformer.blocks[0].attn1.to_q.weight.shape)
+        blocks, block = student.model.family.layers(student.model.transformer)[0]
+        widest = min(blocks.attention(block).to_q.weight.shape)
         if rank > widest:
             raise SettingError(f"--rank: got {rank}, accepted: 1 to {widest}, the smaller side of a query projection")
-        tensors, held = cut(
-            pipe.transformer.state_dict(), student.model.transformer.state_dict(), LoraConfig().targets, rank
-        )
+        tensors, held = cut(pipe.transformer.state_dict(), student.model.transformer.state_dict(), lora.layers_of(pipe.transformer, lora.PROJECTIONS), rank)
         alpha = rank
     scale = alpha / rank
     if scale != 1.0:  # written into B, so that no reader needs to know alpha
@@ -188,20 +193,19 @@ def export_lora(ckpt: str | Path, model: str, out: Path, rank: int | None = None
     return held
 
 
-def cut(base: dict, trained: dict, targets, rank: int) -> tuple[dict[str, torch.Tensor], float]:
-    """The best rank-`rank` part of every target's update, as diffusers LoRA tensors, and the share of ‖update‖² it holds.
+def cut(base: dict, trained: dict, layers: Sequence[str], rank: int) -> tuple[dict[str, torch.Tensor], float]:
+    """The best rank-`rank` part of the update of every one of `layers`, as diffusers LoRA tensors, and the share of ‖update‖² it holds.
 
-    The share counts all weights of the transformer: what changed outside the targets is lost.
+    The share counts all weights of the transformer: what changed outside the layers is lost.
     """
     tensors, kept, total = {}, 0.0, 0.0
+    weights = {f"{layer}.weight" for layer in layers}
     for name, before in base.items():
         update = trained[name].float() - before.float()
         total += float(update.square().sum())
-        layer = name.removesuffix(".weight")
-        if not (
-            name.startswith("blocks.") and name.endswith(".weight") and layer.endswith(tuple("." + t for t in targets))
-        ):
+        if name not in weights:
             continue
+        layer = name.removesuffix(".weight")
         u, s, v = torch.linalg.svd(update, full_matrices=False)
         root = s[:rank].sqrt()
         tensors[f"transformer.{layer}.lora_A.weight"] = root[:, None] * v[:rank]
@@ -242,9 +246,7 @@ def main(argv: list[str] | None = None) -> int:
                   f"pipe.fuse_lora(); pipe.unload_lora_weights(); usv.enable(pipe, {str(args.out)!r})")  # fmt: skip
         else:
             export(args.ckpt, args.model, args.out, getattr(torch, args.dtype), args.overwrite)
-            print(
-                f"{args.out}: pipe = WanPipeline.from_pretrained({str(args.out)!r}); usv.enable(pipe, {str(args.out)!r})"
-            )
+            print(f"{args.out}: pipe = {pipeline_class(args.out)}.from_pretrained({str(args.out)!r}); usv.enable(pipe, {str(args.out)!r})")
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Prompts to videos through a WanPipeline, dense or enabled, with the time of each stage."""
+"""Prompts to videos through a WanPipeline, dense or enabled, with the time of each stage; a pipeline of any family from its folder."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 
 from usv.config import ModelConfig, SettingError
 from usv.sampling.decoder import TinyDecoder
 from usv.sampling.enable import Enabled, frames_argument
 from usv.sampling.patterns import transformers_of
-from usv.sampling.record import numbers_of
+from usv.sampling.record import numbers_of, pipeline_index
 from usv.sampling.sampler import with_shift
 
 # A codec that keeps every frame makes diffusers say, for each call, that it rounds a number of frames it does not change.
@@ -39,26 +39,30 @@ def best_place() -> tuple[torch.dtype, str]:
 
 
 def load_pipeline(
-    path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", text: bool = True, expert: str | None = None
-) -> WanPipeline:
-    """A Wan-format folder or hub id as a WanPipeline; without `text` it has no text encoder and takes embeddings.
+    path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", text: bool = True, expert: str | None = None,
+    kind: type[DiffusionPipeline] = WanPipeline,
+) -> DiffusionPipeline:  # fmt: skip
+    """A folder or hub id in diffusers' format as a WanPipeline; without `text` it has no text encoder and takes embeddings.
 
-    expert: high | low, of two transformers the one to load, as if it were the only one.
+    expert: high | low, of two transformers the one to load, as if it were the only one. kind: DiffusionPipeline for the class that the
+    folder itself names, of any family.
 
     SettingError when it cannot be had.
     """
     without = {} if text else {"text_encoder": None, "tokenizer": None}
     without |= {"high": {"transformer_2": None}, "low": {"transformer": None}, None: {}}[expert]
+    if kind is not WanPipeline:  # of parts that a folder was saved without diffusers wants to be told
+        without |= {name: None for name, entry in pipeline_index(path).items() if entry == [None, None]}
     for file in Path(path).glob("transformer*/config.json"):
         numbers_of(file)
     try:
-        pipe = WanPipeline.from_pretrained(path, dtype=dtype, **without)
+        pipe = kind.from_pretrained(path, dtype=dtype, **without)
     except (OSError, ValueError) as error:
         raise SettingError(
-            f"model.path={path}: no Wan pipeline could be loaded ({str(error).splitlines()[0][:200]}); give a diffusers folder or a "
+            f"model.path={path}: no {'Wan ' if kind is WanPipeline else ''}pipeline could be loaded ({str(error).splitlines()[0][:200]}); give a diffusers folder or a "
             "reachable hub id, or use the embedded default model.path=data/wan-mini"
         ) from None
-    if pipe.vae.dtype != torch.float32:
+    if pipe.vae is not None and pipe.vae.dtype != torch.float32:
         pipe.vae.to(torch.float32)
     if expert == "low":
         pipe.transformer, pipe.transformer_2 = pipe.transformer_2, None
@@ -85,9 +89,10 @@ def prompts_of(path: Path, option: str) -> list[str]:
 
 
 def single_precision_rope(transformer) -> None:
-    """fp64 tables would make every query and key of the dense model fp64."""
-    rope = transformer.rope
-    rope.freqs_cos, rope.freqs_sin = rope.freqs_cos.float(), rope.freqs_sin.float()
+    """fp64 tables, which Wan keeps, would make every query and key of the dense model fp64."""
+    rope = getattr(transformer, "rope", None)
+    if hasattr(rope, "freqs_cos"):
+        rope.freqs_cos, rope.freqs_sin = rope.freqs_cos.float(), rope.freqs_sin.float()
 
 
 def generate(pipe: WanPipeline, model: ModelConfig, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 4, *args, **kwargs) -> Generation:

@@ -42,6 +42,21 @@ def numbers_of(file: Path) -> dict:
     return {name: value for name, value in numbers.items() if not name.startswith("_")}
 
 
+def pipeline_index(folder: str | Path) -> dict:
+    """model_index.json of a diffusers folder: its class and its parts; empty where there is none, e.g. of a hub id."""
+    try:
+        index = json.loads((Path(folder) / "model_index.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        index = None
+    return index if isinstance(index, dict) else {}
+
+
+def pipeline_class(folder: str | Path) -> str:
+    """The name of the class that a diffusers folder says it is of; of one that says none the class that reads any."""
+    name = pipeline_index(folder).get("_class_name")
+    return name if isinstance(name, str) else "DiffusionPipeline"
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says why and what to do."""
 
