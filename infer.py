@@ -4,6 +4,7 @@
     python infer.py ckpt=outputs/usv_mini/student prompts=data/prompts/camera_motion.txt seeds=2 compare=true
     python infer.py attention=svg2 prompt='"a cat, the camera pans left"'       # no training: a pattern on the dense model
     python infer.py ckpt=outputs/usv_mini/student attention=svg2 prompt=...   # the student's densities, SVG2's clusters
+    torchrun --nproc_per_node 2 infer.py ckpt=… prompts=FILE                    # prompts spread over processes; sequence_parallel=2: each video shared by two
 
 Each prompt, seed and student gives an mp4 of its own, written as soon as it is made; a contact sheet and infer.json (seconds by stage, executed density, merging, attention recall
 and the seconds of a pattern's stages, steps, seeds, commit) stand beside them. compare=true also runs the dense model at the same seeds and prints both.
@@ -33,7 +34,8 @@ from usv.patterns.planned import HOW_MUCH
 from usv.sampling.checkpoint import read_config
 from usv.sampling.decoder import load_decoder
 from usv.sampling.generate import Generation, best_place, generated, load_pipeline, prompts_of, summed
-from usv.sampling.patterns import calls_report
+from usv.sampling.patterns import calls_report, transformers_of
+from usv.sampling.ranks import Crew, join
 from usv.training.build import prepare_folder
 from usv.training.run import commit
 from usv.video import contact_sheet, magnified, thumbnails, write_mp4
@@ -78,23 +80,37 @@ def run(config: InferConfig) -> dict:
     asked = {name: getattr(config, name) for name in ("budget", "speedup", "costs") if getattr(config, name) is not None}
     if asked and config.ckpt is None:
         raise SettingError(f"{next(iter(asked))}: got one without ckpt, accepted: with ckpt=FOLDER of a student that carries damages")
+    if config.sequence_parallel > 1 and (config.ckpt is None or pattern is not None or config.compare):
+        raise SettingError(f"sequence_parallel: got {config.sequence_parallel}, accepted: 1, or with a student alone (ckpt=FOLDER, no attention=, no compare); others spread prompts over processes")
+    crew = join(config.sequence_parallel)
+    try:
+        return make(config, prompts, pattern, options, asked, crew)
+    finally:
+        crew.leave()
+
+
+def make(config: InferConfig, prompts: list[str], pattern: str | None, options: dict, asked: dict, crew: Crew) -> dict:
+    """This process's share of the videos, and of all processes the report. options: of the pattern; asked: budget, speedup, costs."""
     folder = Path(config.output_dir)
-    prepare_folder(folder)
+    prepare_folder(folder, crew.rank)
     pipe = load_pipeline(config.model.path, *best_place())
     decoder = load_decoder(config.decoder, config.model.path, pipe)
     texts = [prompt for prompt in prompts for _ in range(config.seeds)]
     seeds = [config.seed + i for _ in prompts for i in range(config.seeds)]
     sparse = "student" if config.ckpt else pattern
     methods = (["dense"] if sparse is None or config.compare else []) + ([sparse] if sparse else [])
-    out = Output(folder, config, methods, texts, seeds)
+    out = Output(folder, config, methods, texts, seeds, crew)
+    mine_texts, mine_seeds = [texts[i] for i in out.mine], [seeds[i] for i in out.mine]
     for name in methods:
         if name == "student":
             usv.enable(pipe, config.ckpt if config.ckpt_low is None else (config.ckpt, config.ckpt_low), impl=config.attention.impl, attention=pattern, **options, **asked)
+            for transformer in transformers_of(pipe).values():
+                transformer._planned.group = crew.sequence
         elif name == pattern:
             usv.enable(pipe, attention=pattern, impl=config.attention.impl, **options)
         steps = config.num_inference_steps or (pipe._usv.student.sampling.get("num_inference_steps") if name == "student" else None)
-        with tqdm(total=len(texts), desc=name, unit="video") as bar:
-            for batch in generated(pipe, config.model, texts, seeds, config.batch_size, steps, progress=bar, decoder=None if name == "dense" and sparse else decoder):
+        with tqdm(total=len(mine_texts), desc=name, unit="video", disable=not crew.first) as bar:
+            for batch in generated(pipe, config.model, mine_texts, mine_seeds, config.batch_size, steps, progress=bar, decoder=None if name == "dense" and sparse else decoder):
                 out.add(name, batch, executed(pipe, name, pattern))
     return out.finish()
 
@@ -112,17 +128,20 @@ def executed(pipe, name: str, pattern: str | None) -> dict:
 class Output:
     """The files of a run, each written as soon as it can be: videos and infer.json after every batch, the contact sheet at the end.
 
-    One file a prompt, seed and method; what a method is, its student, model and sampler included, is in the name as a hash.
+    One file a prompt, seed and method; what a method is, its student, model and sampler included, is in the name as a hash. Of several
+    processes each writes its videos; infer.json is rank 0's, of its own at first, of all at the end.
     """
 
-    def __init__(self, folder: Path, config: InferConfig, methods: list[str], texts: list[str], seeds: list[int]):
-        self.folder, self.config, self.texts, self.seeds = folder, config, texts, seeds
+    def __init__(self, folder: Path, config: InferConfig, methods: list[str], texts: list[str], seeds: list[int], crew: Crew):
+        self.folder, self.config, self.texts, self.seeds, self.crew = folder, config, texts, seeds, crew
+        self.mine = crew.mine(len(texts), config.batch_size)
         self.kinds = {name: identity(config, name) for name in methods}
         self.run = hashed([self.kinds, texts, seeds])
         self.report = {"run": self.run, "commit": commit(), "ckpt": config.ckpt, "ckpt_low": config.ckpt_low, "model": config.model.path, "methods": {}, "videos": []}
         self.seconds: dict[str, list[dict]] = {name: [] for name in methods}
-        self.frames: dict[str, list] = {name: [] for name in methods}
-        self.set_aside()
+        self.frames: dict[str, dict] = {name: {} for name in methods}
+        if crew.first:
+            self.set_aside()
 
     def set_aside(self) -> None:
         """An infer.json and contact sheet of another command keep their contents under names of their own."""
@@ -139,23 +158,42 @@ class Output:
     def add(self, name: str, batch: Generation, executed: dict) -> None:
         """The next videos of a method."""
         done = sum(video["method"] == name for video in self.report["videos"])
-        for index, video in enumerate(batch.videos, done):
+        for index, video in zip(self.mine[done:], batch.videos):
             text, seed = self.texts[index], self.seeds[index]
             path = self.folder / file_name(text, seed, self.kinds[name], "-dense" if name == "dense" and len(self.kinds) > 1 else "")
-            write_mp4(path, video, self.config.fps or self.config.model.fps, scale=magnified(video.shape[-1]))
+            if self.crew.writes:
+                write_mp4(path, video, self.config.fps or self.config.model.fps, scale=magnified(video.shape[-1]))
             self.report["videos"].append({"path": str(path), "prompt": text, "seed": seed, "method": name})
             if index < SHEET_ROWS:
-                self.frames[name].append(thumbnails(video))
+                self.frames[name][index] = thumbnails(video)
         self.seconds[name].append(batch.seconds)
         seconds, count = summed(self.seconds[name]), done + len(batch.videos)
         self.report["methods"][name] = {
             "videos": count, "seconds": {stage: round(value, 6) for stage, value in seconds.items()}, "forwards_per_video": batch.forwards,
             **executed, "denoise_seconds_per_video": round(seconds["denoise"] / count, 6),
         }  # fmt: skip
-        write_text(self.folder / "infer.json", json.dumps(self.report, indent=1))
+        if self.crew.first:
+            write_text(self.folder / "infer.json", json.dumps(self.report, indent=1))
+
+    def collect(self) -> None:
+        """What every process has made, in the order of prompts and seeds; collective."""
+        everyone = self.crew.gather((self.report["videos"], self.report["methods"], self.frames) if self.crew.writes else ([], {}, {}))
+        places = {(method, text, seed): i for method in self.kinds for i, (text, seed) in enumerate(zip(self.texts, self.seeds))}
+        order = {name: i for i, name in enumerate(self.kinds)}
+        videos = [video for theirs, _, _ in everyone for video in theirs]
+        self.report["videos"] = sorted(videos, key=lambda v: (order[v["method"]], places[v["method"], v["prompt"], v["seed"]]))
+        for name in self.kinds:
+            self.report["methods"][name] = together([methods[name] for _, methods, _ in everyone if name in methods])
+            self.frames[name] = {i: frame for _, _, frames in everyone for i, frame in frames.get(name, {}).items()}
+        self.report["processes"] = self.crew.world
 
     def finish(self) -> dict:
         """The contact sheet and a table; returns what infer.json holds."""
+        if self.crew.world > 1:
+            self.collect()
+            if not self.crew.first:
+                return self.report
+            write_text(self.folder / "infer.json", json.dumps(self.report, indent=1))
         rows = [
             (f"{name}: {self.texts[index]} (seed {self.seeds[index]})", frames[index])
             for index in range(min(len(self.texts), SHEET_ROWS))
@@ -165,6 +203,16 @@ class Output:
         print_table(self.report["methods"])
         print(f"{len(self.report['videos'])} videos, contact_sheet.png and infer.json in {self.folder}")
         return self.report
+
+
+def together(rows: list[dict]) -> dict:
+    """One row of a method from those of several processes: sums of videos and seconds, of the rest means over videos. longest_seconds: of
+    the process that worked longest."""
+    count = sum(row["videos"] for row in rows)
+    seconds = summed(row["seconds"] for row in rows)
+    numbers = {key for row in rows for key, value in row.items() if isinstance(value, float)}
+    means = {key: round(sum(row[key] * row["videos"] for row in rows) / count, 6) for key in numbers}
+    return {**rows[0], **means, "videos": count, "seconds": seconds, "longest_seconds": max(sum(row["seconds"].values()) for row in rows)}
 
 
 def hashed(value) -> str:

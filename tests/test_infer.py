@@ -53,7 +53,7 @@ def test_what_is_made_is_on_the_disk_and_not_in_memory(ask, tmp_path, monkeypatc
 
     def stopping(self, name, batch, executed):
         add(self, name, batch, executed)
-        held.append(sum(frames.numel() for frames in self.frames[name]))
+        held.append(sum(frames.numel() for frames in self.frames[name].values()))
         if len(held) == 4:
             raise KeyboardInterrupt
 

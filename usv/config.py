@@ -276,6 +276,7 @@ class InferConfig:
     speedup: float | None = None  # or of the dense forward over the student's, with `costs`
     costs: str | None = None  # a file of python -m usv.bench costs, of this machine
     compare: bool = False
+    sequence_parallel: int = 1  # processes of torchrun that share each video; the others spread the prompts
     decoder: str = "full"  # full: the VAE's | tiny: the model folder's, of python -m usv.decoder | a folder; of the student's videos
     output_dir: str = "outputs/videos"
     fps: int | None = None  # of the files; none: model.fps

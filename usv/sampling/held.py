@@ -26,6 +26,7 @@ from usv.patterns.planned import PlannedPattern
 from usv.sampling.checkpoint import CheckpointError, Student
 from usv.sparse.grid import Tile
 from usv.sparse.plan import MERGE_LADDER, SparsityPlan
+from usv.sparse.sequence_parallel import SequenceGroup
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Planned:
     """What a held student runs by: plan (None: dense), tile, the record of what it executed, who chooses the blocks.
 
     text_length: of the text that it was trained with, where the architecture attends its padding; None: any. folded: whether
-    guidance is folded into the weights. shared: whether others may have the same tensors.
+    guidance is folded into the weights. shared: whether others may have the same tensors. group: processes that share each video.
     """
 
     plan: SparsityPlan | None
@@ -44,6 +45,7 @@ class Planned:
     text_length: int | None = None
     folded: bool = True
     shared: bool = False
+    group: SequenceGroup | None = None
 
 
 # ---- what a held student does in place of its class's methods ---------------------------------------------------------------------------
@@ -60,7 +62,7 @@ def _forward(self, *args, **kwargs):
     if planned.fine is not None:
         planned.fine.begin(family_of(self).grid(self, arguments), timestep)
     branches = None if planned.fine is None else planned.fine.layers
-    out, stats = run_forward(self, self.usv_gates, planned.tile, arguments, rungs, None, planned.impl, branches)
+    out, stats = run_forward(self, self.usv_gates, planned.tile, arguments, rungs, None, planned.impl, branches, planned.group)
     layers = range(len(self.usv_gates))
     planned.record.add(
         time.perf_counter() - begun, [float(stats[i].density) if i in stats else 1.0 for i in layers],

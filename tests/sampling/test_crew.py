@@ -1,0 +1,113 @@
+"""Several processes that generate: prompts spread over them, or a video shared by two; always one process's videos."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from usv.config import InferConfig, ModelConfig, SettingError
+from usv.models.forward import SparseTransformer
+from usv.sampling.checkpoint import Student, save_student
+from usv.sampling.ranks import Crew, join
+from usv.sparse.grid import Tile
+from usv.sparse.plan import Rung, SparsityPlan, timestep_bins
+
+PROMPTS = ["a cat", "a dog", "a horse", "a cow", "a hen"]
+PLAN = SparsityPlan(timestep_bins(2, 3.0), ((Rung(1, 0), Rung(2, 2)), (Rung(), Rung(1, 1))))
+
+
+def work(rank: int, world: int, port: int, config: InferConfig) -> None:
+    """One process of infer.py; leaves the frames of each video beside its file."""
+    os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sys.stderr = sys.stdout = open(f"{config.output_dir}.{rank}.log", "w", buffering=1)
+    import infer
+
+    infer.write_mp4 = lambda path, video, fps, scale: torch.save((rank, video.clone()), f"{path}.pt")
+    infer.run(config)
+
+
+def run(config: InferConfig, world: int, **changes) -> tuple[dict, dict]:
+    """({video's name: (rank that wrote it, frames)}, infer.json) of several processes."""
+    config = InferConfig(**{**vars(config), **changes})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, world, port, config)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(150)
+        if process.is_alive():
+            process.kill()
+    logs = "\n".join(Path(f"{config.output_dir}.{rank}.log").read_text() for rank in range(world))
+    assert [process.exitcode for process in processes] == [0] * world, logs
+    folder = Path(config.output_dir)
+    return {path.name: torch.load(path) for path in folder.glob("*.pt")}, json.loads((folder / "infer.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_wan, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crew")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    sampling = {"height": tiny.SIZE, "width": tiny.SIZE, "num_frames": tiny.FRAMES, "num_inference_steps": 2, "max_sequence_length": tiny.TEXT}
+    model = SparseTransformer(tiny.make_transformer(seed=1), Tile(*tiny.TILE)).eval().requires_grad_(False)
+    save_student(folder / "student", Student(model, PLAN, sampling))
+    about = ModelConfig(str(tiny_wan), tiny.SIZE, tiny.SIZE, tiny.FRAMES, tiny.TEXT, list(tiny.TILE), num_inference_steps=2, guidance_scale=1.0)
+    return InferConfig(model=about, ckpt=str(folder / "student"), prompts=str(folder / "prompts.txt"), output_dir=str(folder / "one"), batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def alone(settings):
+    """({video's name: frames}, infer.json) of one process, this one."""
+    import infer
+
+    videos, folder = {}, Path(settings.output_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(infer, "write_mp4", lambda path, video, fps, scale: videos.update({f"{path.name}.pt": video.clone()}))
+        infer.run(settings)
+    return videos, json.loads((folder / "infer.json").read_text())
+
+
+def facts(report: dict) -> dict:
+    return {key: value for key, value in report["methods"]["student"].items() if "seconds" not in key}
+
+
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_two_processes_make_the_videos_of_one(settings, alone, sharing, tmp_path):
+    videos, report = run(settings, 2, sequence_parallel=sharing, output_dir=str(tmp_path / "two"))
+    assert videos.keys() == alone[0].keys() and len(videos) == len(PROMPTS)
+    for name, (_, frames) in videos.items():
+        assert torch.allclose(frames, alone[0][name], rtol=0, atol=1e-4 if sharing == 2 else 1e-6), name
+    writers = sorted(rank for rank, _ in videos.values())
+    assert writers == ([0, 0, 0, 1, 1] if sharing == 1 else [0] * 5)
+    assert [v["prompt"] for v in report["videos"]] == [v["prompt"] for v in alone[1]["videos"]] == PROMPTS
+    assert facts(report) == pytest.approx(facts(alone[1])) and report["processes"] == 2
+    assert (tmp_path / "two" / "contact_sheet.png").is_file()
+
+
+def test_every_video_is_made_once():
+    for world, sharing, count, size in ((1, 1, 5, 2), (2, 1, 5, 2), (4, 2, 9, 4), (3, 1, 2, 1)):
+        crews = [Crew(rank, world, rank // sharing, world // sharing) for rank in range(world)]
+        made = [i for crew in crews[::sharing] for i in crew.mine(count, size)]
+        assert sorted(made) == list(range(count))
+
+
+def test_what_does_not_divide_is_refused(settings, monkeypatch):
+    with pytest.raises(SettingError, match=r"sequence_parallel: got 2 on 1 processes, accepted: divisors of 1; torchrun --nproc_per_node 2"):
+        join(2)
+    import infer
+
+    with pytest.raises(SettingError, match="sequence_parallel: got 2, accepted: 1, or with a student alone"):
+        infer.run(InferConfig(model=settings.model, prompt="a cat", sequence_parallel=2, output_dir=settings.output_dir))
