@@ -9,6 +9,7 @@ What runs here is every runtime with all weights and with adapters, with and wit
 and distribution matching; what is refused is in tests/training/test_usv_wan.py. On one process checkpointing is in tests/training/test_train.py.
 """
 
+import copy
 import faulthandler
 import json
 import math
@@ -20,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import family_worlds
 import pytest
 import tiny
 import torch
@@ -216,6 +218,26 @@ def test_clips_shared_by_two_ranks_equal_one(world, reference, runtime, ranks, c
 def test_adapters_on_shared_clips_equal_one(world, adapted_reference, runtime):
     config = adapted(world, f"adapted_shared_{runtime}", runtime, sequence_parallel=2, gradient_checkpointing=True)
     assert_same(config, run(2, config), adapted_reference)
+
+
+@pytest.fixture(scope="module")
+def joint(world, tmp_path_factory):
+    """HunyuanVideo, whose text and video attend to each other in two lists of blocks: (the settings' maker, what `reference` gives)."""
+    tiny_world = family_worlds.make("hunyuan_video", tmp_path_factory.mktemp("joint"))
+
+    def make(name, runtime, **more):
+        config = world(name, runtime, **more)
+        config.model, config.data.path = copy.deepcopy(tiny_world.model), str(tiny_world.shards)
+        return config
+
+    return make, whole_run(make("joint", "single"))
+
+
+@pytest.mark.parametrize("runtime, sharing", [("zero2", 1), ("zero2", 2), ("ddp", 2)])
+def test_joint_attention_on_two_ranks_equals_one(joint, runtime, sharing):
+    make, wanted = joint
+    config = make(f"joint_{runtime}_{sharing}", runtime, sequence_parallel=sharing, gradient_checkpointing=sharing > 1)
+    assert_same(config, run(2, config), wanted)
 
 
 @pytest.fixture(scope="module")
