@@ -174,7 +174,8 @@ class OptimConfig:
     one after another, each rank works on its clips of a step, which equals working on them at once and needs the memory of one. grad_clip: a norm above 0,
     in every runtime; a large one, 1e9, never clips.
 
-    optimizer: adamw | muon (matrices of the blocks by Muon, the rest by AdamW) | adamw8bit (moments in 8 bits; needs the package bitsandbytes and a GPU).
+    train: all | router: the base stays as it is, only coarse gates and policy learn, so that its quantised copies and every LoRA of it go on
+    working; guidance is then not folded in. optimizer: adamw | muon (matrices of the blocks by Muon, the rest by AdamW) | adamw8bit (moments in 8 bits; needs the package bitsandbytes and a GPU).
     """
 
     steps: int = 600
@@ -187,6 +188,7 @@ class OptimConfig:
     grad_clip: float = 1.0
     ema: float = 0.98
     optimizer: str = "adamw"
+    train: str = "all"
 
 
 @dataclass
@@ -400,6 +402,7 @@ def check_train(config: TrainConfig) -> None:
         ("runtime.max_skipped", config.runtime.max_skipped, config.runtime.max_skipped >= 1, "at least 1"),
         ("lora.rank", config.lora.rank, config.lora.rank >= 0, "0 (all weights) or more"),
         ("optim.optimizer", config.optim.optimizer, config.optim.optimizer in ("adamw", "muon", "adamw8bit"), "adamw | muon | adamw8bit"),
+        ("optim.train", config.optim.train, config.optim.train in ("all", "router"), "all | router"),
         ("model.weights", config.model.weights, config.model.weights in ("pretrained", "random"), "pretrained | random"),
         ("runtime.precision", config.runtime.precision, config.runtime.precision in ("auto", "fp32", "bf16"), "auto | fp32 | bf16"),
         ("logger.name", config.logger.name, config.logger.name in ("wandb", "trackio", "none"), "wandb | trackio | none"),
@@ -413,6 +416,12 @@ def check_train(config: TrainConfig) -> None:
 
 def check_combination(config: TrainConfig) -> None:
     """SettingError for what does not work together."""
+    if config.optim.train == "router":
+        wrong = {"lora.rank": config.lora.rank, "objective": config.objective.name != "velocity" and config.objective.name, "runtime": config.runtime.name == "zero3" and "zero3"}
+        for name, got in wrong.items():
+            if got:
+                accepted = {"lora.rank": "0", "objective": "velocity; few steps need weights that learn", "runtime": "single | ddp | zero2, whose teacher is the frozen base"}[name]
+                raise SettingError(f"{name}: got {got} with optim.train=router, accepted: {accepted}")
     if config.lora.rank and config.runtime.name == "zero3":
         raise SettingError(
             f"lora.rank: got {config.lora.rank} with runtime=zero3, accepted: single | ddp | zero2 (adapters are small: zero2 partitions "

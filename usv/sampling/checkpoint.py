@@ -7,6 +7,7 @@ the rest being the exported pipeline's own transformer ("fingerprint", usv/sampl
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Student:
 
     policy: what its gates had learned (`run_state.policy_tables`). lora: rank, alpha, targets of `adapters` (a state dict of theirs), which `model`
     has merged in; None where all weights were trained. on_base: whether the weights that it was loaded with are the pipeline's own, but for
-    gates and `adapters`.
+    gates and `adapters`. router: of the network only the gates were trained; guidance is then not folded in, and any copy of the base fits.
     """
 
     model: SparseTransformer
@@ -47,6 +48,7 @@ class Student:
     lora: dict | None = None
     adapters: dict | None = None
     on_base: bool = False
+    router: bool = False
 
     def executed_plan(self) -> SparsityPlan:
         """The plan's rows at the timesteps that are sampled: of a few-step student its own, else all."""
@@ -60,6 +62,9 @@ def save_student(path: str | Path, student: Student) -> None:
         record["lora"] = student.lora
         gates = {name: value for name, value in state.items() if name.startswith("gates.")}
         state = {**gates, **lora.diffusers_names(student.adapters)}
+    elif student.router:
+        record["router"] = True
+        state = {name: value for name, value in state.items() if name.startswith("gates.")}
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     if wrong := not_finite(tensors):
@@ -180,7 +185,10 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
         first = f"pipe.load_lora_weights({str(place)!r}), fuse_lora() and unload_lora_weights()" if adapted else f"load {pipeline_class(place)}.from_pretrained({str(place)!r})"
         raise CheckpointError(f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; {first} first")
     plan, tile = plan_of(record, config), Tile(*record["tile"], cell=tuple(record.get("cell", CELL)))
-    transformer = type(base).from_config(base.config)
+    quantised = getattr(base, "hf_quantizer", None) is not None
+    if quantised:
+        check_quantised(path, record, base)
+    transformer = twin(base) if quantised else type(base).from_config(base.config)
     layers = len(family_of(transformer).layers(transformer))
     if plan.num_layers != layers:
         raise CheckpointError(
@@ -191,7 +199,9 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
     if one and (wrong := not_finite(tensors)):
         raise CheckpointError(f"{path}: damaged or incomplete ({wrong}); use another checkpoint")
     try:
-        if record.get("lora") or record.get("fingerprint"):  # the rest is the model's own
+        if quantised:
+            model.gates.load_state_dict({name.removeprefix("gates."): value for name, value in tensors.items()})
+        elif record.get("lora") or record.get("fingerprint") or record.get("router"):  # the rest is the model's own
             tensors = {
                 **{f"transformer.{name}": value for name, value in lora.clean_state(base).items()},
                 **lora.from_diffusers_names(tensors),
@@ -199,16 +209,36 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
         if record.get("lora"):
             adapters = {name: value for name, value in tensors.items() if lora.is_adapter(name)}
             tensors = lora.merged(tensors, record["lora"]["alpha"] / record["lora"]["rank"])
-        model.load_state_dict(tensors)
+        if not quantised:
+            model.load_state_dict(tensors)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{weights}: damaged or incomplete ({str(error).splitlines()[0]}); use another checkpoint") from None
     kinds = {name.replace(".base_layer.", "."): p.dtype for name, p in base.named_parameters()}
-    for name, p in transformer.named_parameters():  # a bf16 model keeps some parts in fp32
+    for name, p in transformer.named_parameters() if not quantised else ():  # a bf16 model keeps some parts in fp32
         p.data = p.data.to(kinds[name])
-    model.gates.to(base.dtype)
     device = "cpu" if base.device.type == "meta" else base.device  # offloaded module by module
-    model = model.to(device=device).eval().requires_grad_(False)
-    return Student(model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters, bool(record.get("lora") or record.get("fingerprint")))
+    model.gates.to(device, next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32) if quantised else base.dtype).requires_grad_(False)
+    model = model.eval() if quantised else model.to(device=device).eval().requires_grad_(False)
+    return Student(
+        model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters,
+        bool(record.get("lora") or record.get("fingerprint") or record.get("router")), bool(record.get("router")),
+    )  # fmt: skip
+
+
+def check_quantised(path: Path, record: dict, base: torch.nn.Module) -> None:
+    """CheckpointError for a student with weights of its own, whole or adapters, on a base whose weights are quantised."""
+    method = getattr(getattr(base, "config", {}).get("quantization_config"), "quant_method", "some method")
+    if not record.get("router"):
+        raise CheckpointError(f"{path}: got a student with weights of its own for a base quantised by {method}, accepted: one of a router (optim.train=router), whose weights are the base's")
+    if lora.adapters_of(base):
+        raise CheckpointError(f"{path}: got a quantised base with LoRAs {list(lora.adapters_of(base))}, accepted: load them after usv.enable")
+
+
+def twin(base: torch.nn.Module) -> torch.nn.Module:
+    """The same network in modules of its own, with the very tensors of `base`, of whatever kind they are."""
+    tensors = {id(t): t for t in (*base.parameters(), *base.buffers())}
+    quantizer = {id(base.hf_quantizer): base.hf_quantizer} if getattr(base, "hf_quantizer", None) is not None else {}
+    return copy.deepcopy(base, tensors | quantizer)
 
 
 def read_weights(path: Path, record: dict) -> dict[str, torch.Tensor]:

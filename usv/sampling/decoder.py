@@ -33,18 +33,19 @@ class TinyDecoder(torch.nn.Module):
         self.tiny, self.frames, self.space = tiny, frames, space
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        flat = latents.transpose(1, 2).flatten(0, 1)
+        flat = latents.transpose(1, 2).flatten(0, 1) / self.tiny.config.scaling_factor
         video = F.pixel_shuffle(self.tiny.decode(flat, return_dict=False)[0], self.space)
         video = video.unflatten(1, (self.frames, 3)).unflatten(0, (latents.shape[0], latents.shape[2])).flatten(1, 2)
         return video[:, self.frames - 1 :] / 2 + 0.5
 
 
-def new_decoder(vae, width: int = 64, blocks: int = 1) -> TinyDecoder:
-    """An untrained one for the latents of a VAE. width: of its convolutions; blocks: residual blocks between the first and the last."""
+def new_decoder(vae, width: int = 64, blocks: int = 1, scale: float = 1.0) -> TinyDecoder:
+    """An untrained one for the latents of a VAE. width: of its convolutions; blocks: residual blocks between the first and the last. scale:
+    of the latents; the network bends what is beyond 1.5 of it, and flattens what is beyond 3 (tanh)."""
     frames, space = factors(vae)
     tiny = AutoencoderTiny(
         latent_channels=vae.config.z_dim, out_channels=3 * frames * space**2, decoder_block_out_channels=(width,), num_decoder_blocks=(blocks,),
-        encoder_block_out_channels=(1,), num_encoder_blocks=(0,),
+        encoder_block_out_channels=(1,), num_encoder_blocks=(0,), scaling_factor=scale,
     )  # fmt: skip
     return TinyDecoder(tiny, frames, space)
 

@@ -115,7 +115,7 @@ def enable(
     blocks of the pattern (`usv.patterns.planned`). Returns the same pipeline.
 
     Guidance is folded into the student: `pipe(prompt)` then defaults to guidance_scale 1 and to the size, steps and text
-    length of the checkpoint; asking for guidance is refused.
+    length of the checkpoint; asking for guidance is refused. A router's student (optim.train=router) is guided as the base is.
 
     checkpoint: of a pipeline of two experts two, the one for high noise first.
 
@@ -150,7 +150,7 @@ def enable(
             pipe.scheduler = with_shift(pipe.scheduler, students[0].sampling["flow_shift"])
         given = checkpoint if isinstance(checkpoint, (tuple, list)) else [checkpoint]
         for (place, original), student, chosen, one in zip(state.originals.items(), students, fine, given):
-            held = hold(student, record, impl, chosen, shared=one is student)
+            held = hold(student, record, impl, chosen, folded(student.sampling), shared=one is student)
             lora.carry(now[place], held, shared=one is student)
             setattr(pipe, place, held)
             _same_storage(bare(original), held)
@@ -306,6 +306,11 @@ def unguided(signature: inspect.Signature, guidance: Mapping[str, float]) -> dic
     return {name: guidance[name] for name, value in defaults.items() if isinstance(value, (int, float)) and value != guidance[name]}
 
 
+def folded(sampling: Mapping) -> bool:
+    """Whether guidance is folded into a student's weights, as it is but for a router's, whose weights are the base's."""
+    return "guidance_scale" not in sampling
+
+
 def _student_pipeline(base: type, sampling: dict, guidance: Mapping[str, float]) -> type:
     """A subclass of the pipeline whose call has the student's defaults. guidance: see `Family`."""
     signature = inspect.signature(base.__call__)
@@ -316,12 +321,12 @@ def _student_pipeline(base: type, sampling: dict, guidance: Mapping[str, float])
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})
-        for scale, off in guidance.items():
+        for scale, off in guidance.items() if folded(sampling) else ():
             if given.get(scale) not in (None, off):
                 raise CheckpointError(f"{scale}: got {given[scale]}, accepted: {off}; guidance is folded into the student's weights")
-        if given.get("negative_prompt"):
+        if given.get("negative_prompt") and folded(sampling):
             logger.warning("usv: negative_prompt is not used: guidance is folded into the student's weights")
-        defaults = unguided(signature, guidance)
+        defaults = unguided(signature, guidance) if folded(sampling) else {"guidance_scale": sampling["guidance_scale"]}
         defaults |= {key: sampling.get(key) for key in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length")}
         defaults = {key: value for key, value in defaults.items() if value is not None and key in signature.parameters}
         given = {**defaults, **given}

@@ -126,10 +126,11 @@ def generated(
     """One video for each (prompt, seed), a batch at a time; the start noise depends on the seed alone, not on batching or method.
 
     embeds (N, L, D) and empty (L, D): embeddings of the prompts and of the empty one, instead of asking the text encoder.
-    decoder: instead of the VAE's (usv/sampling/decoder.py). guidance_scale None: the model's own for a dense pipeline, 1 for an enabled one. A prompt that is cut is named, on stderr.
+    decoder: instead of the VAE's (usv/sampling/decoder.py). guidance_scale None: the model's own for a dense pipeline, for an enabled one 1, or what a router's student was recorded with. A prompt that is cut is named, on stderr.
     """
     enabled = isinstance(getattr(pipe, "_usv", None), Enabled)  # a training-free pattern keeps the model's guidance
-    scale = guidance_scale if guidance_scale is not None else 1.0 if enabled else model.guidance_scale
+    own = pipe._usv.student.sampling.get("guidance_scale", 1.0) if enabled else model.guidance_scale
+    scale = guidance_scale if guidance_scale is not None else own
     steps = num_inference_steps or model.num_inference_steps
     for start in range(0, len(prompts), batch_size):
         texts, numbers = list(prompts[start : start + batch_size]), seeds[start : start + batch_size]

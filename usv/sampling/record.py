@@ -19,7 +19,7 @@ CELL = [1, 2, 2]  # of students from before cells could cross frames
 # of `sampling`: name -> (kind, least, most)
 RANGES = {
     "height": (Integral, 1, 16384), "width": (Integral, 1, 16384), "num_frames": (Integral, 1, 100_000), "num_inference_steps": (Integral, 1, 1000),
-    "max_sequence_length": (Integral, 1, 65536), "flow_shift": (Real, 1e-6, 1e6), "guidance_folded_in": (Real, -1e6, 1e6), "boundary": (Real, 0, 1),
+    "max_sequence_length": (Integral, 1, 65536), "flow_shift": (Real, 1e-6, 1e6), "guidance_folded_in": (Real, -1e6, 1e6), "guidance_scale": (Real, 0, 1000), "boundary": (Real, 0, 1),
     "fps": (Integral, 1, 1000),
 }  # fmt: skip
 

@@ -47,6 +47,9 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     if config.lora.rank:
         student = lora.adapt(transformer, tile, config.lora.rank, config.lora.alpha, config.lora.targets)
         run.teacher = lora.Teacher(student)
+    elif config.optim.train == "router":
+        student = SparseTransformer(transformer.requires_grad_(False), tile)
+        run.teacher = lora.Teacher(student)
     else:
         run.teacher = SparseTransformer(transformer, tile).eval().requires_grad_(False)
         copy = type(transformer).from_config(transformer.config)
@@ -56,7 +59,7 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     if config.runtime.gradient_checkpointing:
         student.transformer.enable_gradient_checkpointing()
     student.sequence_group = ranks.sequence
-    if not config.lora.rank:
+    if isinstance(run.teacher, SparseTransformer):
         run.teacher.sequence_group = ranks.sequence
     if config.optim.accumulate > 1 and run.objective.needs.critic:
         raise SettingError(f"optim.accumulate: got {config.optim.accumulate}, accepted: 1 with an objective that trains a critic, which learns from all clips of a step at once")
@@ -134,7 +137,8 @@ def warm_start(run: Run, config: TrainConfig) -> None:
     if o.init is not None:
         start = load_student(o.init, run.pipe.transformer)
         refuse_other_kind(config, start)
-        run.engine.load_weights(start.model.state_dict() | (start.adapters or {}))
+        if start.router or not run.router:  # gates of other weights say nothing to a router
+            run.engine.load_weights(start.model.state_dict() | (start.adapters or {}))
         if config.policy.name == "inherit":
             run.plan = start.plan.only(config.policy.axes)
             inherit_steps(o, run.objective.few_steps, start.plan)
@@ -180,6 +184,8 @@ def refuse_other_kind(config: TrainConfig, start: Student) -> None:
     wanted = {"rank": mine.rank, "alpha": mine.alpha, "targets": list(mine.targets)}
     if mine.rank and theirs | {"targets": sorted(theirs["targets"])} != wanted | {"targets": sorted(wanted["targets"])}:
         raise SettingError(f"objective.init: got adapters of {theirs}, accepted with lora={wanted}: the same")
+    if config.optim.train == "router" and not start.router and config.policy.name != "inherit":
+        raise SettingError(f"objective.init: got {config.objective.init}, whose weights a router does not take, accepted: a router's student, or with policy=inherit any, for its plan")
     if start.sampling.get("expert") != config.model.expert:
         raise SettingError(f"objective.init: got a student of the expert {start.sampling.get('expert')}, accepted: of {config.model.expert}")
 

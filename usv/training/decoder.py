@@ -54,7 +54,7 @@ def start(tiny: TinyDecoder, latents: torch.Tensor, wanted: torch.Tensor, ridge:
     for block in layers[2:-1]:
         block.conv[-1].weight.zero_()
         block.conv[-1].bias.zero_()
-    flat = latents.transpose(1, 2).flatten(0, 1)
+    flat = latents.transpose(1, 2).flatten(0, 1) / tiny.tiny.config.scaling_factor
     seen = torch.nn.functional.unfold(layers[:-1](torch.tanh(flat / 3) * 3), 3, padding=1).transpose(1, 2).flatten(0, 1).double()
     seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
     padded = torch.cat([wanted[:, :1].expand(-1, tiny.frames - 1, -1, -1, -1), wanted], 1)  # of the first latent only one frame is known
@@ -76,11 +76,11 @@ def noisy(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def distil(pipe, data, steps: int, lr: float, width: int, blocks: int, seed: int = 0) -> TinyDecoder:
     """A decoder trained on the batches of `data`, at a learning rate that falls as a cosine."""
     torch.manual_seed(seed)
-    tiny = new_decoder(pipe.vae, width, blocks).to(pipe.device)
-    optimizer = torch.optim.AdamW(tiny.tiny.decoder.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     batches = iter(data)
     latents = torch.cat([batch["latents"] for batch in islice(batches, -(-START_CLIPS // data.batch_size))])
+    tiny = new_decoder(pipe.vae, width, blocks, max(1.0, float(latents.abs().max()))).to(pipe.device)
+    optimizer = torch.optim.AdamW(tiny.tiny.decoder.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     start(tiny, noisy(latents, generator).to(pipe.device), torch.cat([decode(pipe, part.to(pipe.device)) for part in latents.split(data.batch_size)]))
     for step, batch in enumerate(bar := tqdm(islice(batches, steps), total=steps, unit="step")):
         latents = batch["latents"]

@@ -188,25 +188,25 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
             f"runtime.sequence_parallel: got {sharing} on dry_run_devices={config.dry_run_devices}, accepted: its divisors"
         )
     clips = clips_at_once(config) / sharing  # on one device
-    lora, half = config.lora.rank > 0, 2 if bf16 else 4
+    frozen_base, half = config.lora.rank > 0 or config.optim.train == "router", 2 if bf16 else 4
     frozen, trained = (
         (counts["transformer"], counts["adapters"] + counts["gates"])
-        if lora
+        if frozen_base
         else (0, counts["transformer"] + counts["gates"])
     )
     kept = clips * activation_bytes(shape, tokens, bf16, config.runtime.gradient_checkpointing)
     blocks = 1 if config.runtime.gradient_checkpointing else shape.num_layers
-    if lora:  # the inputs of A, once for each target
+    if config.lora.rank:  # the inputs of A, once for each target
         kept += clips * blocks * tokens * (18 * shape.dim + 2 * shape.ffn_dim)
-    elif bf16:  # autocast's copies of the weights live until the step ends
+    elif bf16 and not frozen_base:  # autocast's copies of the weights live until the step ends
         kept += 2 * counts["transformer"]
-    branches = 1 if config.model.guidance_scale == 1 else 2
+    branches = teacher_branches(config)
     transient = max(0.0, clips * branches * forward_bytes(shape, tokens, bf16) - kept)
     cells = config.policy.bins * shape.num_layers * 10 if config.policy.name == "gumbel" else 0
     found = [
         trained_role("student", frozen, trained, config, True, kept),
         Role(
-            "teacher" + (" = frozen base" if lora else ""),
+            "teacher" + (" = frozen base" if frozen_base else ""),
             counts["transformer"],
             weights=half * counts["transformer"],
             activations=transient,
@@ -218,8 +218,8 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
         else Role("VAE", counts["VAE"], where="not loaded: validation of this family makes no videos"),
     ]
     if has_critic(config):
-        learned = counts["adapters"] if lora else counts["transformer"]  # no gates; of its activations the student's place holds all
-        found.insert(2, trained_role("critic" + (" = adapters" if lora else ""), frozen, learned, config, False, 0.0))
+        learned = counts["adapters"] if frozen_base else counts["transformer"]  # no gates; of its activations the student's place holds all
+        found.insert(2, trained_role("critic" + (" = adapters" if frozen_base else ""), frozen, learned, config, False, 0.0))
     if has_guide(config):
         found.insert(2, Role("guide", counts["transformer"], weights=half * counts["transformer"]))
     if config.model.experts > 1:
@@ -233,6 +233,11 @@ def validation_bytes(config: TrainConfig, shape: ModelShape, tokens: int, bf16: 
     forward = clips_at_once(config) * forward_bytes(shape, tokens, bf16)
     branches = 1 if config.model.guidance_scale == 1 else 2
     return max(branches * forward, (2 if bf16 else 4) * parameters + forward)
+
+
+def teacher_branches(config: TrainConfig) -> int:
+    """Forwards of the teacher for what is wanted of a clip: with and without its text, where guidance is folded in."""
+    return 1 if config.model.guidance_scale == 1 or config.optim.train == "router" else 2
 
 
 def has_guide(config: TrainConfig) -> bool:
@@ -252,11 +257,11 @@ def step_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> dict[str,
     third step.
     """
     batch, dense = config.optim.batch_size, dense_flops(shape, tokens)
-    guided = 1 if config.model.guidance_scale == 1 else 2
+    guided = teacher_branches(config)
     budget = min(1.0, config.policy.budget * config.policy.bins / 2) if config.policy.steps else config.policy.budget
     attention = shape.num_layers * block_flops(shape, tokens)["attention"]
     sparse = budget * (1 + config.policy.probes / shape.num_layers)
-    linear = 1 if config.lora.rank else 2  # frozen weights need no gradient of their own
+    linear = 1 if config.lora.rank or config.optim.train == "router" else 2  # frozen weights need no gradient of their own
     backward = linear * (dense - attention) + 2.5 * attention + (dense if config.runtime.gradient_checkpointing else 0)
     beside = make_objective(config.objective, config.model.flow_shift).forwards()
     guide = budget if has_guide(config) else guided
@@ -289,7 +294,7 @@ def report(config: TrainConfig) -> dict:
     seconds = sum(flops.values()) / devices / (peak * 1e12 * config.dry_run_utilisation)
     m = config.model
     print(f"{config.experiment}: {m.num_frames} frames of {m.height}×{m.width}, {tokens:,} tokens, batch {config.optim.batch_size}, "
-          f"runtime {config.runtime.name} on {devices} × {config.dry_run_gpu}, {'LoRA' if config.lora.rank else 'full'}, "
+          f"runtime {config.runtime.name} on {devices} × {config.dry_run_gpu}, {'LoRA' if config.lora.rank else 'full' if config.optim.train == 'all' else config.optim.train}, "
           f"{'bf16' if bf16 else 'fp32'}; nothing was loaded")  # fmt: skip
     head = ("weights", "gradients", "optimiser", "average", "activ.", "total GiB")
     print(f"{'role':24}{'parameters':>16}{'trained':>16}" + "".join(f"{h:>11}" for h in head))

@@ -117,6 +117,11 @@ class Run:
         self.objective = make_objective(config.objective, config.model.flow_shift)
 
     @property
+    def router(self) -> bool:
+        """Whether only gates and policy learn."""
+        return self.config.optim.train == "router"
+
+    @property
     def clips_at_once(self) -> int:
         """Clips that this device holds at one time, of those of a step."""
         return self.clips_a_step // self.config.optim.accumulate
@@ -213,8 +218,9 @@ class Run:
         return call
 
     def taught(self, text: torch.Tensor):
-        """(x, timestep (B,)) -> the dense teacher's guided velocity for text (B, L, D)."""
-        return lambda x, t: guided_velocity(self.teacher, x, t, text, self.empty, self.config.model.guidance_scale)
+        """(x, timestep (B,)) -> the dense teacher's guided velocity for text (B, L, D); of a router its velocity, since guidance stays outside."""
+        scale = 1.0 if self.router else self.config.model.guidance_scale
+        return lambda x, t: guided_velocity(self.teacher, x, t, text, self.empty, scale)
 
     def guided(self, text: torch.Tensor):
         """The same of the guide (`objective.guide`, else `objective.init` as it was) under its own plan; without one the teacher's."""
@@ -306,7 +312,7 @@ class Run:
         m, plan = self.config.model, self.current_plan()
         sampling = {
             "height": m.height, "width": m.width, "num_frames": m.num_frames, "num_inference_steps": m.num_inference_steps,
-            "max_sequence_length": m.max_sequence_length, "flow_shift": m.flow_shift, "guidance_folded_in": m.guidance_scale,
+            "max_sequence_length": m.max_sequence_length, "flow_shift": m.flow_shift, "guidance_scale" if self.router else "guidance_folded_in": m.guidance_scale,
         }  # fmt: skip
         if m.expert is not None:
             sampling |= {"expert": m.expert, "boundary": m.boundary}
@@ -314,7 +320,7 @@ class Run:
             sampling |= {"student_timesteps": steps, "num_inference_steps": len(steps)}
         training = {"steps": self.step, "policy": self.config.policy.name, "seed": self.config.seed, "commit": commit()}
         model = model.to(device or self.device).eval().requires_grad_(False)
-        return Student(model, plan, sampling, training, policy_tables(self.policy, self.config.policy), used, adapters)
+        return Student(model, plan, sampling, training, policy_tables(self.policy, self.config.policy), used, adapters, router=self.router)
 
     def fail(self, what: str) -> None:
         """Stop on a non-finite step. The last checkpoint stands; a report says what was seen."""
