@@ -473,7 +473,7 @@ def ltx2_condition():
     """A key frame: condition tokens after the video's own."""
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
-    return ltx2("LTX2ConditionPipeline"), masked(**LTX2_CALL, conditions=[LTX2VideoCondition(image(), index=8, crf=0)])
+    return ltx2("LTX2ConditionPipeline"), masked(**LTX2_CALL, conditions=[LTX2VideoCondition(image(), index=1, crf=0)])
 
 
 def reference():

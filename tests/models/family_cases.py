@@ -157,6 +157,33 @@ def ltx_i2v():
     return model, call | {"timestep": timestep}
 
 
+def coords(*places):
+    """(2, 3, S) coordinates (t, y, x) of tokens, row-major in each grid of sides (t, h, w) that begins at frame `first`."""
+    grids = [torch.cartesian_prod(torch.arange(first, first + t), torch.arange(h), torch.arange(w)) for first, (t, h, w) in places]
+    return (torch.cat(grids).T * torch.tensor([8 / 25, 32, 32])[:, None]).expand(2, -1, -1)
+
+
+def ltx_beside():
+    """A given frame before the video's tokens, at the place of its last one, and at a noise level of its own."""
+    model, call = ltx()
+    timestep = torch.tensor([[900.0], [350.0]]).repeat(1, 60)
+    timestep[:, :15] = 50.0
+    call |= {"hidden_states": normal(2, 60, 4), "timestep": timestep, "video_coords": coords((2, (1, 5, 3)), (0, (3, 5, 3)))}
+    return model, {name: value for name, value in call.items() if name not in ("num_frames", "height", "width")}
+
+
+def framepack():
+    """History at three resolutions before the video's tokens: 15, 6 and 2."""
+    from diffusers import HunyuanVideoFramepackTransformer3DModel
+
+    model = HunyuanVideoFramepackTransformer3DModel(**HUNYUAN, has_image_proj=True, image_proj_dim=6, has_clean_x_embedder=True)
+    _, call = hunyuan_video()
+    history = {"latents_clean": (1, [0]), "latents_history_2x": (2, [1, 2]), "latents_history_4x": (4, [3, 4, 5, 6])}
+    for number, (name, (frames, places)) in enumerate(history.items()):
+        call |= {name: normal(2, 4, frames, *SIDES[1:], seed=5 + number), f"indices_{name}": torch.tensor(places)}
+    return model, call | {"image_embeds": normal(2, 5, 6, seed=4), "indices_latents": torch.tensor([7, 8, 9])}
+
+
 def hunyuan_video15(image=False):
     """Texts of two encoders with padding, and an image's tokens, absent in text to video."""
     from diffusers import HunyuanVideo15Transformer3DModel
@@ -199,6 +226,14 @@ def ltx2_i2v():
     return model, call | {"timestep": timestep, "audio_timestep": torch.tensor([600.0, 600.0])}
 
 
+def ltx2_beside():
+    """A reference behind the video's tokens, at half the resolution."""
+    model, call = ltx2_i2v()
+    starts = coords((0, (3, 5, 3)), (0, (1, 3, 2)))
+    timestep = torch.cat((call["timestep"], torch.full((2, 6), 20.0)), 1)
+    return model, call | {"hidden_states": normal(2, 51, 4), "timestep": timestep, "video_coords": torch.stack((starts, starts + 8 / 25), -1)}
+
+
 def mochi():
     from diffusers import MochiTransformer3DModel
 
@@ -211,4 +246,4 @@ def mochi():
 
 
 CASES = (wan, wan_ti2v, wan_i2v, wan_vace, wan_animate, skyreels_v2, skyreels_v2_forcing, chronoedit, hunyuan_video, hunyuan_video_concat, hunyuan_video_replace,
-         cogvideox, cogvideox_rope, cogvideox_15, ltx, ltx_i2v, hunyuan_video15, hunyuan_video15_i2v, ltx2, ltx2_i2v, mochi)  # fmt: skip
+         cogvideox, cogvideox_rope, cogvideox_15, ltx, ltx_i2v, ltx_beside, framepack, hunyuan_video15, hunyuan_video15_i2v, ltx2, ltx2_i2v, ltx2_beside, mochi)  # fmt: skip

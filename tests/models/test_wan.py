@@ -7,7 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from usv_kernels.token_merge import match
 
-from usv.models import attend, forward
+from usv.models import attend, forward, tokens
 from usv.models.attend import merge_layout
 from usv.models.forward import Probe, SparseTransformer
 from usv.sparse.grid import Tile, TokenGrid, tile_layout
@@ -142,16 +142,14 @@ def test_merged_tokens_keep_their_own_residual(sparse):
 def test_a_run_of_merging_layers_shares_one_match(sparse, monkeypatch):
     """One match for a run; unmerging and merging again between its layers with that match gives the same states."""
     maps = []
-    monkeypatch.setattr(forward, "match", lambda *args: maps.append(match(*args)) or maps[-1])
+    monkeypatch.setattr(tokens, "match", lambda *args: maps.append(match(*args)) or maps[-1])
     shared, _ = sparse(*inputs(), (Rung(1, 2), Rung(2, 2)))
     assert len(maps) == 1
     sparse(*inputs(), (Rung(1, 2), Rung(2, 1)))
     assert len(maps) == 3
     forget = forward._run_rung
-    monkeypatch.setattr(forward, "match", lambda *args: maps[0])
-    monkeypatch.setattr(
-        forward, "_run_rung", lambda run, index, tokens, *rest: forget(run, index, forward.Tokens(tokens.all(), tokens.layout), *rest)
-    )
+    monkeypatch.setattr(tokens, "match", lambda *args: maps[0])
+    monkeypatch.setattr(forward, "_run_rung", lambda run, index, now, *rest: forget(run, index, now.unmerged(), *rest))
     again, _ = sparse(*inputs(), (Rung(1, 2), Rung(2, 2)))
     torch.testing.assert_close(again, shared, rtol=0, atol=tolerance(shared))
 

@@ -24,11 +24,6 @@ TRAINING = {
     "WanPipeline": "experiment=usv_wan", "HunyuanVideoPipeline": "experiment=usv_hunyuan",
     "HunyuanVideo15Pipeline": "experiment=usv_hunyuan15", "CogVideoXPipeline": "experiment=usv_cogvideox", "LTXPipeline": "experiment=usv_ltx",
 }  # fmt: skip
-# pipelines whose calls give a transformer of a family more tokens than the grid's, conditions other than a first frame; a student refuses those
-CONDITIONED = {
-    "LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline", "LTX2DFRPipeline", "LTX2DFRTemporalRefinePipeline", "LTX2HDRPipeline",
-    "LTX2InContextPipeline",
-}  # fmt: skip
 # classes of a pipeline's parts that denoise
 DENOISERS = ("transformer", "transformer_2", "unet")
 HEAD = ("pipeline", "attention", "patterns", "student", "training", "refused, because")
@@ -36,7 +31,7 @@ HEAD = ("pipeline", "attention", "patterns", "student", "training", "refused, be
 
 @dataclass(frozen=True)
 class Row:
-    """What runs on one pipeline class; `-` for nothing. refused: why neither does, or why a student does not."""
+    """What runs on one pipeline class; `-` for nothing. refused: why neither does."""
 
     pipeline: str
     attention: str
@@ -80,10 +75,7 @@ def row(name: str, cls: type) -> Row:
     if denoiser not in FAMILIES:
         return Row(name, REFUSED[denoiser][0] if denoiser in REFUSED else "?", "-", "-", "-", refusal(denoiser))
     student = next((family.name for family in families() if denoiser in (c.__name__ for c in family.transformers)), "-")
-    refused = ""
-    if name in CONDITIONED:
-        student, refused = "-", "a student: its conditions are tokens beside the video's grid"
-    return Row(name, FAMILIES[denoiser].attention, "all", student, TRAINING.get(name, "-"), refused)
+    return Row(name, FAMILIES[denoiser].attention, "all", student, TRAINING.get(name, "-"), "")
 
 
 def rows() -> list[Row]:

@@ -13,7 +13,7 @@ from usv_kernels.token_merge import MergeLayout, MergeMap
 
 from usv.sparse.attention import AttentionStats, Fine, sparse_attention
 from usv.sparse.grid import TileLayout
-from usv.sparse.joint import Text, dense_attention
+from usv.sparse.joint import Text, dense_attention, with_beside
 from usv.sparse.plan import LayerPlan, merged_tokens
 from usv.sparse.sequence_parallel import Shards, gather, gather_heads, lengths_of, own_heads, to_heads, to_tokens
 
@@ -45,6 +45,7 @@ class Attend:
         layout: tiles of the whole grid. plan: None is dense. gate: makes the coarse branch's weight of `hidden`.
         merge_map: where the call is on merged tokens, which. shards: where processes share the sample, how.
         fine: in place of selection and fine branch (`usv.patterns.planned`). impl: how the kernel runs.
+        beside: tokens of the call behind those of the grid that are of none; dense, as text is.
         stats: of the call, when it was made under a plan.
         starts, sizes, largest: the blocks, and a bound on their sizes; of the plan and the layout, worked out here so that a compiled
             block finds them done.
@@ -62,6 +63,7 @@ class Attend:
     starts: Tensor | None = None
     sizes: Tensor | None = None
     largest: int = 0
+    beside: int = 0
 
     def __post_init__(self):
         if self.plan is not None and self.plan.merged_fraction:
@@ -72,20 +74,28 @@ class Attend:
 
     @property
     def positions(self) -> Tensor | None:
-        """(B, K), rows of `rotary` that belong to the tokens of this call; None: all in their order."""
-        return None if self.merge_map is None else self.merge_map.kept_index
+        """(B, K + E), rows of `rotary` that belong to the tokens of this call; None: all in their order."""
+        if self.merge_map is None:
+            return None
+        kept, num = self.merge_map.kept_index, self.layout.grid.num_tokens
+        if not self.beside:
+            return kept
+        beside = torch.arange(num, num + self.beside, device=kept.device, dtype=kept.dtype)
+        return torch.cat((kept, beside.expand(len(kept), -1)), 1)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, text: Text | None = None) -> Tensor:
         """Attention of the video tokens, and of the text where it is joint.
 
         Args:
-            q, k, v: (B, H, S, D), or (B, H, T + S, D) with text; after norm and RoPE.
+            q, k, v: (B, H, S, D), or (B, H, T + S, D) with text; after norm and RoPE. S counts the tokens beside the grid.
             hidden: (B, S, C), the video tokens that q, k, v were made of.
             text: which of the tokens are text.
 
         Returns:
             the shape of q.
         """
+        if self.beside:
+            text, hidden = with_beside(text, self.beside), hidden[:, : hidden.shape[1] - self.beside]
         gate = None if self.plan is None else self.gate(hidden).transpose(1, 2)[..., None]
         bias = None if self.merge_map is None else self.merge_map.log_sizes()[:, None]
         if self.shards is None:

@@ -6,8 +6,8 @@ A layer at the first rung is diffusers' own block, so plan None is the teacher t
 an `Attend`; a merging layer runs the whole block on the merged tokens and unmerges its *update*, so every token keeps its own
 residual. Consecutive layers of one merge rung share one match: between them unmerging and merging again would give the same
 states, so the merged tokens stay merged until the run ends. With a `sequence_group` several processes share a sample, each with
-whole tiles of its tokens (`usv.sparse.sequence_parallel`); heads are exchanged around attention. Shape letters: B batch, S tokens,
-K tokens that merging leaves, C width.
+whole tiles of its tokens (`usv.sparse.sequence_parallel`); heads are exchanged around attention. Tokens beside the grid, conditions
+or history, run with it, dense and unmerged (`usv.models.tokens`). Shape letters: B batch, S tokens of the grid, E beside it, C width.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from usv_kernels.token_merge import MergeMap, gather_kept, match, merge, unmerge
 
-from usv.models.attend import Attend, merge_layout, shard_lengths
+from usv.models.attend import Attend
 from usv.models.families import family_of
 from usv.models.protocol import Blocks, Family
+from usv.models.tokens import Tokens
 from usv.sparse.attention import AttentionStats, Fine
-from usv.sparse.grid import Tile, TileLayout, TokenGrid, tile_layout
+from usv.sparse.grid import Tile, TokenGrid, tile_layout
 from usv.sparse.plan import LayerPlan, Rung, layer_plan
-from usv.sparse.sequence_parallel import SequenceGroup, Shards, gather, shards_of
+from usv.sparse.sequence_parallel import SequenceGroup, shards_of
 
 
 @dataclass(frozen=True)
@@ -42,57 +42,6 @@ class Probe:
 
     other: Rung
     mix: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Video tokens between two layers, tile-major: all of them, or merged while a run of layers shares one match.
-
-    x: (B, S, C), as the run began where it is merged. begun, kept: (B, K, C), the merged states then and now. layout: of the whole
-    grid. shards: where processes share the sample; x is then of one's own tokens.
-
-    To diffusers' forward it is the hidden states between two blocks: a row-major (B, S, C) can be added to it.
-    """
-
-    x: Tensor
-    layout: TileLayout
-    shards: Shards | None = None
-    begun: Tensor | None = None
-    kept: Tensor | None = None
-    merge_map: MergeMap | None = None
-    fraction: float = 0.0
-
-    def all(self) -> Tensor:
-        """(B, S, C): every token with its own residual and its dst's update."""
-        return self.x if self.merge_map is None else self.x + unmerge(self.kept - self.begun, self.merge_map)
-
-    def row_major(self) -> Tensor:
-        """(B, S, C), all tokens of the grid in row-major order."""
-        return _row_major(self.all(), self.layout, self.shards)
-
-    @property
-    def own(self) -> TileLayout:
-        """The tiles of this process."""
-        return self.layout if self.shards is None else self.shards.layout
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.x.dtype
-
-    def __add__(self, other: Tensor) -> Tokens:
-        return Tokens(self.all() + other[:, self.own.order], self.layout, self.shards)
-
-    __radd__ = __add__
-
-
-def _row_major(x: Tensor, layout: TileLayout, shards: Shards | None) -> Tensor:
-    if shards is not None:
-        x = gather(x, shard_lengths(layout, 0.0, shards.group.size), shards.group)
-    return x[:, layout.inverse]
 
 
 class View:
@@ -142,7 +91,7 @@ def _bound(cls: type, args: tuple, kwargs: dict) -> dict[str, Any]:
 class Run:
     """One forward: what all its layers share, and the statistics that they leave.
 
-    rungs: one for each layer. probes: by layer. fine: by layer, or None.
+    rungs: one for each layer. probes: by layer. fine: by layer, or None. before: where tokens beside the grid stand (`Family.beside`).
     """
 
     family: Family
@@ -155,6 +104,7 @@ class Run:
     impl: str
     fine: Sequence[Fine] | None
     group: SequenceGroup | None
+    before: bool | None
     checkpointing: bool
     stats: dict[int, AttentionStats] = field(default_factory=dict)
     _ordered: dict[int, tuple[Any, Any]] = field(default_factory=dict)
@@ -168,9 +118,12 @@ class Run:
         return lists
 
     def begin(self, x: Tensor) -> Tokens:
-        """Row-major hidden states (B, S, C) as tokens of this process."""
-        if x.shape[1] != self.grid.num_tokens:
-            raise ValueError(f"hidden_states: got {x.shape[1]} tokens, expected {self.grid.num_tokens} of {self.grid}")
+        """Row-major hidden states (B, S + E, C) as tokens of this process."""
+        if beside := x.shape[1] - self.grid.num_tokens:
+            if beside < 0 or self.before is None:
+                raise ValueError(f"hidden_states: got {x.shape[1]} tokens, expected {self.grid.num_tokens} of {self.grid}")
+            if self.group is not None:
+                raise ValueError(f"hidden_states: got {beside} tokens beside the grid, accepted with a sequence_group: none")
         layout = tile_layout(self.grid, self.tile, str(x.device))
         shards = None
         if self.group is not None:
@@ -180,8 +133,7 @@ class Run:
                 raise ValueError(f"sequence_group: got one for a {self.family.name}, accepted: None; processes cannot share its samples")
             self.group.check(self.family_heads(), layout.num_blocks)
             shards = shards_of(layout, self.group)
-        tokens = Tokens(x, layout, shards)
-        return replace(tokens, x=x[:, tokens.own.order])
+        return Tokens.begin(x, layout, shards, bool(self.before))
 
     def family_heads(self) -> int:
         blocks, block = self.layers[0]
@@ -194,7 +146,7 @@ class Run:
         call = _bound(type(block), args, kwargs)
         tokens = call[blocks.video] if isinstance(call[blocks.video], Tokens) else self.begin(call[blocks.video])
         call[blocks.video] = None
-        order = tokens.own.order
+        order = tokens.order
         call[blocks.carrier] = self.ordered(call.get(blocks.carrier), blocks.rotary, order)
         for name, dim in _rows(blocks, call):
             call[name] = self.ordered(call[name], lambda value, order, dim=dim: _each(lambda x: x.index_select(dim, order), value), order)
@@ -208,7 +160,7 @@ class Run:
             self.stats[index] = stats
         values = {**others, blocks.video: tokens.row_major() if last else tokens}
         for name in set(blocks.returns) - set(call):
-            values[name] = _row_major(values[name], tokens.layout, tokens.shards)
+            values[name] = tokens.to_row_major(values[name])
         return values[blocks.returns[0]] if len(blocks.returns) == 1 else tuple(values[name] for name in blocks.returns)
 
     def ordered(self, value, reorder, order: Tensor):
@@ -240,18 +192,9 @@ def _run_layer(run: Run, index: int, tokens: Tokens, call: dict, rung: Rung | La
     if probe is not None:
         tokens, rest, _ = _run_rung(run, index, tokens, call, probe.other)
         mix = probe.mix.to(tokens.x.dtype)
-        out = _mix(out, tokens, mix)
+        out = out.mixed(tokens, mix)
         others = {name: value + mix * (rest[name] - value) for name, value in others.items()}
     return out, others, stats
-
-
-def _mix(out: Tokens, other: Tokens, mix: Tensor) -> Tokens:
-    if out.merge_map is other.merge_map:
-        if out.merge_map is None:
-            return replace(out, x=out.x + mix * (other.x - out.x))
-        return replace(out, kept=out.kept + mix * (other.kept - out.kept))
-    states = out.all()
-    return Tokens(states + mix * (other.all() - states), out.layout, out.shards)
 
 
 def _run_rung(run: Run, index: int, tokens: Tokens, call: dict, rung: Rung | LayerPlan):
@@ -259,42 +202,27 @@ def _run_rung(run: Run, index: int, tokens: Tokens, call: dict, rung: Rung | Lay
     plan = layer_plan(rung, tokens.layout.num_blocks)
     if plan is not None and plan.merged_fraction and not blocks.merges:
         plan = replace(plan, merged_fraction=0.0)
-    if plan is None or not plan.merged_fraction:
-        x, others, stats = _run_block(run, index, tokens.all(), tokens, call, plan, None)
-        return Tokens(x, tokens.layout, tokens.shards), others, stats
-    if tokens.merge_map is None or tokens.fraction != plan.merged_fraction:
-        tokens = _merged(tokens, plan.merged_fraction)
-    kept, others, stats = _run_block(run, index, tokens.kept, tokens, call, plan, tokens.merge_map)
-    return replace(tokens, kept=kept), others, stats
+    merging = plan is not None and plan.merged_fraction
+    return _run_block(run, index, tokens.merged(plan.merged_fraction) if merging else tokens.unmerged(), call, plan)
 
 
-def _run_block(run: Run, index: int, x: Tensor, tokens: Tokens, call: dict, plan: LayerPlan | None, merge_map: MergeMap | None):
-    """diffusers' block on tokens x, its self-attention diffusers' own where it is dense and whole."""
+def _run_block(run: Run, index: int, tokens: Tokens, call: dict, plan: LayerPlan | None):
+    """diffusers' block on the tokens as they are, its self-attention diffusers' own where it is dense and whole."""
     blocks, block = run.layers[index]
-    call, attend = {**call, blocks.video: x}, None
+    call, attend = {**call, blocks.video: tokens.states()}, None
     if plan is not None or tokens.shards is not None:
         fine = None if run.fine is None else run.fine[index]
-        attend = Attend(call[blocks.carrier], tokens.layout, plan, run.gates[index], merge_map, tokens.shards, fine, run.impl)
+        beside = 0 if tokens.beside is None else tokens.beside.shape[1]
+        attend = Attend(call[blocks.carrier], tokens.layout, plan, run.gates[index], tokens.merge_map, tokens.shards, fine, run.impl, beside=beside)
         call[blocks.carrier] = attend
-    if merge_map is not None:
+    if tokens.merge_map is not None:
         for name, dim in _rows(blocks, call):
-            call[name] = _each(lambda x, dim=dim: gather_kept(x.transpose(1, dim), merge_map).transpose(1, dim), call[name])
-    out = block(**call)
-    if len(blocks.returns) == 1:
-        return out, {}, None if attend is None else attend.stats
-    values = dict(zip(blocks.returns, out, strict=True))
-    return values.pop(blocks.video), values, None if attend is None else attend.stats
-
-
-def _merged(tokens: Tokens, fraction: float) -> Tokens:
-    """The tokens as a run of merging layers begins."""
-    x = tokens.all()
-    # Descriptor: the normalised tokens. The paper takes the mean key, which would cost a key projection of all
-    # tokens before any is merged; a merge must pay for itself (docs/log.md).
-    descriptor = nn.functional.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
-    merge_map = match(descriptor, merge_layout(tokens.own, fraction))
-    kept = merge(x, merge_map)
-    return Tokens(x, tokens.layout, tokens.shards, kept, kept, merge_map, fraction)
+            call[name] = _each(lambda x, dim=dim: tokens.kept_rows(x, dim), call[name])
+    out, others = block(**call), {}
+    if len(blocks.returns) > 1:
+        others = dict(zip(blocks.returns, out, strict=True))
+        out = others.pop(blocks.video)
+    return tokens.parted(out), others, None if attend is None else attend.stats
 
 
 def run_forward(transformer, gates, tile: Tile, arguments, rungs=None, probes=None, impl="auto", fine=None, group=None):
@@ -310,7 +238,7 @@ def run_forward(transformer, gates, tile: Tile, arguments, rungs=None, probes=No
         raise ValueError(reason)
     run = Run(
         family, family.layers(transformer), gates, family.grid(transformer, arguments), tile, rungs, probes or {}, impl, fine, group,
-        torch.is_grad_enabled() and getattr(transformer, "gradient_checkpointing", False),
+        family.beside(transformer, arguments), torch.is_grad_enabled() and getattr(transformer, "gradient_checkpointing", False),
     )  # fmt: skip
     view = View(transformer, {"gradient_checkpointing": False, **run.lists(), **family.view(transformer, run)})
     cls = next(cls for cls in type(transformer).__mro__ if cls in family.transformers)

@@ -1,6 +1,7 @@
 """HunyuanVideo: double-stream, then single-stream joint attention, text behind the video, its padding masked; 3-D RoPE.
 
-    Text to video, image to video by more channels (`latent_concat`) or by a given first frame (`token_replace`), SkyReels.
+    Text to video, image to video by more channels (`latent_concat`) or by a given first frame (`token_replace`), SkyReels; FramePack,
+    whose history is tokens before the video's, at three resolutions.
 
 Blocks of a given first frame modulate its tokens otherwise than the rest, and find them by their number at the head of the
 sequence; tile-major they lie elsewhere, so these blocks are called with the equations of diffusers and a mask.
@@ -13,7 +14,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from diffusers import HunyuanVideoTransformer3DModel
+from diffusers import HunyuanVideoFramepackTransformer3DModel, HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from usv.models.protocol import (
@@ -156,6 +157,11 @@ def inputs(transformer, latents: Tensor, timestep, text, guidance: float = 6.0, 
     }
 
 
+def framepack_inputs(transformer, latents: Tensor, timestep, text, guidance: float = 6.0, **history) -> dict:
+    """history: `image_embeds`, latents (B, C, T, H, W) of what came before and their `indices_`, by diffusers' names."""
+    return inputs(transformer, latents, timestep, text, guidance) | history
+
+
 def _attn(block: nn.Module) -> nn.Module:
     return block.attn
 
@@ -173,5 +179,10 @@ FAMILIES = (
         "hunyuan_video", (HunyuanVideoTransformer3DModel,), (DOUBLE, SINGLE), grid, adapt, SHAPE_KEYS, inputs,
         guidance={"true_cfg_scale": 1.0},  # guidance_scale is an input of the model, which runs once
         joint=True,
+    ),
+    Family(
+        "hunyuan_video_framepack", (HunyuanVideoFramepackTransformer3DModel,), (DOUBLE, SINGLE), grid, adapt,
+        (*SHAPE_KEYS, "has_image_proj", "has_clean_x_embedder"), framepack_inputs, guidance={"true_cfg_scale": 1.0}, joint=True,
+        shared=False, beside=lambda transformer, arguments: True,
     ),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """LTX-Video: self-attention over packed, row-major tokens of whole latent pixels, text by cross-attention, 3-D RoPE across all heads.
 
-Text to video; image to video by a timestep for each token. Tokens of conditions beside the grid (`LTXConditionPipeline` with an
-image or a video that is not the first frame) are refused. Shape letters: B batch, S tokens, C width.
+Text to video; image to video by a timestep for each token; images and videos at other frames, and what is known of a window of a long
+video, by tokens beside the grid with coordinates and timesteps of their own. Shape letters: B batch, S tokens, C width.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from usv.models.protocol import Attend, Blocks, Family, Processor, rotate, sides_of
 from usv.sparse.grid import TokenGrid
+from usv.sparse.packed import conditions_before, packed_grid
 
 
 class LTXProcessor(Processor):
@@ -47,26 +48,11 @@ def adapt(block: nn.Module, attention: nn.Module) -> None:
 
 
 def grid(transformer, arguments: Mapping) -> TokenGrid:
-    """Of the latents' sides, or, where a pipeline gives coordinates instead, of how many different ones there are."""
-    sides = tuple(arguments.get(side) for side in ("num_frames", "height", "width"))
-    coords = arguments.get("video_coords")
-    tokens = arguments["hidden_states"].shape[1]
-    if coords is not None and (None in sides or sides[0] * sides[1] * sides[2] != tokens):  # the long pipeline says 1, 1, 1
-        sides = tuple(len(axis.unique()) for axis in coords[0])
-    if None in sides:
-        raise ValueError(f"num_frames, height, width: got {sides}, expected the sides of the packed latents, or video_coords")
-    return TokenGrid(*sides)
+    return packed_grid(arguments)
 
 
-def beside(arguments: Mapping, video: TokenGrid, conditions: str) -> str | None:
-    """Why a call with more tokens than the video's is refused; conditions: which have them."""
-    if (given := arguments["hidden_states"].shape[1]) == video.num_tokens:
-        return None
-    return f"hidden_states: got {given} tokens for {video.num_tokens} of the video, accepted beside a student: the video's alone; {conditions} have tokens beside it"
-
-
-def refuse(transformer, arguments: Mapping) -> str | None:
-    return beside(arguments, grid(transformer, arguments), "conditions other than the first frame")
+def beside(transformer, arguments: Mapping) -> bool:
+    return conditions_before(arguments)
 
 
 def pack(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -112,5 +98,5 @@ SHAPE_KEYS = (
 )  # fmt: skip
 
 FAMILIES = (
-    Family("ltx", (LTXVideoTransformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs, outputs, refuse=refuse),
+    Family("ltx", (LTXVideoTransformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs, outputs, beside=beside),
 )  # fmt: skip

@@ -62,8 +62,6 @@ def adapt(block: nn.Module, attention: nn.Module) -> None:
 
 
 def refuse(transformer, arguments: Mapping) -> str | None:
-    if (said := beside(arguments, grid(transformer, arguments), "conditions in context and HDR")) is not None:
-        return said
     for name in ("video_self_attention_mask", "spatio_temporal_guidance_blocks"):
         if arguments.get(name) is not None and len(arguments[name]):
             return f"{name}: got one, accepted beside a student: none"
@@ -109,7 +107,7 @@ GUIDANCE = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "aud
 
 FAMILIES = (
     Family(
-        "ltx2", (LTX2VideoTransformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs, outputs, refuse=refuse, shared=False,
-        guidance=GUIDANCE,
+        "ltx2", (LTX2VideoTransformer3DModel,), (BLOCKS,), grid, adapt, SHAPE_KEYS, inputs, outputs, beside=beside, refuse=refuse,
+        shared=False, guidance=GUIDANCE,
     ),
 )  # fmt: skip

@@ -12,7 +12,8 @@ self-attention, which a `Family` teaches to read one, calls it:
     out = attend(q, k, v, hidden, Text(…))         joint attention: S counts the text too, before or after the video
 
 A plan is an argument on this way, never a context: it holds in a recomputed checkpoint as in the first run. In joint attention
-text rows and columns stay dense, padding is listed by nobody, and merging touches video tokens only. docs/adding_a_model.md
+text rows and columns stay dense, padding is listed by nobody, and merging touches video tokens only; so it is with tokens beside the
+grid, which a block is given behind the grid's and does not tell from them. docs/adding_a_model.md
 adds a family step by step. Shape letters: B batch, S tokens, K those that merging leaves, C width, H heads, D head width.
 """
 
@@ -129,6 +130,8 @@ class Family:
         outputs: (transformer, what its forward returned, its keyword arguments) -> velocity (B, C, T, H, W) as in usv/flow.py, for training.
         flow_timestep: (transformer, timesteps as its pipelines pass them) -> those of usv/flow.py, 1000 for noise alone: a plan's.
         view: (transformer, run) -> further attributes that the forward shall see replaced, e.g. what runs between blocks.
+        beside: (transformer, keyword arguments) -> where the tokens of a call that are not of the grid (conditions, history) stand: True
+            before it, False behind it; None where there may be none. They are dense and never merged.
         refuse: (transformer, keyword arguments) -> None, or the reason why this call cannot run sparse.
         joint: whether its attention is over video and text together.
         shared: False where processes cannot share a sample.
@@ -151,6 +154,7 @@ class Family:
     shared: bool = True
     view: Callable[[nn.Module, Any], dict[str, Any]] = lambda transformer, run: {}
     refuse: Callable[[nn.Module, Mapping[str, Any]], str | None] = lambda transformer, arguments: None
+    beside: Callable[[nn.Module, Mapping[str, Any]], bool | None] = lambda transformer, arguments: None
     zero_padded: bool = False
     guidance: Mapping[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0, "guidance_scale_2": 1.0})
 

@@ -50,6 +50,16 @@ class Text:
         return torch.cat((real, video) if self.before else (video, real), 1)[:, None]
 
 
+def with_beside(text: Text | None, num: int) -> Text:
+    """The text of a sequence in which `num` more tokens, all real, stand between the video and it: dense like it, they count as text.
+    ValueError where the text is before the video."""
+    if text is None:
+        return Text(num, before=False)
+    if text.before:
+        raise ValueError(f"text: got one before the video, accepted where {num} tokens stand beside the grid: one behind it")
+    return Text(num + text.num, False, None if text.valid is None else text.valid + num)
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, text: Text | None = None) -> Tensor:
     """(B, H, ·, D): everything attends to everything but padding."""
     mask = None if text is None else text.key_mask(k.shape[2] - text.num)

@@ -16,11 +16,12 @@ from torch import nn
 
 from usv.patterns.processors.families import FAMILIES as FAMILIES
 from usv.patterns.processors.families import REFUSED as REFUSED
-from usv.patterns.processors.families import Family, call_arguments, conditions_before, family_of, refusal
+from usv.patterns.processors.families import Family, call_arguments, family_of, refusal
 from usv.patterns.processors.families import token_grid as token_grid
 from usv.patterns.processors.run import PatternRun as PatternRun
 from usv.patterns.processors.run import Processor, Progress
 from usv.patterns.protocol import Pattern, require
+from usv.sparse.packed import conditions_before
 
 MARK = "_usv_pattern"  # where a transformer keeps its `Attached`: pipelines share transformers
 

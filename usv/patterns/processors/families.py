@@ -7,12 +7,10 @@ Classes are known by name, so that a diffusers without the newest of them still 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from usv.patterns.processors.joint import (
     CogVideoXProcessor,
@@ -36,6 +34,7 @@ from usv.patterns.processors.separate import (
 )
 from usv.patterns.protocol import require
 from usv.sparse.grid import TokenGrid
+from usv.sparse.packed import packed_grid
 
 
 @dataclass(frozen=True)
@@ -81,53 +80,8 @@ def _channels_last(config, call: dict) -> TokenGrid:
 
 
 def _packed(config, call: dict) -> TokenGrid:
-    """Tokens (B, S, C), packed by the pipeline, which tells the grid or else the place of each token."""
-    sides = tuple(call.get(name) for name in ("num_frames", "height", "width"))
-    if None in sides or _windowed(call):
-        return grid_of_coords(call["video_coords"], conditions_before(call))
-    return TokenGrid(*sides)
-
-
-def _windowed(call: dict) -> bool:
-    """LTXI2VLongMultiPromptPipeline says (1, 1, 1) beside its coordinates; it puts what conditions a window at its end."""
-    sides = (call.get(name) or 0 for name in ("num_frames", "height", "width"))
-    return call.get("video_coords") is not None and math.prod(sides) == 1
-
-
-def conditions_before(call: dict) -> bool:
-    """Whether the tokens of a call (arguments by name) that are not of the grid stand before the video: LTX-2, which has
-    audio, and windows have them after it."""
-    return not (_windowed(call) or "audio_hidden_states" in call)
-
-
-def grid_of_coords(coords: Tensor, video_last: bool) -> TokenGrid:
-    """The grid of row-major video tokens from their coordinates (B, 3, S) along (t, y, x), or (B, 3, S, 2) as intervals.
-
-    Condition tokens stand before the video (video_last) or after it. A frame is a run of equal t. The video's frames are the
-    whole ones at equal distances, the first distance apart: causal codecs make their first latent frame of one frame only.
-    """
-    if coords.dim() == 4:
-        coords = coords[..., 0]
-    t, _, x = coords[0].detach().float().cpu()
-    if video_last:
-        t, x = t.flip(0), x.flip(0)
-    per_frame = int((t != t[0]).long().argmax()) or t.numel()
-    whole = t[: t.numel() // per_frame * per_frame].view(-1, per_frame)
-    alike = (whole == whole[:, :1]).all(1)
-    steps = (whole[1:, 0] - whole[:-1, 0]) * (-1 if video_last else 1)
-    frames, usual = 1, None
-    for step, frame_is_one in zip(steps.tolist(), alike[1:].tolist()):
-        if step <= 0 or not frame_is_one:
-            break
-        equal = usual is None or math.isclose(step, usual, rel_tol=1e-3)
-        if not equal and not (video_last and step < usual) and not (not video_last and frames == 2):
-            break
-        frames += 1
-        if not equal and video_last:  # the first frame, last here
-            break
-        usual = step
-    width = int(torch.unique(x[:per_frame]).numel())
-    return TokenGrid(frames, per_frame // width, width)
+    """Tokens (B, S, C), packed by the pipeline."""
+    return packed_grid(call)
 
 
 _CROSS = "self; text by cross-attention"
