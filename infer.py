@@ -2,6 +2,7 @@
 
     python infer.py ckpt=outputs/usv_mini/student prompt='"a cat, the camera pans left"'
     python infer.py ckpt=outputs/usv_mini/student prompts=data/prompts/camera_motion.txt seeds=2 compare=true
+    python infer.py model=wan_i2v_14b ckpt=outputs/usv_wan_i2v/student image=cat.png prompt='"the cat jumps"'       # image to video
     python infer.py attention=svg2 prompt='"a cat, the camera pans left"'       # no training: a pattern on the dense model
     python infer.py ckpt=outputs/usv_mini/student attention=svg2 prompt=...   # the student's densities, SVG2's clusters
     torchrun --nproc_per_node 2 infer.py ckpt=… prompts=FILE                    # prompts spread over processes; sequence_parallel=2: each video shared by two
@@ -24,6 +25,7 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import usv
@@ -33,7 +35,7 @@ from usv.files import write_text
 from usv.patterns.planned import HOW_MUCH
 from usv.sampling.checkpoint import read_config
 from usv.sampling.decoder import load_decoder
-from usv.sampling.generate import Generation, best_place, generated, load_pipeline, prompts_of, summed
+from usv.sampling.generate import Generation, best_place, check_images, generated, load_pipeline, prompts_of, summed
 from usv.sampling.patterns import calls_report, transformers_of
 from usv.sampling.ranks import Crew, join
 from usv.training.build import prepare_folder
@@ -56,11 +58,26 @@ def read_prompts(config: InferConfig) -> list[str]:
     return prompts_of(Path(config.prompts), "prompts=")
 
 
+def read_images(config: InferConfig) -> list[Image.Image]:
+    """The first frame, or the first and the last, upright, cut to the middle of the videos' shape and brought to their size. SettingError."""
+    if config.last_image is not None and config.image is None:
+        raise SettingError(f"last_image: got {config.last_image} without image, accepted: with image=PATH, the first frame")
+    images = []
+    for name in ("image", "last_image"):
+        if (path := getattr(config, name)) is not None:
+            try:
+                image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise SettingError(f"{name}={path}: cannot be read as a picture ({error}); give a PNG or JPEG") from None
+            images.append(ImageOps.fit(image, (config.model.width, config.model.height), Image.Resampling.LANCZOS))
+    return images
+
+
 def run(config: InferConfig) -> dict:
     """The whole job; returns what infer.json holds."""
     keep_freed_memory()
     check_numbers(config)
-    prompts = read_prompts(config)
+    prompts, images = read_prompts(config), read_images(config)
     pattern = config.attention.pattern
     options = {"recall_rows": RECALL_ROWS, **config.attention.options} if pattern is not None else {}
     if config.ckpt is not None and pattern is not None:
@@ -84,17 +101,18 @@ def run(config: InferConfig) -> dict:
         raise SettingError(f"sequence_parallel: got {config.sequence_parallel}, accepted: 1, or with a student alone (ckpt=FOLDER, no attention=, no compare); others spread prompts over processes")
     crew = join(config.sequence_parallel)
     try:
-        return make(config, prompts, pattern, options, asked, crew)
+        return make(config, prompts, images, pattern, options, asked, crew)
     finally:
         crew.leave()
 
 
-def make(config: InferConfig, prompts: list[str], pattern: str | None, options: dict, asked: dict, crew: Crew) -> dict:
+def make(config: InferConfig, prompts: list[str], images: list[Image.Image], pattern: str | None, options: dict, asked: dict, crew: Crew) -> dict:
     """This process's share of the videos, and of all processes the report. options: of the pattern; asked: budget, speedup, costs."""
     folder = Path(config.output_dir)
     prepare_folder(folder, crew.rank)
     pipe = load_pipeline(config.model.path, *best_place())
     decoder = load_decoder(config.decoder, config.model.path, pipe)
+    check_images(pipe, images)
     texts = [prompt for prompt in prompts for _ in range(config.seeds)]
     seeds = [config.seed + i for _ in prompts for i in range(config.seeds)]
     sparse = "student" if config.ckpt else pattern
@@ -110,7 +128,7 @@ def make(config: InferConfig, prompts: list[str], pattern: str | None, options: 
             usv.enable(pipe, attention=pattern, impl=config.attention.impl, **options)
         steps = config.num_inference_steps or (pipe._usv.student.sampling.get("num_inference_steps") if name == "student" else None)
         with tqdm(total=len(mine_texts), desc=name, unit="video", disable=not crew.first) as bar:
-            for batch in generated(pipe, config.model, mine_texts, mine_seeds, config.batch_size, steps, progress=bar, decoder=None if name == "dense" and sparse else decoder):
+            for batch in generated(pipe, config.model, mine_texts, mine_seeds, config.batch_size, steps, progress=bar, images=images, decoder=None if name == "dense" and sparse else decoder):
                 out.add(name, batch, executed(pipe, name, pattern))
     return out.finish()
 
@@ -137,7 +155,7 @@ class Output:
         self.mine = crew.mine(len(texts), config.batch_size)
         self.kinds = {name: identity(config, name) for name in methods}
         self.run = hashed([self.kinds, texts, seeds])
-        self.report = {"run": self.run, "commit": commit(), "ckpt": config.ckpt, "ckpt_low": config.ckpt_low, "model": config.model.path, "methods": {}, "videos": []}
+        self.report = {"run": self.run, "commit": commit(), "ckpt": config.ckpt, "ckpt_low": config.ckpt_low, "model": config.model.path, "image": config.image, "last_image": config.last_image, "methods": {}, "videos": []}
         self.seconds: dict[str, list[dict]] = {name: [] for name in methods}
         self.frames: dict[str, dict] = {name: {} for name in methods}
         if crew.first:
@@ -222,6 +240,8 @@ def hashed(value) -> str:
 def identity(config: InferConfig, name: str) -> str:
     """A hash of all that decides a method's videos but prompt and seed."""
     parts = [asdict(config.model), config.num_inference_steps, config.fps, *([config.decoder] if config.decoder != "full" else []), "dense"]
+    if config.image is not None:
+        parts.insert(0, [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (config.image, config.last_image) if path is not None])
     if name != "dense":
         students = [read_config(path) for path in (config.ckpt, config.ckpt_low) if path is not None]
         parts = [*parts[:-1], students, asdict(config.attention)]

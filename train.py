@@ -29,7 +29,7 @@ from usv.config import SettingError, TrainConfig, check_overrides, check_train, 
 from usv.cpu import keep_freed_memory, use_all_cores
 from usv.models.forward import Probe
 from usv.objectives import check_objective, rollout
-from usv.objectives.protocol import Point
+from usv.objectives.protocol import Point, Prompt
 from usv.sparse.plan import bin_of
 from usv.training.build import build
 from usv.training.dry_run import report
@@ -106,11 +106,11 @@ def step(run: Run, batch: dict):
     noise = flow.normal(clips.latents.shape, generator, run.share).to(run.device)
     middle = float(run.levels(index, torch.tensor([0.5]))[0])  # a clip may lie on the edge of its bin
     with run.engine.autocast():
-        point = objective.point(run, Point(flow.interpolate(clips.latents, noise, sigma), sigma, clips.text, noise, middle), generator)
+        point = objective.point(run, Point(flow.interpolate(clips.latents, noise, sigma), sigma, clips.prompt, noise, middle), generator)
 
     # 2. how sparse
     target_cost = budget_at(run.step, config)
-    decisions = run.decide(bin_of(1000 * point.level, run.edges), target_cost, generator, point.x, point.text)
+    decisions = run.decide(bin_of(1000 * point.level, run.edges), target_cost, generator, point.x, point.prompt.text)
     probes = {p.layer: Probe(p.other, run.half(decisions)) for p in decisions.probes}
 
     # 3. what is wanted and what the student gives at the same point, through the same code; in as many parts as optim.accumulate says
@@ -119,7 +119,7 @@ def step(run: Run, batch: dict):
         generator.set_state(drawn)  # what is drawn holds for all clips of the step
         with run.engine.autocast():
             wanted = objective.target(run, there, decisions, generator)
-            velocity, stats = run.student(there.x, 1000 * there.sigma, there.text, decisions.rungs, probes, config.attention.impl)
+            velocity, stats = run.student(there.x, 1000 * there.sigma, there.prompt.text, decisions.rungs, probes, config.attention.impl, **there.prompt.conditions)
             loss, values = objective.loss(run, part, there, velocity, wanted, generator)
         run.engine.backward(loss)
         losses.append(loss.item())
@@ -136,7 +136,7 @@ def step(run: Run, batch: dict):
     run.observe(decisions, probes, stats, sum(sizes) / len(sizes))
     if run.decides_steps() and run.step % config.policy.jump_every == 0:  # one candidate step: rollouts with it, without and dense, judged by the teacher
         with run.engine.autocast():
-            probe_step(run, noise, point.text, generator)
+            probe_step(run, noise, point.prompt, generator)
 
     # 5. what is trained beside the student
     values |= objective.update(run, clips, generator)
@@ -145,15 +145,15 @@ def step(run: Run, batch: dict):
     return record
 
 
-def probe_step(run: Run, noise: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> None:
+def probe_step(run: Run, noise: torch.Tensor, prompt: Prompt, generator: torch.Generator) -> None:
     """Tell the policy what jumping one of its candidate steps does to the student's samples."""
     seed = int(torch.randint(2**31, (1,), generator=generator))
     steps, bin = run.policy.decide_steps(generator), int(torch.randint(len(run.edges) - 1, (1,), generator=generator))
     steps = tuple(runs or i == bin for i, runs in enumerate(steps))
     rows = {i: run.rungs_at(edge, generator) for i, edge in enumerate(run.edges)}
-    call, dense = run.sparse(text, lambda t: rows[bin_of(t, run.edges)]), run.sparse(text, lambda t: None)
+    call, dense = run.sparse(prompt, lambda t: rows[bin_of(t, run.edges)]), run.sparse(prompt, lambda t: None)
     judge = lambda x0: rollout.teacher_residual(  # noqa: E731
-        x0, text, run.empty, run.teacher, run.config.model.guidance_scale, torch.Generator().manual_seed(seed), share=run.share
+        x0, prompt.text, run.empty, run.teacher, run.config.model.guidance_scale, torch.Generator().manual_seed(seed), share=run.share, conditions=prompt.conditions
     )
     damages = run.ranks.mean(list(rollout.jump_damage(call, dense, judge, noise, run.edges, steps, bin)))
     if all(map(math.isfinite, damages)):  # one that is not would stay in the running means

@@ -2,6 +2,9 @@
 
     latents = (vae.encode(video).mode() − latents_mean) · scaling_factor / latents_std      (pipelines undo this before decoding)
 
+Of image to video (a WanImageToVideoPipeline) the first frame, in FLF2V also the last, goes through the pipeline's own preprocessing,
+`prepare_latents` and `encode_image`: what a clip is trained with is what the pipeline makes of that frame.
+
 Text goes through the pipeline's own encode_prompt, so template, cleaning, truncation and padding are the pipeline's; what it gives for a
 caption is packed into one matrix, as `Family.inputs` of usv/models takes it.
 """
@@ -15,9 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 # WanPipeline's own defaults; a model folder may state others in usv.json
 WAN = {"height": 480, "width": 832, "num_frames": 81, "fps": 16, "max_sequence_length": 512}
+IMAGE_TEXT = 512  # tokens of the text beside image embeddings: diffusers tells the two apart by it
 ENCODER_STRIDE = 4  # AutoencoderKLWan.encode takes 1 frame, then groups of 4, and drops what is left over
 
 
@@ -32,9 +37,25 @@ def model_defaults(model: Path) -> dict:
     return {**WAN, **fps, **{name: own[name] for name in WAN if name in own}}
 
 
-def check_model(model: Path, text: bool) -> None:
-    """ValueError unless `model` is a diffusers folder with the parts that are needed."""
+def given_frames(model: Path) -> int:
+    """Frames of a clip that a model is given: 0, text to video; 1, the first; 2, the first and the last. Its folder says so."""
+    if read_json(model / "model_index.json").get("_class_name") != "WanImageToVideoPipeline":
+        return 0
+    return 1 if read_json(model / "transformer" / "config.json").get("pos_embed_seq_len") is None else 2
+
+
+def embeds_images(model: Path) -> bool:
+    """Whether a model is also given the embeddings of its image encoder (Wan 2.1)."""
+    return given_frames(model) > 0 and read_json(model / "transformer" / "config.json").get("image_dim") is not None
+
+
+def check_model(model: Path, text: bool, length: int = IMAGE_TEXT) -> None:
+    """ValueError unless `model` is a diffusers folder with the parts that are needed. length: tokens of a caption."""
     needed = ["vae/config.json"]
+    if embeds_images(model):
+        needed += ["image_encoder/config.json", "image_processor"]
+        if length != IMAGE_TEXT:
+            raise ValueError(f"--max-sequence-length {length}: {IMAGE_TEXT} is accepted for {model}, whose text and image embeddings are told apart by it")
     if text:
         needed += ["text_encoder/config.json", "tokenizer", "model_index.json"]
     missing = [part for part in needed if not (model / part).exists()]
@@ -108,7 +129,7 @@ class Encoder:
         model: diffusers folder.
         max_sequence_length: tokens a caption may have; longer ones are cut, as in WanPipeline.
         text_dtype: in which the text encoder runs and its embeddings are stored.
-        text: False loads the VAE only.
+        text: False loads no text encoder.
     """
 
     def __init__(self, model: Path, max_sequence_length: int, text_dtype=torch.float32, device="cpu", text=True):
@@ -116,9 +137,11 @@ class Encoder:
 
         self.device, self.length = torch.device(device), max_sequence_length
         self.pipe = None
-        if text:
+        self.given, self.embeds = given_frames(model), embeds_images(model)
+        if text or self.given:
             listed = read_json(model / "model_index.json")
             unused = {name: None for name in ("transformer", "transformer_2") if name in listed}
+            unused |= {} if text else {"text_encoder": None, "tokenizer": None}
             dtypes = {"text_encoder": text_dtype, "default": torch.float32}
             self.pipe = DiffusionPipeline.from_pretrained(model, dtype=dtypes, **unused).to(self.device)
             self.vae = self.pipe.vae
@@ -132,6 +155,23 @@ class Encoder:
         video = frames.to(self.device).permute(0, 2, 1, 3, 4).float() / 127.5 - 1
         mode = self.vae.encode(video).latent_dist.mode()
         return normalised(self.vae, mode).half().cpu()
+
+    @torch.no_grad()
+    def conditions(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model is given of a clip (T, 3, H, W) uint8, in fp16: image_latents (C, T', h, w), as they are concatenated to the latents
+        (TI2V-5B: of the first frame alone), and image_embeds (n, N, D) of its n given frames; {} of text to video."""
+        if not self.given:
+            return {}
+        pipe, (num, _, height, width) = self.pipe, frames.shape
+        pictures = [Image.fromarray(frames[i].permute(1, 2, 0).numpy()) for i in (0, -1)[: self.given]]
+        first, *last = (pipe.video_processor.preprocess(x, height=height, width=width).to(self.device, torch.float32) for x in pictures)
+        size = {"height": height, "width": width, "num_frames": num, "dtype": torch.float32, "device": self.device}
+        unused = first.new_zeros(1)  # in place of the noise
+        made = pipe.prepare_latents(first, 1, pipe.vae.config.z_dim, **size, latents=unused, last_image=last[0] if last else None)
+        found = {"image_latents": made[1][0]}
+        if self.embeds:
+            found["image_embeds"] = pipe.encode_image(pictures, self.device)
+        return {name: value.half().cpu() for name, value in found.items()}
 
     @torch.no_grad()
     def _text(self, caption: str) -> torch.Tensor:

@@ -4,6 +4,9 @@
     python data/prepare.py --videos DIR --model data/wan-mini --out data/shards/mine --check
     python data/prepare.py --camera-motion 1920 --seed 1 --model data/wan-mini --out data/shards/camera
 
+Of an image-to-video model (a folder whose model_index.json names WanImageToVideoPipeline) also what the model is given of a clip's first
+frame, in FLF2V of its first and last: its latents and mask, and CLIP's embeddings where the model takes them.
+
 plan.json fixes which clip goes to which shard before anything is encoded, and a shard appears by one rename: kill the
 program at any moment and run the same command again, and it writes what is missing, to the same bytes. What cannot be
 used is left out and listed in skipped.jsonl. index.json, written last, is what usv.training.data.ShardDataset reads.
@@ -72,7 +75,7 @@ def run(settings: Settings, overwrite: bool = False, append: bool = False) -> di
 
 def check(settings: Settings) -> None:
     """ValueError for settings that the model or this machine cannot take."""
-    check_model(settings.model, settings.text)
+    check_model(settings.model, settings.text, settings.max_sequence_length)
     for height, width in settings.buckets or ((settings.height, settings.width),):
         check_size(settings.model, height, width, settings.num_frames)
     if settings.camera_motion and settings.height != settings.width:
@@ -190,11 +193,13 @@ def finish(settings: Settings, plan: dict, jobs: list[Job]) -> dict:
             (settings.out / name).unlink(missing_ok=True)
         reasons = _count_reasons(skipped) or f"no video in {settings.videos} (accepted: {sorted(EXTENSIONS)})"
         raise Empty(f"nothing to write: {reasons}; each file is listed in {settings.out / 'skipped.jsonl'}")
+    given = {name: list(tensor.shape) for name, tensor in sorted(sample.items()) if name not in ("latents", "text")}
     index = {
         "format": FORMAT,
         "model": {"name": settings.model.resolve().name, **model_identity(settings.model)},
         "latent_shape": list(sample["latents"].shape),
         "text_dim": sample["text"].shape[1] if settings.text else None,
+        **({"conditions": given} if given else {}),
         **{name: getattr(settings, name) for name in ("max_sequence_length", "height", "width", "num_frames", "fps")},
         "splits": splits,
         "num_skipped": len(skipped),

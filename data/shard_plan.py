@@ -14,6 +14,7 @@ from pathlib import Path
 import looking
 import shards
 import torch
+from encoder import given_frames
 from sources import Source, find_videos, skip
 
 from usv.training.shards import model_identity
@@ -48,7 +49,8 @@ class Settings:
         """The part that decides what stands in the shards, for comparison with a plan made earlier."""
         free = ("out", "model", "videos", "workers", "device")  # videos are compared one by one
         kept = {name: value for name, value in asdict(self).items() if name not in free}
-        return {**kept, "buckets": [list(size) for size in self.buckets], "model": model_identity(self.model)}
+        given = given_frames(self.model) or None  # a folder that was begun before there was the question has none
+        return {**kept, "given_frames": given, "buckets": [list(size) for size in self.buckets], "model": model_identity(self.model)}
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,13 @@ def samples(job: Job, skipped: list[dict]) -> Iterator[tuple[str, dict[str, torc
 
     def encode():
         videos_of = list({id(frames): frames for _, frames, _ in waiting}.values())  # once for all captions of a clip
+        given = {id(f): encoder.conditions(f) for f in videos_of}
         encoded = {id(f): latent for f, latent in zip(videos_of, encoder.latents(torch.stack(videos_of)), strict=True)}
         for number, frames, info in waiting:
-            latent = encoded[id(frames)]
-            if not latent.isfinite().all():
+            tensors = {"latents": encoded[id(frames)], **given[id(frames)]}
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 skipped.append(skip(info["source"], "corrupt: latents are not finite in fp16", info["clip"]))
                 continue
-            tensors = {"latents": latent}
             if settings.text:
                 tensors["text"] = encoder.text(info["caption"])
             yield f"{number:08d}", tensors, info

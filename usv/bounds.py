@@ -37,7 +37,7 @@ RANGES = {
     "height": SIZE, "width": SIZE, "num_frames": Range(1, 100_000), "max_sequence_length": Range(1, 65_536), "num_inference_steps": SOME,
     "guidance_scale": Range(0, 1000), "flow_shift": Range(0, 1000, above=True), "experts": Range(1, 2), "boundary": Range(0, 1, above=True, below=True),
     "fps": SOME, "num_layers": Range(0, 1000), "num_attention_heads": Range(0, 1024), "attention_head_dim": Range(2, 1024), "ffn_dim": Range(0, 1 << 20),
-    "in_channels": Range(1, 4096), "out_channels": Range(1, 4096), "text_dim": Range(1, 65_536), "freq_dim": Range(2, 65_536), "z_dim": Range(1, 4096),
+    "in_channels": Range(1, 4096), "out_channels": Range(1, 4096), "text_dim": Range(1, 65_536), "image_dim": Range(1, 65_536), "added_kv_proj_dim": Range(1, 65_536), "freq_dim": Range(2, 65_536), "z_dim": Range(1, 4096),
     "base_dim": Range(1, 65_536), "decoder_base_dim": Range(1, 65_536), "codec.patch_size": Range(1, 64), "image_channels": Range(1, 4096),
     "scale_spatial": Range(1, 64), "scale_temporal": Range(1, 64),
     # how sparsity is decided

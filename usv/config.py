@@ -30,6 +30,8 @@ class ArchitectureConfig:
     text_dim: int = 4096
     freq_dim: int = 256
     patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])
+    image_dim: int | None = None  # of Wan 2.1's image to video: width of the image embeddings
+    added_kv_proj_dim: int | None = None  # and of what their keys and values are made of
 
 
 @dataclass
@@ -270,6 +272,8 @@ class InferConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     prompt: str | None = None
     prompts: str | None = None  # a file, one prompt a line
+    image: str | None = None  # of image to video, the first frame of all videos, a picture's path
+    last_image: str | None = None  # and the last one
     seed: int = 0
     seeds: int = 1  # videos per prompt, with seeds seed, seed + 1, …
     batch_size: int = 4

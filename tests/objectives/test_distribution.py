@@ -8,7 +8,7 @@ from usv import flow
 from usv.config import ObjectiveConfig
 from usv.objectives import make_objective
 from usv.objectives.distribution import Critic, Head, distribution_matching_loss
-from usv.objectives.protocol import Clips, Point
+from usv.objectives.protocol import Clips, Point, Prompt
 
 
 def test_gradient_of_distribution_matching_is_the_scaled_difference():
@@ -33,8 +33,8 @@ def test_matching_pulls_samples_to_the_teacher_and_away_from_the_critic():
     shape = (1, 2, 3, 4, 4)
     teacher, critic = Certain(torch.ones(shape)), Critic(Certain(-torch.ones(shape)), 1e-2, 3.0)
     sample = torch.zeros(2, *shape[1:], requires_grad=True)
-    text = torch.zeros(2, 1, 1)
-    loss = critic.loss(sample, text, lambda x, t: teacher(x, t, text)[0], torch.Generator().manual_seed(0))
+    text = Prompt(torch.zeros(2, 1, 1))
+    loss = critic.loss(sample, text, lambda x, t: teacher(x, t, None)[0], torch.Generator().manual_seed(0))
     loss.backward()
     assert float(sample.grad.max()) < 0
     before = critic.model.x0.detach().clone()
@@ -85,7 +85,7 @@ class TwoModes:
 
     def clips(self, count, generator):
         side = torch.randint(2, (count, 1), generator=generator)
-        return Clips(MODES[side] + SPREAD * torch.randn(count, 1, generator=generator), torch.zeros(count, 1, 1))
+        return Clips(MODES[side] + SPREAD * torch.randn(count, 1, generator=generator), Prompt(torch.zeros(count, 1, 1)))
 
     def train(self, objective, steps, lr=2e-3, count=128):
         generator = torch.Generator().manual_seed(1)
@@ -95,7 +95,7 @@ class TwoModes:
         for _ in range(steps):
             clips, noise = self.clips(count, generator), torch.randn(count, 1, generator=generator)
             sigma = torch.ones(count)
-            point = objective.point(self, Point(noise, sigma, clips.text, noise, 1.0), generator)
+            point = objective.point(self, Point(noise, sigma, clips.prompt, noise, 1.0), generator)
             wanted = objective.target(self, point, None, generator)
             loss, _ = objective.loss(self, clips, point, self.student(point.x, 1000 * point.sigma)[0], wanted, generator)
             optimizer.zero_grad()
@@ -148,7 +148,7 @@ def test_the_adversarial_term_moves_samples_to_the_clips(adversarial):
     torch.manual_seed(0)
     model = Line()
     critic = Critic(model, 3e-3, 1.0, head=Head(128), tap=model.out, adversarial=adversarial, weight=1.0)
-    sample, text, generator = -torch.ones(64, 1), torch.zeros(64, 1, 1), torch.Generator().manual_seed(0)
+    sample, text, generator = -torch.ones(64, 1), Prompt(torch.zeros(64, 1, 1)), torch.Generator().manual_seed(0)
     sample.requires_grad_(True)
     critic.adversarial_loss(sample, text, generator).backward()
     assert float(sample.grad.abs().max()) == 0, "it begins without an opinion"

@@ -62,8 +62,8 @@ def test_every_bin_that_the_solver_reaches_has_its_row(make, watched, tmp_path, 
     config.policy.steps, config.policy.bins, config.objective.name, config.objective.solver_steps = True, bins, "consistency", solver_steps
     config.policy.jump_every, original, reached = 99, program.Run.sparse_by_bin, set()
 
-    def spy(run, text, rows):
-        call = original(run, text, rows)
+    def spy(run, prompt, rows):
+        call = original(run, prompt, rows)
 
         def checked(x, t):
             here = {program.bin_of(float(each), run.edges) for each in t}

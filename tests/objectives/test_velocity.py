@@ -5,7 +5,7 @@ import torch
 from usv import flow
 from usv.config import ObjectiveConfig
 from usv.objectives import make_objective
-from usv.objectives.protocol import Clips, Point
+from usv.objectives.protocol import Clips, Point, Prompt
 from usv.objectives.velocity import guided_velocity
 
 
@@ -26,7 +26,7 @@ def test_guidance_is_folded_in():
 def test_errors_are_weighted_by_the_samplers_step():
     objective = make_objective(ObjectiveConfig(), 3.0)
     sigma, x = torch.tensor([0.2, 0.9]), torch.randn(2, 1, 1, 2, 2)
-    point = Point(x, sigma, torch.zeros(2, 1, 1), x, 0.5)
+    point = Point(x, sigma, Prompt(torch.zeros(2, 1, 1)), x, 0.5)
 
     class World:
         def taught(self, text):
@@ -36,6 +36,6 @@ def test_errors_are_weighted_by_the_samplers_step():
     assert objective.point(World(), point, generator) is point
     wanted = objective.target(World(), point, None, generator)
     torch.testing.assert_close(wanted, x * 1000 * sigma.view(-1, 1, 1, 1, 1))
-    loss, values = objective.loss(World(), Clips(x, point.text), point, wanted + torch.tensor([1.0, 2.0]).view(-1, 1, 1, 1, 1), wanted, generator)
+    loss, values = objective.loss(World(), Clips(x, point.prompt), point, wanted + torch.tensor([1.0, 2.0]).view(-1, 1, 1, 1, 1), wanted, generator)
     torch.testing.assert_close(loss, (flow.slope(sigma, 3.0) * torch.tensor([1.0, 4.0])).mean(), rtol=1e-3, atol=0)
     assert values == {} and objective.update(World(), None, generator) == {}

@@ -87,9 +87,9 @@ class Teacher:
         self.student, self.tile = student, student.tile
 
     @torch.no_grad()
-    def __call__(self, latents, timestep, text):
+    def __call__(self, latents, timestep, text, **conditions):
         with base_only(self.student.transformer):
-            return self.student(latents, timestep, text)
+            return self.student(latents, timestep, text, **conditions)
 
 
 class Branch:
@@ -122,8 +122,8 @@ class Branch:
         finally:
             self._use(NAME)
 
-    def __call__(self, latents, timestep, text):
-        return self.student(latents, timestep, text)
+    def __call__(self, latents, timestep, text, **conditions):
+        return self.student(latents, timestep, text, **conditions)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return list(self.weights.values())

@@ -139,6 +139,7 @@ class Family:
         zero_padded: whether text is attended whole, zeros behind it (`encoder_hidden_states`), so that its length counts.
         guidance: arguments of pipelines that ask for further forwards a step, and the value at which they do not; a student has
             guidance folded in.
+        conditions: transformer -> names of the `**conditions` of `inputs` that training has to give it; data/prepare.py writes them.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Family:
     beside: Callable[[nn.Module, Mapping[str, Any]], bool | None] = lambda transformer, arguments: None
     zero_padded: bool = False
     guidance: Mapping[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0, "guidance_scale_2": 1.0})
+    conditions: Callable[[nn.Module], tuple[str, ...]] = lambda transformer: ()
 
     @property
     def flows(self) -> bool:

@@ -108,6 +108,45 @@ def grid(transformer, arguments) -> TokenGrid:
     return patch_grid(arguments["hidden_states"], transformer.config.patch_size)
 
 
+def conditions(transformer) -> tuple[str, ...]:
+    """Of image to video: its channels beside the latents', and in Wan 2.1 CLIP's embeddings. TI2V-5B has neither and serves both."""
+    config = transformer.config
+    further = config.in_channels > (config.out_channels or config.in_channels)
+    return ("image_latents",) * further + ("image_embeds",) * (config.image_dim is not None)
+
+
+def inputs(transformer, latents: Tensor, timestep, text, image_latents=None, image_embeds=None) -> dict:
+    """What WanImageToVideoPipeline calls the transformer with; without images what WanPipeline does.
+
+    image_latents: (B, C′, T, H, W), further channels, the mask and the padded clip of the given frames; or, for a transformer that has
+    none (TI2V-5B), (B, C, 1, H, W), the first frame in place of the latents' own, at timestep 0. image_embeds: (B, n, N, D), of the n
+    given frames.
+    """
+    if timestep is None:
+        return {"hidden_states": latents}
+    if image_latents is not None and transformer.config.in_channels > latents.shape[1]:
+        latents = torch.cat((latents, image_latents.to(latents)), 1)
+    elif image_latents is not None:
+        latents = torch.cat((image_latents.to(latents), latents[:, :, image_latents.shape[2] :]), 2)
+        tokens, given = patch_grid(latents, transformer.config.patch_size), patch_grid(image_latents, transformer.config.patch_size)
+        timestep = timestep[:, None].repeat(1, tokens.num_tokens)
+        timestep[:, : given.num_tokens] = 0
+    call = {"hidden_states": latents, "timestep": timestep, "encoder_hidden_states": text}
+    if image_embeds is not None:
+        call["encoder_hidden_states_image"] = image_embeds.flatten(0, 1)
+    return call
+
+
+def outputs(transformer, sample: Tensor, arguments) -> Tensor:
+    """Velocity; 0 in frames that are given (timestep 0), where the pipeline does not use what the transformer says."""
+    timestep = arguments["timestep"]
+    if timestep.ndim == 1:
+        return sample
+    tokens = grid(transformer, arguments)
+    moving = timestep.unflatten(1, (tokens.t, -1)).amax(2).repeat_interleave(sample.shape[2] // tokens.t, 1) > 0
+    return sample * moving[:, None, :, None, None]
+
+
 def _face_adapters(transformer, run) -> dict:
     """Animate's face adapters, which run between blocks on row-major tokens."""
 
@@ -143,5 +182,5 @@ FAMILIES = (
     Family("wan_animate", (WanAnimateTransformer3DModel,), (_blocks(),), grid, adapt, SHAPE_KEYS, view=_face_adapters, zero_padded=True),
     Family("skyreels_v2", (SkyReelsV2Transformer3DModel,), (_blocks((4, 2)),), grid, adapt, SHAPE_KEYS, refuse=_causal, zero_padded=True),
     Family("chronoedit", (ChronoEditTransformer3DModel,), (_blocks(),), grid, adapt, SHAPE_KEYS, zero_padded=True),
-    Family("wan", (WanTransformer3DModel,), (_blocks(),), grid, adapt, SHAPE_KEYS, zero_padded=True),
+    Family("wan", (WanTransformer3DModel,), (_blocks(),), grid, adapt, SHAPE_KEYS, inputs, outputs, conditions=conditions, zero_padded=True),
 )

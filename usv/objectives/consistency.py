@@ -38,12 +38,12 @@ class ConsistencyObjective(Regression):
 
     def target(self, networks: Networks, point: Point, decisions, generator: torch.Generator) -> torch.Tensor:
         steps, shift = self.settings.solver_steps, self.flow_shift
-        wanted = networks.taught(point.text)(point.x, 1000 * point.sigma)
+        wanted = networks.taught(point.prompt)(point.x, 1000 * point.sigma)
         following = flow.shift_sigma((flow.unshift_sigma(point.sigma, shift) - 1 / steps).clamp_min(0), shift)
         reach = math.ceil(len(networks.edges) / steps)  # so many bins below, which are equal in the solver's time, its step may lead
         below = range(max(0, decisions.bin - reach), decisions.bin)
         rows = {decisions.bin: decisions.rungs} | {bin: networks.rungs_at(networks.edges[bin], generator) for bin in below}
-        return consistency_velocity(networks.sparse_by_bin(point.text, rows), wanted, point.x, point.sigma, following)
+        return consistency_velocity(networks.sparse_by_bin(point.prompt, rows), wanted, point.x, point.sigma, following)
 
     def reference(self, teacher: Velocity, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return flow.velocity_to(x, flow_end(teacher, x, sigma, self.flow_shift, self.settings.solver_steps), sigma)

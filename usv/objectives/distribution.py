@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from usv import flow
-from usv.objectives.protocol import Clips, Forwards, Needs, Networks, Point, Velocity
+from usv.objectives.protocol import Clips, Forwards, Needs, Networks, Point, Prompt, Velocity
 from usv.objectives.regression import Regression, velocity_loss
 from usv.objectives.rollout import random_rollout, rollout
 from usv.objectives.trajectory import flow_end
@@ -63,7 +63,7 @@ class Critic:
     """The network that learns the distribution of the student's samples, with its own optimiser.
 
     Args:
-        model: (latents, timestep, text) -> (velocity, stats), a trainable copy of the teacher.
+        model: (latents, timestep, text, **conditions) -> (velocity, stats), a trainable copy of the teacher.
         lr: of AdamW. flow_shift: of the noise levels it is trained and asked at.
         share: which samples of a global batch this process has. average: takes parameters, makes their gradients the mean over
             processes; every process then holds the same critic. autocast: context of the forward that `update` makes. A
@@ -102,14 +102,14 @@ class Critic:
         finally:
             hook.remove()
 
-    def logits(self, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits(self, x_t: torch.Tensor, sigma: torch.Tensor, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
         """The critic's velocity and the head's logits, of one forward."""
         with self.features() as seen:
-            velocity = self.model(x_t, 1000 * sigma, text)[0]
+            velocity = self.model(x_t, 1000 * sigma, prompt.text, **prompt.conditions)[0]
         return velocity, self.head(seen[0])
 
-    def update(self, x0: torch.Tensor, text: torch.Tensor, generator: torch.Generator, real: torch.Tensor | None = None) -> dict[str, float]:
-        """One step of flow matching on the student's samples x0 (B, …), and of the head on them and on clips real (B, …) of `text`."""
+    def update(self, x0: torch.Tensor, prompt: Prompt, generator: torch.Generator, real: torch.Tensor | None = None) -> dict[str, float]:
+        """One step of flow matching on the student's samples x0 (B, …), and of the head on them and on clips real (B, …) of the same prompt."""
         sigma = self.sigma(len(x0), generator, x0.device)
         x_t, noise = self.noised(x0, sigma, generator)
         self.optimizer.zero_grad(set_to_none=True)
@@ -117,11 +117,11 @@ class Critic:
         with self.active():
             with self.autocast():
                 if self.head is None:
-                    velocity = self.model(x_t, 1000 * sigma, text)[0]
+                    velocity = self.model(x_t, 1000 * sigma, prompt.text, **prompt.conditions)[0]
                     loss = 0.0
                 else:
-                    velocity, fake = self.logits(x_t, sigma, text)
-                    told = self.head_loss(self.logits(self.noised(real, sigma, generator)[0], sigma, text)[1], fake)
+                    velocity, fake = self.logits(x_t, sigma, prompt)
+                    told = self.head_loss(self.logits(self.noised(real, sigma, generator)[0], sigma, prompt)[1], fake)
                     loss, values["loss/head"] = self.weight * told, told.item()
                 matching = velocity_loss(velocity, flow.velocity(x0, noise)).mean()
             (matching + loss).backward()
@@ -130,18 +130,18 @@ class Critic:
         self.optimizer.step()
         return {"loss/critic": matching.item(), **values}
 
-    def loss(self, x0: torch.Tensor, text: torch.Tensor, taught: Velocity, generator: torch.Generator) -> torch.Tensor:
+    def loss(self, x0: torch.Tensor, prompt: Prompt, taught: Velocity, generator: torch.Generator) -> torch.Tensor:
         """Distribution matching of the student's samples x0 (B, …), mean over the batch; taught: the teacher's guided velocity."""
         with torch.no_grad():
             sigma = self.sigma(len(x0), generator, x0.device)
             x_t, _ = self.noised(x0.detach(), sigma, generator)
             wanted = taught(x_t, 1000 * sigma)
             with self.active():
-                theirs = self.model(x_t, 1000 * sigma, text)[0]
+                theirs = self.model(x_t, 1000 * sigma, prompt.text, **prompt.conditions)[0]
             teacher_x0, critic_x0 = (flow.x0_from_velocity(x_t, v.float(), sigma) for v in (wanted, theirs))
         return distribution_matching_loss(x0, teacher_x0, critic_x0).mean()
 
-    def adversarial_loss(self, x0: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def adversarial_loss(self, x0: torch.Tensor, prompt: Prompt, generator: torch.Generator) -> torch.Tensor:
         """The head's opinion of the student's samples x0 (B, …), to be lowered by the student.
 
         The gradient in x0 is taken here, while the critic's weights are in force, and handed on; its graph is gone after that.
@@ -149,7 +149,7 @@ class Critic:
         sigma = self.sigma(len(x0), generator, x0.device)
         sample = x0.detach().requires_grad_(True)
         with self.active(), torch.enable_grad():
-            value = self.sample_loss(self.logits(self.noised(sample, sigma, generator)[0], sigma, text)[1])
+            value = self.sample_loss(self.logits(self.noised(sample, sigma, generator)[0], sigma, prompt)[1])
             (slope,) = torch.autograd.grad(value, sample)
         return value.detach() + ((x0 - x0.detach()) * slope).sum()
 
@@ -193,7 +193,7 @@ class DistributionObjective:
     def samples(self, networks: Networks, clips: Clips, generator: torch.Generator) -> torch.Tensor:
         """x0 (B, …) that the student makes of fresh noise in a random part of its timesteps."""
         noise = flow.normal(clips.latents.shape, generator, networks.share).to(networks.device)
-        student = networks.sparse(clips.text, lambda t: networks.rungs_at(t, generator))
+        student = networks.sparse(clips.prompt, lambda t: networks.rungs_at(t, generator))
         return rollout(student, noise, random_rollout(self.settings.student_timesteps, generator))
 
     def loss(self, networks: Networks, clips: Clips, point: Point, velocity, wanted, generator) -> tuple[torch.Tensor, dict[str, float]]:
@@ -203,11 +203,11 @@ class DistributionObjective:
         total = s.base_weight * regressed
         values["loss/regression"] = regressed.item()
         if s.matching_weight:
-            judged = self.critic.loss(x0, clips.text, networks.taught(clips.text), generator)
+            judged = self.critic.loss(x0, clips.prompt, networks.taught(clips.prompt), generator)
             total = total + s.matching_weight * judged
             values["loss/distribution"] = judged.item()
         if s.adversarial_weight:
-            told = self.critic.adversarial_loss(x0, clips.text, generator)
+            told = self.critic.adversarial_loss(x0, clips.prompt, generator)
             total = total + s.adversarial_weight * told
             values["loss/adversarial"] = told.item()
         return total, values
@@ -218,7 +218,7 @@ class DistributionObjective:
         for _ in range(self.settings.critic_updates):
             with torch.no_grad(), self.critic.autocast():
                 x0 = self.samples(networks, clips, generator)
-            values = self.critic.update(x0, clips.text, generator, clips.latents)
+            values = self.critic.update(x0, clips.prompt, generator, clips.latents)
         return values
 
     def reference(self, teacher: Velocity, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ through `Networks`. It names no optimiser of the student and no policy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -43,16 +43,32 @@ class Forwards:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What clips are asked with: text embeddings (B, L, D), and by name what else their transformer is given (`Family.inputs`), each
+    (B, …): the latents of a first frame, image embeddings."""
+
+    text: torch.Tensor
+    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, rows) -> Prompt:
+        return Prompt(self.text[rows], {name: value[rows] for name, value in self.conditions.items()})
+
+    def split(self, size: int) -> list[Prompt]:
+        """In order, pieces of at most so many clips, as a tensor's split."""
+        return [self[begin : begin + size] for begin in range(0, len(self.text), size)]
+
+
+@dataclass(frozen=True)
 class Clips:
-    """Clean clips of a batch, latents (B, C, T, H, W), and their text embeddings (B, L, D)."""
+    """Clean clips of a batch, latents (B, C, T, H, W), and what they are asked with."""
 
     latents: torch.Tensor
-    text: torch.Tensor
+    prompt: Prompt
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where the student is asked in a step: x (B, …) at noise levels sigma (B,) under text (B, L, D).
+    """Where the student is asked in a step: x (B, …) at noise levels sigma (B,) with a prompt.
 
     level: the noise level whose bin decides the rungs, within the bin of all of sigma. noise: (B, …), what x was made of.
     wanted: the velocity there (B, …), where making the point gave it.
@@ -60,7 +76,7 @@ class Point:
 
     x: torch.Tensor
     sigma: torch.Tensor
-    text: torch.Tensor
+    prompt: Prompt
     noise: torch.Tensor
     level: float
     wanted: torch.Tensor | None = None
@@ -73,19 +89,19 @@ class Networks(Protocol):
     device: torch.device
     share: flow.Share
 
-    def taught(self, text: torch.Tensor) -> Velocity:
+    def taught(self, prompt: Prompt) -> Velocity:
         """The dense teacher's guided velocity."""
 
-    def guided(self, text: torch.Tensor) -> Velocity:
+    def guided(self, prompt: Prompt) -> Velocity:
         """The guide's velocity, under its own plan; without a guide the teacher's."""
 
     def rungs_at(self, timestep: float, generator: torch.Generator) -> tuple:
         """The rungs of a forward of the student at a timestep."""
 
-    def sparse(self, text: torch.Tensor, rungs_at: Callable[[float], tuple]) -> Velocity:
+    def sparse(self, prompt: Prompt, rungs_at: Callable[[float], tuple]) -> Velocity:
         """The student's velocity, under the rungs of each timestep."""
 
-    def sparse_by_bin(self, text: torch.Tensor, rows: Mapping[int, tuple]) -> Velocity:
+    def sparse_by_bin(self, prompt: Prompt, rows: Mapping[int, tuple]) -> Velocity:
         """As `sparse`, for noise levels of several bins in one batch; rows: the rungs of every bin there may be."""
 
 

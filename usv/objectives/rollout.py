@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -44,18 +44,20 @@ def rollout(call: Callable, noise: torch.Tensor, timesteps: Sequence[float]) -> 
 
 @torch.no_grad()
 def teacher_residual(
-    x0, text, empty, teacher, guidance_scale: float, generator: torch.Generator, levels: int = 4, share: flow.Share = flow.Share()
+    x0, text, empty, teacher, guidance_scale: float, generator: torch.Generator, levels: int = 4, share: flow.Share = flow.Share(),
+    conditions: Mapping[str, torch.Tensor] | None = None,
 ) -> float:
     """How far the guided teacher would move samples x0 (B, …): mean ‖x0 − teacher's x0‖² over noise levels 0.3 to 0.9.
 
     A scalar that falls as samples come closer to what the teacher makes; it needs no reference clip. share: of the batch.
+    conditions: what else the teacher is given, by name.
     """
     total = 0.0
     for level in range(levels):
         sigma = torch.full((len(x0),), 0.3 + 0.6 * (level + 0.5) / levels, device=x0.device)
         noise = flow.normal(x0.shape, generator, share).to(x0.device)
         x_t = flow.interpolate(x0, noise, sigma)
-        velocity = guided_velocity(teacher, x_t, 1000 * sigma, text, empty, guidance_scale)
+        velocity = guided_velocity(teacher, x_t, 1000 * sigma, text, empty, guidance_scale, conditions)
         total += float((x0 - flow.x0_from_velocity(x_t, velocity.float(), sigma)).square().mean())
     return total / levels
 

@@ -74,9 +74,9 @@ class TrajectoryObjective(Regression):
         """What the student's own rollout from the batch's noise meets, and the velocity to the end of the guide's flow from there."""
         ladder = random_rollout(self.settings.student_timesteps, generator)
         sigma = torch.full((len(start.noise),), ladder[-1] / 1000, device=networks.device)
-        x = arrive(networks.sparse(start.text, lambda t: networks.rungs_at(t, generator)), start.noise, ladder)
-        x0 = flow_end(networks.guided(start.text), x, sigma, self.flow_shift, self.settings.solver_steps)
-        return Point(x, sigma, start.text, start.noise, float(sigma[0]), flow.velocity_to(x, x0, sigma))
+        x = arrive(networks.sparse(start.prompt, lambda t: networks.rungs_at(t, generator)), start.noise, ladder)
+        x0 = flow_end(networks.guided(start.prompt), x, sigma, self.flow_shift, self.settings.solver_steps)
+        return Point(x, sigma, start.prompt, start.noise, float(sigma[0]), flow.velocity_to(x, x0, sigma))
 
     def target(self, networks: Networks, point: Point, decisions, generator: torch.Generator) -> torch.Tensor:
         return point.wanted

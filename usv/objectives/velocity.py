@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from usv import flow
@@ -13,18 +15,21 @@ from usv.objectives.regression import Regression
 
 
 @torch.no_grad()
-def guided_velocity(teacher, x_t, timestep, text, empty, guidance_scale: float) -> torch.Tensor:
+def guided_velocity(teacher, x_t, timestep, text, empty, guidance_scale: float, conditions: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
     """The teacher's guided velocity, both branches in one batch.
 
     Args:
-        teacher: (latents, timestep, text) -> (velocity, stats), dense.
+        teacher: (latents, timestep, text, **conditions) -> (velocity, stats), dense.
         x_t: (B, C, T, H, W). timestep: (B,). text: (B, L, D). empty: (L, D), the embedding of the empty prompt.
         guidance_scale: w; 1 runs the conditional branch only.
+        conditions: what else both branches are given, (B, …) by name.
     """
+    conditions = conditions or {}
     if guidance_scale == 1.0:
-        return teacher(x_t, timestep, text)[0]
+        return teacher(x_t, timestep, text, **conditions)[0]
     both = torch.cat([text, empty.to(text).expand_as(text)])
-    cond, uncond = teacher(x_t.repeat(2, 1, 1, 1, 1), timestep.repeat(2), both)[0].chunk(2)
+    twice = {name: torch.cat([value, value]) for name, value in conditions.items()}
+    cond, uncond = teacher(x_t.repeat(2, 1, 1, 1, 1), timestep.repeat(2), both, **twice)[0].chunk(2)
     return uncond + guidance_scale * (cond - uncond)
 
 
@@ -35,7 +40,7 @@ class VelocityObjective(Regression):
     reads = ("student_timesteps",)
 
     def target(self, networks: Networks, point: Point, decisions, generator: torch.Generator) -> torch.Tensor:
-        return networks.taught(point.text)(point.x, 1000 * point.sigma)
+        return networks.taught(point.prompt)(point.x, 1000 * point.sigma)
 
     def weight(self, sigma: torch.Tensor) -> torch.Tensor:
         return flow.slope(sigma, self.flow_shift)

@@ -245,6 +245,11 @@ def _students(pipe: DiffusionPipeline, checkpoint) -> tuple[Student, ...]:
     for student, expert in zip(students, EXPERTS if len(bases) == 2 else (None,)):
         if (found := student.sampling.get("expert")) != expert:
             raise CheckpointError(f"enable: got a student of the expert {found} for the expert {expert}, accepted: one of its own")
+    own = before.original_class if isinstance(before, Enabled) else type(pipe)
+    takes, words = "image" in inspect.signature(own.__call__).parameters, ("text to video", "image to video")
+    for student in students:  # of one transformer that serves both (TI2V-5B); others differ in their channels
+        if (found := student.sampling.get("image")) not in (None, takes):
+            raise CheckpointError(f"enable: got a student of {words[bool(found)]} for a {own.__name__}, accepted: one of {words[takes]}, with which it was trained")
     if len(bases) == 2:
         boundaries = [pipe.config.boundary_ratio, *(student.sampling.get("boundary") for student in students)]
         sizes = [[student.sampling.get(key) for key in ("height", "width", "num_frames")] for student in students]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
 
@@ -20,8 +21,10 @@ from usv.sampling.patterns import transformers_of
 from usv.sampling.record import numbers_of, pipeline_index
 from usv.sampling.sampler import with_shift
 
+IMAGE_TO_VIDEO = "WanImageToVideoPipeline"  # by name: its file, once imported, says that CLIP's image processor would like torchvision
 # A codec that keeps every frame makes diffusers say, for each call, that it rounds a number of frames it does not change.
-logging.getLogger("diffusers.pipelines.wan.pipeline_wan").addFilter(lambda record: "divisible by 1." not in record.getMessage())
+for name in ("pipeline_wan", "pipeline_wan_i2v"):
+    logging.getLogger(f"diffusers.pipelines.wan.{name}").addFilter(lambda record: "divisible by 1." not in record.getMessage())
 
 
 @dataclass
@@ -42,7 +45,8 @@ def load_pipeline(
     path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", text: bool = True, expert: str | None = None,
     kind: type[DiffusionPipeline] = WanPipeline,
 ) -> DiffusionPipeline:  # fmt: skip
-    """A folder or hub id in diffusers' format as a WanPipeline; without `text` it has no text encoder and takes embeddings.
+    """A folder or hub id in diffusers' format as a WanPipeline, or the WanImageToVideoPipeline that it says it is; without `text` it has no text
+    and image encoders and takes embeddings.
 
     expert: high | low, of two transformers the one to load, as if it were the only one. kind: DiffusionPipeline for the class that the
     folder itself names, of any family.
@@ -51,6 +55,8 @@ def load_pipeline(
     """
     without = {} if text else {"text_encoder": None, "tokenizer": None}
     without |= {"high": {"transformer_2": None}, "low": {"transformer": None}, None: {}}[expert]
+    if kind is WanPipeline and says_image_to_video(path):
+        kind, without = getattr(diffusers, IMAGE_TO_VIDEO), without | ({} if text else {"image_encoder": None, "image_processor": None})
     if kind is not WanPipeline:  # of parts that a folder was saved without diffusers wants to be told
         without |= {name: None for name, entry in pipeline_index(path).items() if entry == [None, None]}
     for file in Path(path).glob("transformer*/config.json"):
@@ -62,8 +68,9 @@ def load_pipeline(
             f"model.path={path}: no {'Wan ' if kind is WanPipeline else ''}pipeline could be loaded ({str(error).splitlines()[0][:200]}); give a diffusers folder or a "
             "reachable hub id, or use the embedded default model.path=data/wan-mini"
         ) from None
-    if pipe.vae is not None and pipe.vae.dtype != torch.float32:
-        pipe.vae.to(torch.float32)
+    for part in (pipe.vae, getattr(pipe, "image_encoder", None)):  # as the models' cards run them
+        if part is not None and part.dtype != torch.float32:
+            part.to(torch.float32)
     if expert == "low":
         pipe.transformer, pipe.transformer_2 = pipe.transformer_2, None
     if expert is not None:
@@ -72,6 +79,14 @@ def load_pipeline(
         single_precision_rope(transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def says_image_to_video(path: str) -> bool:
+    """Whether a folder or hub id names the image-to-video pipeline as its own; False where nothing can be read, which loading it will say."""
+    try:
+        return DiffusionPipeline.load_config(path).get("_class_name") == IMAGE_TO_VIDEO
+    except (OSError, ValueError):
+        return False
 
 
 def prompts_of(path: Path, option: str) -> list[str]:
@@ -122,19 +137,28 @@ def generated(
     embeds: torch.Tensor | None = None,
     empty: torch.Tensor | None = None,
     decoder: TinyDecoder | None = None,
+    images: Sequence = (),
+    conditions: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[Generation]:
     """One video for each (prompt, seed), a batch at a time; the start noise depends on the seed alone, not on batching or method.
 
     embeds (N, L, D) and empty (L, D): embeddings of the prompts and of the empty one, instead of asking the text encoder.
+    images: of image to video, PIL or (1, 3, H, W) in [0, 1]: the first frame, or the first and the last, of all videos. conditions: instead
+    of images what data/prepare.py made of them, (N, …) by name; videos are then made one by one.
     decoder: instead of the VAE's (usv/sampling/decoder.py). guidance_scale None: the model's own for a dense pipeline, for an enabled one 1, or what a router's student was recorded with. A prompt that is cut is named, on stderr.
     """
     enabled = isinstance(getattr(pipe, "_usv", None), Enabled)  # a training-free pattern keeps the model's guidance
     own = pipe._usv.student.sampling.get("guidance_scale", 1.0) if enabled else model.guidance_scale
     scale = guidance_scale if guidance_scale is not None else own
     steps = num_inference_steps or model.num_inference_steps
+    if conditions:
+        images, batch_size = [torch.zeros(1, 3, model.height, model.width)], 1
+    else:
+        check_images(pipe, images)
     for start in range(0, len(prompts), batch_size):
         texts, numbers = list(prompts[start : start + batch_size]), seeds[start : start + batch_size]
-        with nullcontext() if enabled else levels_of(pipe, model):  # a student has brought its own
+        given = prepared(pipe, {name: value[start] for name, value in conditions.items()}) if conditions else nullcontext()
+        with given, nullcontext() if enabled else levels_of(pipe, model):  # a student has brought its own
             begun = now()
             if embeds is None:
                 say_cut(pipe, texts, model.max_sequence_length)
@@ -149,7 +173,7 @@ def generated(
                 prompt_embeds=positive, negative_prompt_embeds=negative, height=model.height, width=model.width,
                 num_frames=model.num_frames if enabled else frames_argument(pipe, model.num_frames), num_inference_steps=steps, guidance_scale=scale,
                 generator=[torch.Generator().manual_seed(int(n)) for n in numbers], output_type="latent",
-                max_sequence_length=model.max_sequence_length,
+                max_sequence_length=model.max_sequence_length, **dict(zip(("image", "last_image"), images)),
             ).frames  # fmt: skip
             denoised = now()
             videos = decode(pipe, latents, decoder).cpu()
@@ -157,6 +181,44 @@ def generated(
         if progress is not None:
             progress.update(len(texts))
         yield Generation(videos, seconds, steps * (2 if scale > 1 else 1))
+
+
+def takes_image(pipe: DiffusionPipeline) -> bool:
+    """Whether its videos begin with a given frame."""
+    return any(cls.__name__ == IMAGE_TO_VIDEO for cls in type(pipe).__mro__)
+
+
+def check_images(pipe: DiffusionPipeline, images: Sequence) -> None:
+    """SettingError where the pipeline is given other frames (first, last) than it makes videos of."""
+    got = ("none", "the first frame", "the first and the last frame")[len(images)]
+    if not takes_image(pipe):
+        accepted = ("none",)
+    else:
+        config = transformers_of(pipe)["transformer"].config
+        first_only = pipe.config.expand_timesteps or (config.image_dim is not None and config.pos_embed_seq_len is None)
+        accepted = ("the first frame",) if first_only else ("the first and the last frame",) if config.pos_embed_seq_len is not None else (
+            "the first frame", "the first and the last frame")  # fmt: skip
+    if got not in accepted:
+        raise SettingError(f"image, last_image: got {got} for a {type(pipe).__name__} of this model, accepted: {' or '.join(accepted)}")
+
+
+@contextmanager
+def prepared(pipe: DiffusionPipeline, conditions: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """An image-to-video pipeline with one clip's conditions, as data/prepare.py made them by the pipeline's own methods, whatever image it is called with."""
+    own = pipe.prepare_latents
+
+    def prepare_latents(*args, **kwargs):
+        noise, made, *mask = own(*args, **kwargs)
+        return noise, conditions["image_latents"][None].to(made), *mask
+
+    pipe.prepare_latents = prepare_latents
+    if "image_embeds" in conditions:
+        pipe.encode_image = lambda image, device=None: conditions["image_embeds"].to(device)
+    try:
+        yield
+    finally:
+        for name in ("prepare_latents", "encode_image"):
+            vars(pipe).pop(name, None)
 
 
 SAID: set[tuple[str, int]] = set()  # prompts already named: methods are compared on the same ones

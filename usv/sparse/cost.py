@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from usv.sparse.grid import TileLayout
 from usv.sparse.plan import RUNGS, LayerPlan, Rung, SparsityPlan, layer_plan, merged_tokens
 
+IMAGE_TOKENS = 257  # of CLIP ViT-H/14
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -34,6 +36,8 @@ class ModelShape:
         heads = config["num_attention_heads"]
         dim = heads * config["attention_head_dim"]
         ffn = config.get("ffn_dim") or int(dim * (config.get("mlp_ratio") or 4))
+        if config.get("image_dim"):  # image embeddings are attended beside the text
+            text_length += config.get("pos_embed_seq_len") or IMAGE_TOKENS
         return cls(dim, heads, ffn, config["num_layers"] + (config.get("num_single_layers") or 0), text_length, joint)
 
 

@@ -13,6 +13,7 @@ from usv import flow
 from usv.config import ObjectiveConfig, SettingError, TrainConfig
 from usv.files import reason_of
 from usv.models import lora
+from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
 from usv.models.protocol import sides_of
 from usv.objectives.distribution import Critic, Head
@@ -22,6 +23,7 @@ from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
 from usv.sampling.budget import shape_of
 from usv.sampling.checkpoint import Student, load_student
+from usv.sampling.generate import takes_image
 from usv.sparse.cost import ModelShape, rung_costs
 from usv.sparse.grid import Tile, tile_layout
 from usv.sparse.measured import device_name, read_costs
@@ -33,6 +35,8 @@ from usv.training.feasible import check_density, check_sharing, check_size
 from usv.training.ranks import Ranks
 from usv.training.run import Run
 from usv.training.shards import find_shards
+
+IMAGE_TEXT = 512  # tokens of the text beside image embeddings, in diffusers' Wan attention
 
 
 def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
@@ -63,6 +67,7 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
         run.teacher.sequence_group = ranks.sequence
     if config.optim.accumulate > 1 and run.objective.needs.critic:
         raise SettingError(f"optim.accumulate: got {config.optim.accumulate}, accepted: 1 with an objective that trains a critic, which learns from all clips of a step at once")
+    run.conditions = conditions_of(run, config)
     run.num_layers = student.num_layers
     latent_shape = _latent_shape(run.pipe, m)
     layout = tile_layout(student.grid_of(latent_shape), tile)
@@ -94,6 +99,22 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     return run
 
 
+def conditions_of(run: Run, config: TrainConfig) -> tuple[str, ...]:
+    """What the transformer is given beside the text, by name: its family says it, of TI2V-5B the pipeline that its folder names.
+    SettingError for what cannot be trained with them."""
+    transformer = run.pipe.transformer
+    names = family_of(transformer).conditions(transformer)
+    length, by_timestep = config.model.max_sequence_length, takes_image(run.pipe) and "image_latents" not in names
+    if "image_embeds" in names and length != IMAGE_TEXT:
+        raise SettingError(f"model.max_sequence_length: got {length}, accepted: {IMAGE_TEXT} for a model of image embeddings, which are told from the text by it")
+    if by_timestep and run.objective.few_steps:
+        raise SettingError(
+            f"objective: got {config.objective.name} for a first frame that is given by its timesteps (TI2V-5B), accepted: velocity; the others "
+            "take what is said of that frame for a part of the video"
+        )
+    return names + ("image_latents",) * by_timestep
+
+
 def open_data(run: Run, config: TrainConfig, student: SparseTransformer, latent_shape: tuple[int, ...]) -> None:
     """Training and held-out clips. With folders of several sizes every batch has one; costs and validation are at the configured one."""
     d, ranks = config.data, run.ranks
@@ -101,6 +122,7 @@ def open_data(run: Run, config: TrainConfig, student: SparseTransformer, latent_
     run.data = open_shards(
         source, run.clips_a_step, weights=weights, latent_shape=latent_shape, model=config.model.path,
         text_length=config.model.max_sequence_length, fps=config.model.fps, seed=config.seed, rank=run.share.rank, world_size=run.share.world, drop_text=d.drop_text,
+        conditions=run.conditions,
     )  # fmt: skip
     for shape in run.data.shapes:
         grid = student.grid_of(shape)
@@ -114,7 +136,7 @@ def open_data(run: Run, config: TrainConfig, student: SparseTransformer, latent_
         print(f"validation: {clips} clips, data.validation_clips={d.validation_clips} were asked for; the split val has no more")
     run.validation = ShardDataset(
         held_out, min(clips, d.validation_clips), split="val", drop_text=0.0, shuffle=False, repeat=False,
-        latent_shape=latent_shape, model=config.model.path,
+        latent_shape=latent_shape, model=config.model.path, conditions=run.conditions,
     )  # fmt: skip
     next(iter(run.validation))  # a held-out clip that cannot be used shows now, not at the first validation
 

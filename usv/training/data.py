@@ -18,7 +18,17 @@ from pathlib import Path
 import torch
 
 from usv.training.remote import DataError, fetched
-from usv.training.shards import REMEDY, check_use, common_form, find_shards, read_empty, read_sample, scan, unusable
+from usv.training.shards import (
+    REMEDY,
+    asked_conditions,
+    check_use,
+    common_form,
+    find_shards,
+    read_empty,
+    read_sample,
+    scan,
+    unusable,
+)
 
 DROP_SEED = 0x5EED  # separates the stream of caption dropping from that of the order
 
@@ -44,11 +54,12 @@ class ShardDataset:
         cache_bytes: decoded samples are kept in memory up to this size.
         weights: one for each entry of a list `source`: its share of an epoch, whatever its size. None: all samples once.
         cache_folder: where remote shards are fetched to.
+        conditions: what else than text the model is given (`Family.conditions`): refused where the data holds none.
 
     A batch is a dict: `latents` (B, C, T, h, w) float32, normalised as the transformer takes them; `text` (B, L, D)
     float32, zero rows beyond each caption's end; `captions`, list of B, "" where dropped; `index` (B,) int64, number of
-    each sample; `subject`, `motion` (B,) int64 where all of the batch have them as whole numbers. `text` is missing where data was made
-    without it.
+    each sample; `conditions`, those asked for, if any, by name, each (B, …) float32; `subject`, `motion` (B,) int64 where all of the batch
+    have them as whole numbers. `text` is missing where data was made without it.
 
     Raises DataError: nothing found, unfinished folder, unknown split, other model or latent shape, damaged shard.
     """
@@ -71,6 +82,7 @@ class ShardDataset:
         cache_bytes: int = 1 << 30,
         weights: Sequence[float] | None = None,
         cache_folder: str | Path = "data/cache/shards",
+        conditions: Sequence[str] = (),
     ):
         if batch_size < 1 or not 0 <= rank < world_size:
             raise DataError(f"got batch_size={batch_size}, rank={rank}, world_size={world_size}: need batch_size >= 1 "
@@ -83,6 +95,7 @@ class ShardDataset:
         self.latent_shape, self.text_length, self.text_dim = common_form(indices)
         self.shapes = [self.latent_shape]
         folder = next(iter(indices))
+        self.conditions = {name: tuple(shape) for name, shape in asked_conditions(indices, conditions).items()}
         check_use(indices, model, latent_shape=latent_shape, max_sequence_length=text_length, fps=fps)
         self.empty = None if self.text_dim is None else _pad(read_empty(folder, self.text_length, self.text_dim), self.text_length)
         self._ends = torch.tensor([shard.count for shard in self.shards]).cumsum(0)
@@ -165,8 +178,8 @@ class ShardDataset:
         mixed = torch.cat(parts)
         return mixed[torch.randperm(len(mixed), generator=_generator(self.seed, epoch))]
 
-    def sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None, dict]:
-        """Sample number `index`: latents (C, T, h, w) as stored, text (n, D) unpadded or None, and its json."""
+    def sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None, dict, dict[str, torch.Tensor]]:
+        """Sample number `index`: latents (C, T, h, w) as stored, text (n, D) unpadded or None, its json, and the conditions asked for."""
         if index in self._cache:
             return self._cache[index]
         number = int(torch.searchsorted(self._ends, index, right=True))
@@ -177,36 +190,44 @@ class ShardDataset:
             self._members[number] = scan(shard, self._files[number])
         tensors, info = read_sample(self._files[number], self._members[number][row])
         latents, text = tensors.get("latents"), tensors.get("text")
+        given = {name: tensors.get(name) for name in self.conditions}
         if latents is None or tuple(latents.shape) != self.latent_shape:
             found = None if latents is None else tuple(latents.shape)
             raise DataError(f"{shard.path}: sample {row} has latents {found}, index.json says {self.latent_shape}; "
                             + REMEDY)  # fmt: skip
         if self.text_dim is not None and (text is None or text.ndim != 2 or text.shape[1] != self.text_dim):
             raise DataError(f"{shard.path}: sample {row} lacks text embeddings of width {self.text_dim}; " + REMEDY)
-        if wrong := unusable(latents, text if self.text_dim is not None else None, info, self.text_length):
+        for name, shape in self.conditions.items():
+            if given[name] is None or tuple(given[name].shape) != shape:
+                found = None if given[name] is None else tuple(given[name].shape)
+                raise DataError(f"{shard.path}: sample {row} has {name} {found}, index.json says {shape}; {REMEDY}")
+        if wrong := unusable({"latents": latents, "text": text if self.text_dim is not None else None, **given}, info, self.text_length):
             raise DataError(f"{shard.path}: sample {row} {wrong}; {REMEDY}")
-        size = sum(t.nbytes for t in (latents, text) if t is not None)
+        size = sum(t.nbytes for t in (latents, text, *given.values()) if t is not None)
         if size <= self._cache_left:
-            self._cache[index] = latents, text, info
+            self._cache[index] = latents, text, info, given
             self._cache_left -= size
-        return latents, text, info
+        return latents, text, info, given
 
     def _batch(self, epoch: int, position: int) -> dict:
-        latents, texts, infos, numbers = [], [], [], []
+        latents, texts, conditions, infos, numbers = [], [], [], [], []
         first = position + self.rank * self.batch_size
         for slot in range(first, first + self.batch_size):
             order, dropped = self.order(epoch + slot // self.num_samples)
             index = int(order[slot % self.num_samples])
-            x, text, info = self.sample(index)
+            x, text, info, given = self.sample(index)
             if dropped[index]:
                 text, info = self.empty, {**info, "caption": ""}
             latents.append(x.float())  # before they are stacked: autocast to bf16 on a CPU refuses to stack fp16
             texts.append(text)
+            conditions.append(given)
             infos.append(info)
             numbers.append(index)
         batch = {"latents": torch.stack(latents), "captions": [info["caption"] for info in infos]}
         if self.text_dim is not None:
             batch["text"] = torch.stack([_pad(text, self.text_length) for text in texts])
+        if self.conditions:
+            batch["conditions"] = {name: torch.stack([given[name].float() for given in conditions]) for name in self.conditions}
         batch["index"] = torch.tensor(numbers)
         for label in ("subject", "motion"):
             # people's own labels may be anything; only CameraMotion's are numbers of a class

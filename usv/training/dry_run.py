@@ -37,6 +37,7 @@ GPUS = {
 TEXT_ENCODER = dict(
     vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
 )  # UMT5-XXL, which all Wan models share
+IMAGE_ENCODER = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14)  # CLIP ViT-H/14, of Wan 2.1's image to video
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def meta_transformer(config: TrainConfig) -> torch.nn.Module:
 
 
 def count_parameters(config: TrainConfig) -> dict[str, int]:
-    """Parameters of transformer, coarse gates, text encoder and VAE, on the meta device: no memory, no weights."""
+    """Parameters of transformer, coarse gates, text and image encoder and VAE, on the meta device: no memory, no weights."""
     import diffusers
-    from transformers import UMT5Config, UMT5EncoderModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
     folder = Path(config.model.path)
     c = config.model.codec
@@ -104,6 +105,8 @@ def count_parameters(config: TrainConfig) -> dict[str, int]:
     wan = config.model.vae == "AutoencoderKLWan"
     networks = {"transformer": meta_transformer(config)}
     with torch.device("meta"):
+        if getattr(networks["transformer"].config, "image_dim", None) is not None:
+            networks["image encoder"] = CLIPVisionModel(CLIPVisionConfig(**IMAGE_ENCODER))
         if wan:  # no other family's is loaded in training
             networks["text encoder"] = UMT5EncoderModel(UMT5Config(**encoder))
         networks["VAE"] = getattr(diffusers, config.model.vae).from_config(vae if wan else {})
@@ -213,6 +216,7 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
         ),
         Role("policy", cells, cells, where="CPU"),
         Role("text encoder", counts.get("text encoder", 0), where="not loaded: embeddings are in the shards"),
+        *([Role("image encoder", counts["image encoder"], where="not loaded: embeddings are in the shards")] if "image encoder" in counts else ()),
         Role("VAE", counts["VAE"], weights=4 * counts["VAE"])
         if config.model.vae == "AutoencoderKLWan"
         else Role("VAE", counts["VAE"], where="not loaded: validation of this family makes no videos"),

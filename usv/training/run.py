@@ -20,7 +20,7 @@ from usv.files import write_text
 from usv.models import lora
 from usv.models.forward import SparseTransformer
 from usv.objectives import make_objective
-from usv.objectives.protocol import Clips, Point
+from usv.objectives.protocol import Clips, Point, Prompt
 from usv.objectives.velocity import guided_velocity
 from usv.policy import Decisions
 from usv.policy.content import content_of
@@ -114,6 +114,7 @@ class Run:
         self.wanted = [0.0, 0]  # mean square of what the student is to give, over so many steps: the unit of damages
         self.dialled: dict[int, SparsityPlan] = {}  # plans of a dial's budgets, once the damages are fixed
         self.skipped, self.skipped_in_a_row, self.saved = 0, 0, None  # saved: the step that stands on the disk
+        self.conditions: tuple[str, ...] = ()  # what the transformer is given beside the text, by name
         self.objective = make_objective(config.objective, config.model.flow_shift)
 
     @property
@@ -133,15 +134,19 @@ class Run:
 
     def clips(self, batch: dict) -> Clips:
         """A batch of the data on this device."""
-        return Clips(batch["latents"].to(self.device), batch["text"].to(self.device))
+        return Clips(batch["latents"].to(self.device), self.prompt(batch))
+
+    def prompt(self, batch: dict) -> Prompt:
+        """What the clips of a batch are asked with, on this device."""
+        return Prompt(batch["text"].to(self.device), {name: value.to(self.device) for name, value in batch.get("conditions", {}).items()})
 
     def parts(self, clips: Clips, point: Point) -> Iterator[tuple[Clips, Point]]:
         """A step's clips and its point in `optim.accumulate` equal parts."""
         for begin in range(0, len(point.x), self.clips_at_once):
             rows = slice(begin, begin + self.clips_at_once)
-            of = {name: getattr(point, name)[rows] for name in ("x", "sigma", "text", "noise")}
+            of = {name: getattr(point, name)[rows] for name in ("x", "sigma", "prompt", "noise")}
             wanted = None if point.wanted is None else point.wanted[rows]
-            yield Clips(clips.latents[rows], clips.text[rows]), replace(point, **of, wanted=wanted)
+            yield Clips(clips.latents[rows], clips.prompt[rows]), replace(point, **of, wanted=wanted)
 
     def record(self) -> Record:
         run = self
@@ -196,12 +201,12 @@ class Run:
         bin = bin_of(timestep, self.edges)
         return self.frozen().rungs[bin] if self.plan is not None else self.policy.decide(bin, generator).rungs
 
-    def sparse(self, text: torch.Tensor, rungs_at):
-        """(x, timestep (B,)) -> the student's velocity for text (B, L, D); rungs_at: timestep -> the rungs it runs under."""
+    def sparse(self, prompt: Prompt, rungs_at):
+        """(x, timestep (B,)) -> the student's velocity for a prompt; rungs_at: timestep -> the rungs it runs under."""
         impl = self.config.attention.impl
-        return lambda x, t: self.student(x, t, text, rungs_at(float(t[0])), None, impl)[0]
+        return lambda x, t: self.student(x, t, prompt.text, rungs_at(float(t[0])), None, impl, **prompt.conditions)[0]
 
-    def sparse_by_bin(self, text: torch.Tensor, rows: Mapping[int, tuple]):
+    def sparse_by_bin(self, prompt: Prompt, rows: Mapping[int, tuple]):
         """As `sparse`, for noise levels of a few bins in one batch: each clip under the row of its own; rows: of every bin there may be."""
 
         def call(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -210,24 +215,24 @@ class Run:
             for bin, row in rows.items():
                 here = torch.tensor([i for i, b in enumerate(bins) if b == bin], device=x.device, dtype=torch.long)
                 if len(here):
-                    velocity[here] = self.sparse(text[here], lambda _: row)(x[here], t[here]).to(velocity)
+                    velocity[here] = self.sparse(prompt[here], lambda _: row)(x[here], t[here]).to(velocity)
                 elif self.share.world > 1:  # with weights spread over ranks all must run a forward if one does
-                    self.sparse(text[:1], lambda _: row)(x[:1], t[:1])
+                    self.sparse(prompt[:1], lambda _: row)(x[:1], t[:1])
             return velocity
 
         return call
 
-    def taught(self, text: torch.Tensor):
-        """(x, timestep (B,)) -> the dense teacher's guided velocity for text (B, L, D); of a router its velocity, since guidance stays outside."""
+    def taught(self, prompt: Prompt):
+        """(x, timestep (B,)) -> the dense teacher's guided velocity for a prompt; of a router its velocity, since guidance stays outside."""
         scale = 1.0 if self.router else self.config.model.guidance_scale
-        return lambda x, t: guided_velocity(self.teacher, x, t, text, self.empty, scale)
+        return lambda x, t: guided_velocity(self.teacher, x, t, prompt.text, self.empty, scale, prompt.conditions)
 
-    def guided(self, text: torch.Tensor):
+    def guided(self, prompt: Prompt):
         """The same of the guide (`objective.guide`, else `objective.init` as it was) under its own plan; without one the teacher's."""
         if self.guide is None:
-            return self.taught(text)
+            return self.taught(prompt)
         impl = self.config.attention.impl
-        return lambda x, t: self.guide.model(x, t, text, self.guide.plan.at(float(t[0])), impl=impl)[0]
+        return lambda x, t: self.guide.model(x, t, prompt.text, self.guide.plan.at(float(t[0])), impl=impl, **prompt.conditions)[0]
 
     def decides_steps(self) -> bool:
         """Whether the policy is still learning which steps run."""
@@ -314,6 +319,8 @@ class Run:
             "height": m.height, "width": m.width, "num_frames": m.num_frames, "num_inference_steps": m.num_inference_steps,
             "max_sequence_length": m.max_sequence_length, "flow_shift": m.flow_shift, "guidance_scale" if self.router else "guidance_folded_in": m.guidance_scale,
         }  # fmt: skip
+        if model.family.name == "wan":
+            sampling["image"] = "image_latents" in self.conditions
         if m.expert is not None:
             sampling |= {"expert": m.expert, "boundary": m.boundary}
         if steps := plan.student_timesteps() or list(self.config.objective.student_timesteps):

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,12 +121,30 @@ def _odd_entry(index: dict) -> str | None:
         return f"text_dim is {str(index.get('text_dim', 'missing'))[:80]}"
     if not isinstance(index.get("model"), dict) or not all(v is None or isinstance(v, str) for v in index["model"].values()):
         return f"model is {str(index.get('model'))[:80]}"
+    given = index.get("conditions", {})
+    shaped = lambda shape: isinstance(shape, list) and 1 <= len(shape) <= 4 and all(whole(n, 1 << 20) and n for n in shape)  # noqa: E731
+    if not isinstance(given, dict) or not all(map(shaped, given.values())):
+        return f"conditions is {str(given)[:80]}"
     if not isinstance(splits, dict) or not all(isinstance(part, dict) and isinstance(part.get("shards"), dict) for part in splits.values()):
         return f"splits is {str(splits)[:80]}"
     for name, count in ((name, count) for part in splits.values() for name, count in part["shards"].items()):
         if not name.endswith(".tar") or {"/", "\\", "\0"} & set(name) or not whole(count, 1 << 40):
             return f"it names the shard {name[:80]!r} of {str(count)[:20]} samples"
     return None
+
+
+def asked_conditions(indices: dict[Path, dict], names: Sequence[str]) -> dict[str, list[int]]:
+    """Shapes of the conditions of these names, a sample's. DataError where a folder was made without one."""
+    for folder, index in indices.items():
+        if missing := [name for name in names if name not in index.get("conditions", {})]:
+            raise DataError(
+                f"{folder} holds no {' and no '.join(missing)}, which this run's model is given beside the text; prepare the clips again with "
+                "data/prepare.py --model FOLDER of that model, a WanImageToVideoPipeline"
+            )
+        shapes = {name: index["conditions"][name] for name in names}
+        if shapes != (wanted := {name: next(iter(indices.values()))["conditions"][name] for name in names}):
+            raise DataError(f"{next(iter(indices))} and {folder} cannot be mixed: conditions are {wanted} in one and {shapes} in the other; prepare both with the same settings")
+    return shapes
 
 
 def check_use(indices: dict[Path, dict], model: str | Path | None, **wanted) -> None:
@@ -152,7 +171,8 @@ def check_use(indices: dict[Path, dict], model: str | Path | None, **wanted) -> 
 
 def _check_model(folder, index: dict, used: dict, model: str | Path) -> None:
     written = index["model"]
-    needed = [part for part, value in used.items() if value and (part == "vae" or index["text_dim"] is not None)]
+    held = {"vae": True, "text_encoder": index["text_dim"] is not None, "image_encoder": "image_embeds" in index.get("conditions", {})}
+    needed = [part for part, value in used.items() if value and held[part]]
     if unsaid := [part for part in needed if not written.get(part)]:
         raise DataError(f"{folder}: its index.json does not say which {' and '.join(unsaid)} it was written with, so they cannot be compared with {model}; "
                         f"prepare the data again with --model {model}")  # fmt: skip
@@ -163,13 +183,15 @@ def _check_model(folder, index: dict, used: dict, model: str | Path) -> None:
 
 
 def model_identity(folder: str | Path) -> dict[str, str | None]:
-    """What latents and text embeddings depend on, as hashes: `vae` and `text_encoder` (None where the folder has none).
+    """What latents and embeddings depend on, as hashes: `vae`, `text_encoder` (None where the folder has none) and, where it has one, `image_encoder`.
 
     A hash covers the configuration (latents_mean and latents_std are in the VAE's) and, of every weight file, its size
     and first and last MiB: enough to tell two trainings apart without reading 20 GB.
     """
     folder = Path(folder)
     parts = {"vae": ["vae"], "text_encoder": ["text_encoder", "tokenizer"]}
+    if (folder / "image_encoder" / "config.json").exists():
+        parts["image_encoder"] = ["image_encoder", "image_processor"]
     return {name: _identity([folder / f for f in folders]) for name, folders in parts.items()}
 
 
@@ -182,7 +204,7 @@ def _identity(folders: list[Path]) -> str | None:
     config = {k: v for k, v in config.items() if not k.startswith("_") and k not in ignored}
     digest.update(json.dumps(config, sort_keys=True).encode())
     for folder in folders:
-        patterns = ("*.safetensors", "spiece.model", "tokenizer.json")
+        patterns = ("*.safetensors", "spiece.model", "tokenizer.json", "preprocessor_config.json")
         for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
             size, chunk = path.stat().st_size, 1 << 20
             digest.update(str(size).encode())
@@ -217,14 +239,14 @@ def scan(shard: Shard, file: Path) -> list[tuple[int, int, int, int]]:
     return samples
 
 
-def unusable(latents: torch.Tensor, text: torch.Tensor | None, info, length: int) -> str | None:
-    """Why a sample cannot be trained on; None where it can."""
-    for name, tensor in (("latents", latents), ("text", text)):
+def unusable(tensors: Mapping[str, torch.Tensor | None], info, length: int) -> str | None:
+    """Why a sample of these tensors, latents, text (None: not asked for) and conditions, cannot be trained on; None where it can."""
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"has {name} of {tensor.dtype}, accepted: float16, bfloat16 or float32"
         if tensor is not None and not torch.isfinite(tensor).all():
             return f"has {name} that are not finite"
-    if text is not None and len(text) > length:
+    if (text := tensors["text"]) is not None and len(text) > length:
         return f"has text of {len(text)} tokens, index.json says at most {length}"
     if not isinstance(info, dict) or not isinstance(info.get("caption"), str):
         return "has no caption"

@@ -10,6 +10,7 @@ import torch
 from usv import flow
 from usv.metrics import flicker, psnr, subject_consistency
 from usv.models import lora
+from usv.objectives.protocol import Prompt
 from usv.objectives.regression import velocity_loss
 from usv.sampling.checkpoint import Student
 from usv.sampling.enable import disable, enable
@@ -24,7 +25,7 @@ from usv.video import contact_sheet, magnified, write_mp4
 
 @torch.no_grad()
 def references(run: Run) -> list[tuple]:
-    """Held-out inputs and what is wanted there: (name, x_t, timestep, text, wanted), one a noise level, made once.
+    """Held-out inputs and what is wanted there: (name, x_t, timestep, prompt, wanted), one a noise level, made once.
 
     A few-step student is asked at its own timesteps, in every bin while its policy still learns which those are. Clips, noise and
     timesteps are the same for every call, method and run.
@@ -34,7 +35,7 @@ def references(run: Run) -> list[tuple]:
     if getattr(run, "asked_at", None) != ladder:
         run.references, run.asked_at = [], ladder
         batch = next(iter(run.validation))
-        x0, text = batch["latents"].to(run.device), batch["text"].to(run.device)
+        x0, prompt = batch["latents"].to(run.device), run.prompt(batch)
         places = (torch.arange(len(x0)) + 0.5) / len(x0)
         for index in range(len(ladder or run.edges)):
             generator = torch.Generator().manual_seed(index)
@@ -42,13 +43,13 @@ def references(run: Run) -> list[tuple]:
             sigma = sigma.to(run.device)
             x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator).to(run.device), sigma)
             with alone(getattr(run.teacher, "student", run.teacher)):  # only rank 0 is here
-                wanted = torch.cat([run.objective.reference(run.taught(words), x, s) for x, s, words in parts(run, x_t, sigma, text)])
-            run.references.append((f"t_{ladder[index]:.0f}" if ladder else f"bin_{index}", x_t, 1000 * sigma, text, wanted))
+                wanted = torch.cat([run.objective.reference(run.taught(asked), x, s) for x, s, asked in parts(run, x_t, sigma, prompt)])
+            run.references.append((f"t_{ladder[index]:.0f}" if ladder else f"bin_{index}", x_t, 1000 * sigma, prompt, wanted))
     return run.references
 
 
-def parts(run: Run, *tensors: torch.Tensor):
-    """Tensors of one length in turn in pieces of as many clips as a training step has: validation needs no more memory for its forwards."""
+def parts(run: Run, *tensors: torch.Tensor | Prompt):
+    """Tensors and prompts of one length in turn in pieces of as many clips as a training step has: validation needs no more memory for its forwards."""
     return zip(*(tensor.split(run.clips_at_once) for tensor in tensors))
 
 
@@ -59,9 +60,9 @@ def velocity_error(run: Run, student: Student) -> dict[str, float]:
     weighted_error: both sums weighted by how far the sampler goes there, as in the loss.
     """
     errors, weighted = {}, torch.zeros(2)
-    for name, x_t, timestep, text, wanted in references(run):
+    for name, x_t, timestep, prompt, wanted in references(run):
         row = student.plan.at(float(timestep[0]))
-        velocity = torch.cat([student.model(*part, row)[0] for part in parts(run, x_t, timestep, text)])
+        velocity = torch.cat([student.model(x, t, asked.text, row, **asked.conditions)[0] for x, t, asked in parts(run, x_t, timestep, prompt)])
         both = torch.stack([velocity_loss(velocity, wanted), velocity_loss(wanted, torch.zeros_like(wanted))])
         errors[f"validation_by_noise/{name}"] = float(both[0].mean() / both[1].mean())
         weighted += (both * flow.slope(timestep / 1000, run.config.model.flow_shift)).mean(1).cpu()
@@ -120,6 +121,8 @@ def side_by_side(run: Run, student: Student, tracker, count: int = 2) -> None:
     prompts = batch["captions"][:count]
     seeds = list(range(len(prompts)))
     embedded = {} if run.pipe.text_encoder is not None else {"embeds": batch["text"][:count], "empty": run.empty}
+    if "conditions" in batch:
+        embedded["conditions"] = {name: value[:count] for name, value in batch["conditions"].items()}
     with lora.base_only(run.pipe.transformer):  # its adapters are the student's, merged into it already, and no style to carry over
         dense = generate(run.pipe, run.config.model, prompts, seeds, run.clips_at_once, **embedded)
         enable(run.pipe, student)
