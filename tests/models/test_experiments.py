@@ -1,4 +1,4 @@
-"""The experiments of other families than Wan: full size on the meta device, and what their first lines say is what a dry run says."""
+"""The experiments of other families than Wan, and of image to video: full size on the meta device, and what their first lines say is what a dry run says."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from usv.config import TrainConfig, check_train, typed
 from usv.training.dry_run import GIB, report
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-TOKENS = {"usv_hunyuan": 33 * 34 * 60, "usv_hunyuan15": 31 * 30 * 53, "usv_cogvideox": 13 * 30 * 45, "usv_ltx": 21 * 16 * 22}
-BILLIONS = {"usv_hunyuan": 12.8, "usv_hunyuan15": 8.3, "usv_cogvideox": 5.6, "usv_ltx": 1.9}  # of the public checkpoints
+TOKENS = {"usv_hunyuan": 33 * 34 * 60, "usv_hunyuan15": 31 * 30 * 53, "usv_cogvideox": 13 * 30 * 45, "usv_ltx": 21 * 16 * 22, "usv_wan_i2v": 21 * 30 * 52}
+BILLIONS = {"usv_hunyuan": 12.8, "usv_hunyuan15": 8.3, "usv_cogvideox": 5.6, "usv_ltx": 1.9, "usv_wan_i2v": 16.4}  # of the public checkpoints
 
 
 @pytest.mark.parametrize("name", TOKENS)

@@ -21,7 +21,7 @@ from usv.patterns.processors import FAMILIES, REFUSED, refusal
 
 # pipeline whose student train.py trains -> what it is told
 TRAINING = {
-    "WanPipeline": "experiment=usv_wan", "HunyuanVideoPipeline": "experiment=usv_hunyuan",
+    "WanPipeline": "experiment=usv_wan", "WanImageToVideoPipeline": "experiment=usv_wan_i2v", "HunyuanVideoPipeline": "experiment=usv_hunyuan",
     "HunyuanVideo15Pipeline": "experiment=usv_hunyuan15", "CogVideoXPipeline": "experiment=usv_cogvideox", "LTXPipeline": "experiment=usv_ltx",
 }  # fmt: skip
 # classes of a pipeline's parts that denoise
