@@ -8,6 +8,7 @@ from diffusers import WanPipeline
 from usv.config import LoraConfig
 from usv.models import lora
 from usv.objectives.distribution import Critic
+from usv.objectives.protocol import Prompt
 from usv.objectives.velocity import guided_velocity
 from usv.sparse.grid import Tile
 
@@ -39,7 +40,7 @@ def test_a_critic_learns_beside_the_student_and_the_teacher(student, checkpointi
         student.transformer.enable_gradient_checkpointing()
         student.train()
     critic, generator = Critic(branch, 1e-2, 3.0), torch.Generator().manual_seed(1)
-    losses = [critic.update(x, text, generator)["loss/critic"] for _ in range(12)]
+    losses = [critic.update(x, Prompt(text), generator)["loss/critic"] for _ in range(12)]
     assert sum(losses[-3:]) < sum(losses[:3])
     torch.testing.assert_close(mine(), before, rtol=0, atol=0)
     torch.testing.assert_close(teacher(x, timestep, text)[0], taught, rtol=0, atol=0)
@@ -47,7 +48,7 @@ def test_a_critic_learns_beside_the_student_and_the_teacher(student, checkpointi
     with branch.active():
         assert (branch(x, timestep, text)[0] - taught).abs().max() > 1e-3
     taught = lambda x_t, t: guided_velocity(teacher, x_t, t, text, text[0] * 0, 2.0)  # noqa: E731
-    judged = critic.loss(x.clone().requires_grad_(), text, taught, generator)
+    judged = critic.loss(x.clone().requires_grad_(), Prompt(text), taught, generator)
     assert torch.isfinite(judged) and judged > 0
 
 

@@ -19,6 +19,7 @@ import usv
 from usv.config import InferConfig, SettingError
 from usv.models import forward
 from usv.sampling.checkpoint import CheckpointError, load_student
+from usv.sampling.export import export, export_file
 from usv.sampling.generate import generate, load_pipeline
 from usv.sampling.sampler import StudentScheduler
 from usv.sparse import plan as plans
@@ -146,6 +147,13 @@ def test_three_steps_resume_enable(name, worlds, watched, monkeypatch):
     assert torch.equal(half[:, :, 0], dense[:, :, 0]) == (name == "wan22_ti2v")
     usv.disable(pipe)
     assert pipe.transformer is base
+
+    export(world.folder / "halved" / "student", str(world.model), world.folder / "exported")
+    export_file(world.folder / "halved" / "student", str(world.model), world.folder / "one.safetensors")
+    exported = diffusers.WanImageToVideoPipeline.from_pretrained(world.folder / "exported")
+    exported.set_progress_bar_config(disable=True)
+    own, folder, one = (usv.enable(p, world.folder / c)(**world.call()).frames for p, c in ((pipe, "halved/student"), (exported, "exported"), (pipe, "one.safetensors")))
+    assert torch.equal(own, folder) and torch.equal(own, one)
 
 
 @pytest.mark.parametrize("name", TRAINED)

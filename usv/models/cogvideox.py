@@ -117,7 +117,7 @@ def inputs(transformer, latents: Tensor, timestep, text, image_latents=None) -> 
     return call
 
 
-def outputs(transformer, sample: Tensor, arguments) -> Tensor:
+def outputs(transformer, sample: Tensor, arguments, **conditions) -> Tensor:
     x = arguments["hidden_states"][:, :, : sample.shape[2]]
     sigma = flow.expand(flow_timestep(transformer, arguments["timestep"]) / 1000, x)
     length = ((1 - sigma) ** 2 + sigma**2).sqrt()

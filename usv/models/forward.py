@@ -306,7 +306,7 @@ class SparseTransformer(nn.Module):
         """
         arguments = self.family.inputs(self.transformer, latents, timestep, text, **conditions)
         sample, stats = self.run(arguments, rungs, probes, impl, fine)
-        return self.family.outputs(self.transformer, sample, arguments), stats
+        return self.family.outputs(self.transformer, sample, arguments, **conditions), stats
 
     def run(
         self,

@@ -87,7 +87,7 @@ def inputs(transformer, latents: Tensor, timestep, text, fps: float = 24.0, audi
     }  # fmt: skip
 
 
-def outputs(transformer, sample: Tensor, arguments) -> Tensor:
+def outputs(transformer, sample: Tensor, arguments, **conditions) -> Tensor:
     return unpack(sample, tuple(arguments[side] for side in ("num_frames", "height", "width")), sides_of(transformer.config))
 
 

@@ -59,7 +59,7 @@ def inputs(transformer, latents: Tensor, timestep, text) -> dict:
     return {"hidden_states": latents, "timestep": 1000 - timestep, "encoder_hidden_states": text, "encoder_attention_mask": mask}
 
 
-def outputs(transformer, sample: Tensor, arguments) -> Tensor:
+def outputs(transformer, sample: Tensor, arguments, **conditions) -> Tensor:
     return -sample
 
 

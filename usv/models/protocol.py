@@ -127,7 +127,7 @@ class Family:
         inputs: (transformer, latents (B, C, T, H, W), timestep (B,), text (B, L, E), **conditions) -> keyword arguments of the
             transformer's forward, for training. latents and timestep as in usv/flow.py; text is one matrix a caption, all that
             the pipeline's `encode_prompt` gives packed into it, zero rows behind it. timestep and text may be None: the grid is asked for.
-        outputs: (transformer, what its forward returned, its keyword arguments) -> velocity (B, C, T, H, W) as in usv/flow.py, for training.
+        outputs: (transformer, what its forward returned, its keyword arguments, **conditions as `inputs` had them) -> velocity (B, C, T, H, W) as in usv/flow.py, for training.
         flow_timestep: (transformer, timesteps as its pipelines pass them) -> those of usv/flow.py, 1000 for noise alone: a plan's.
         view: (transformer, run) -> further attributes that the forward shall see replaced, e.g. what runs between blocks.
         beside: (transformer, keyword arguments) -> where the tokens of a call that are not of the grid (conditions, history) stand: True
@@ -149,7 +149,7 @@ class Family:
     adapt: Callable[[nn.Module, nn.Module], None]
     shape_keys: tuple[str, ...]
     inputs: Callable[..., dict[str, Any]] = _inputs
-    outputs: Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor] = lambda transformer, sample, arguments: sample
+    outputs: Callable[..., Tensor] = lambda transformer, sample, arguments, **conditions: sample
     flow_timestep: Callable[[nn.Module, Tensor], Tensor] = lambda transformer, timestep: timestep
     joint: bool = False
     shared: bool = True

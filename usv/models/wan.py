@@ -137,14 +137,12 @@ def inputs(transformer, latents: Tensor, timestep, text, image_latents=None, ima
     return call
 
 
-def outputs(transformer, sample: Tensor, arguments) -> Tensor:
-    """Velocity; 0 in frames that are given (timestep 0), where the pipeline does not use what the transformer says."""
-    timestep = arguments["timestep"]
-    if timestep.ndim == 1:
+def outputs(transformer, sample: Tensor, arguments, image_latents=None, image_embeds=None) -> Tensor:
+    """Velocity; 0 in a first frame that stands in place of the latents' own, where the pipeline does not use what the transformer says."""
+    if image_latents is None or transformer.config.in_channels > sample.shape[1]:
         return sample
-    tokens = grid(transformer, arguments)
-    moving = timestep.unflatten(1, (tokens.t, -1)).amax(2).repeat_interleave(sample.shape[2] // tokens.t, 1) > 0
-    return sample * moving[:, None, :, None, None]
+    given = image_latents.shape[2]
+    return torch.cat((torch.zeros_like(sample[:, :, :given]), sample[:, :, given:]), 2)
 
 
 def _face_adapters(transformer, run) -> dict:
