@@ -227,11 +227,16 @@ def ltx2_i2v():
 
 
 def ltx2_beside():
-    """A reference behind the video's tokens, at half the resolution."""
+    """A reference behind the video's tokens, at half the resolution, some of it attended weakly or not at all, and a key frame it does not see."""
     model, call = ltx2_i2v()
-    starts = coords((0, (3, 5, 3)), (0, (1, 3, 2)))
-    timestep = torch.cat((call["timestep"], torch.full((2, 6), 20.0)), 1)
-    return model, call | {"hidden_states": normal(2, 51, 4), "timestep": timestep, "video_coords": torch.stack((starts, starts + 8 / 25), -1)}
+    starts = coords((0, (3, 5, 3)), (0, (1, 3, 2)), (2, (1, 5, 3)))
+    timestep = torch.cat((call["timestep"], torch.full((2, 6), 20.0), torch.zeros(2, 15)), 1)
+    mask = torch.ones(1, 66, 66)
+    mask[:, :45, 45:51] = strength = torch.tensor([1.0, 0.9999, 0.0, 1.0, 0.9998, 0.0])  # bias: −10,000 (1 − strength)
+    mask[:, 45:51, :45] = strength[:, None]
+    mask[:, 45:51, 51:] = mask[:, 51:, 45:51] = 0
+    call |= {"hidden_states": normal(2, 66, 4), "timestep": timestep, "video_coords": torch.stack((starts, starts + 8 / 25), -1)}
+    return model, call | {"video_self_attention_mask": mask.expand(2, -1, -1)}
 
 
 def mochi():

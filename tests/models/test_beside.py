@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from family_cases import coords, ltx, ltx_beside, normal
+from family_cases import coords, ltx, ltx2_beside, ltx_beside, normal
 from torch import nn
 
 from usv.models.attend import Attend
@@ -95,3 +95,22 @@ def test_processes_that_share_a_sample_refuse_them():
     model.sequence_group = SequenceGroup(0, 2)
     with pytest.raises(ValueError, match="hidden_states: got 15 tokens beside the grid, accepted with a sequence_group: none"):
         model.run(arguments)
+
+
+@torch.no_grad()
+def test_a_mask_is_of_the_conditions_alone():
+    """Masked out altogether, references and key frame are as if they were not there, but for those that read the video; a mask of the video is refused."""
+    model, call = built(ltx2_beside)
+    mask = torch.ones(2, 66, 66)
+    mask[:, :45, 45:] = 0
+    for rung in (Rung(1, 0), Rung(1, 2)):
+        out = model.run(call | {"video_self_attention_mask": mask, "isolate_modalities": True}, [rung] * 3)[0]
+        changed = call["hidden_states"].clone()
+        changed[:, 45:] += 1
+        again = model.run(call | {"hidden_states": changed, "video_self_attention_mask": mask, "isolate_modalities": True}, [rung] * 3)[0]
+        assert torch.equal(out[:, :45], again[:, :45]) and not torch.equal(out[:, 45:], again[:, 45:])
+        seen = model.run(call | {"isolate_modalities": True}, [rung] * 3)[0]
+        assert float((out - seen)[:, :45].abs().max()) > 1e-3
+    mask[:, 3, 7] = 0
+    with pytest.raises(ValueError, match="video_self_attention_mask: got one between the video's own tokens, accepted beside a student"):
+        model.run(call | {"video_self_attention_mask": mask})

@@ -61,10 +61,15 @@ def watch_beside(patch):
     return seen
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_student(name, monkeypatch):
+# a reference of which a corner is not attended: a mask of the tokens beside the grid
+MASKED = {"conditioning_attention_mask": torch.ones(1, 1, 9, 64, 64).index_fill(3, torch.arange(32), 0.0)}
+
+
+@pytest.mark.parametrize("name, more", [*((name, {}) for name in NAMES), ("LTX2InContextPipeline", MASKED)],
+                         ids=lambda value: value if isinstance(value, str) else "+".join(value) or None)  # fmt: skip
+def test_student(name, more, monkeypatch):
     pipe, call = tiny_pipelines.make(name)
-    call = unguided(pipe, call)
+    call = unguided(pipe, call) | more
     own = tiny_pipelines.video(pipe, call)
     scale = float(own.abs().max())
     with monkeypatch.context() as patch:

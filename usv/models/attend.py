@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -83,24 +83,35 @@ class Attend:
         beside = torch.arange(num, num + self.beside, device=kept.device, dtype=kept.dtype)
         return torch.cat((kept, beside.expand(len(kept), -1)), 1)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, text: Text | None = None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, text: Text | None = None, bias: Tensor | None = None) -> Tensor:
         """Attention of the video tokens, and of the text where it is joint.
 
         Args:
             q, k, v: (B, H, S, D), or (B, H, T + S, D) with text; after norm and RoPE. S counts the tokens beside the grid.
             hidden: (B, S, C), the video tokens that q, k, v were made of.
             text: which of the tokens are text.
+            bias: (B or 1, S, S) over all tokens in the order of the run, added to the logits of rows and of columns beside the grid; the
+                grid's rows share their columns' (`Blocks.pairwise`).
 
         Returns:
             the shape of q.
         """
         if self.beside:
             text, hidden = with_beside(text, self.beside), hidden[:, : hidden.shape[1] - self.beside]
+            text = text if bias is None else self._biased(text, bias)
         gate = None if self.plan is None else self.gate(hidden).transpose(1, 2)[..., None]
-        bias = None if self.merge_map is None else self.merge_map.log_sizes()[:, None]
+        sizes = None if self.merge_map is None else self.merge_map.log_sizes()[:, None]
         if self.shards is None:
-            return self._attention(q, k, v, gate, bias, text)
-        return self._shared(q, k, v, gate, bias, text)
+            return self._attention(q, k, v, gate, sizes, text)
+        return self._shared(q, k, v, gate, sizes, text)
+
+    def _biased(self, text: Text, bias: Tensor) -> Text:
+        """The tokens beside the grid with what `bias` adds to their rows and columns."""
+        num, positions = self.layout.grid.num_tokens, self.positions
+        rows = bias[:, num:]
+        if positions is not None:
+            rows = rows.expand(len(positions), -1, -1).gather(2, positions[:, None].expand(-1, self.beside, -1))
+        return replace(text, columns=bias[:, 0, num:], rows=rows)
 
     def _attention(self, q, k, v, gate, bias, text: Text | None) -> Tensor:
         if self.plan is None:

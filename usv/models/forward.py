@@ -150,6 +150,9 @@ class Run:
         call[blocks.carrier] = self.ordered(call.get(blocks.carrier), blocks.rotary, order)
         for name, dim in _rows(blocks, call):
             call[name] = self.ordered(call[name], lambda value, order, dim=dim: _each(lambda x: x.index_select(dim, order), value), order)
+        for name in blocks.pairwise:
+            if call.get(name) is not None:
+                call[name] = self.ordered(call[name], lambda value, order: value[:, order][:, :, order], order)
         rung = self.rungs[index]
         layer = (self, index, tokens, call, rung, self.probes.get(index))
         if self.checkpointing:

@@ -30,7 +30,7 @@ class LTX2Processor(Processor):
         turn = apply_split_rotary_emb if attn.rope_type == "split" else apply_interleaved_rotary_emb
         q, k = (turn(part, tables) for part in (attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))))
         q, k, v = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in (q, k, attn.to_v(hidden_states)))
-        out = attend(q, k, v, hidden_states).transpose(1, 2)
+        out = attend(q, k, v, hidden_states, bias=attention_mask).transpose(1, 2)
         if attn.to_gate_logits is not None:
             out = out * (2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states)))[..., None]
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
@@ -62,9 +62,11 @@ def adapt(block: nn.Module, attention: nn.Module) -> None:
 
 
 def refuse(transformer, arguments: Mapping) -> str | None:
-    for name in ("video_self_attention_mask", "spatio_temporal_guidance_blocks"):
-        if arguments.get(name) is not None and len(arguments[name]):
-            return f"{name}: got one, accepted beside a student: none"
+    if arguments.get("spatio_temporal_guidance_blocks"):
+        return "spatio_temporal_guidance_blocks: got some, accepted beside a student: none"
+    mask, num = arguments.get("video_self_attention_mask"), grid(transformer, arguments).num_tokens
+    if mask is not None and not (bool((mask[:, :num, :num] == 1).all()) and bool((mask[:, :num, num:] == mask[:, :1, num:]).all())):
+        return "video_self_attention_mask: got one between the video's own tokens, accepted beside a student: one of its conditions, the same for all of them"
     return None
 
 
@@ -93,7 +95,8 @@ def outputs(transformer, sample: Tensor, arguments, **conditions) -> Tensor:
 
 PER_TOKEN = {"temb": (3, 1), "temb_ca_scale_shift": (3, 1), "temb_ca_gate": (3, 1), "ca_video_rotary_emb": (None, -2)}
 BLOCKS = Blocks(
-    "transformer_blocks", carrier="video_rotary_emb", returns=("hidden_states", "audio_hidden_states"), per_token=PER_TOKEN, rotary=rotary
+    "transformer_blocks", carrier="video_rotary_emb", returns=("hidden_states", "audio_hidden_states"), per_token=PER_TOKEN,
+    pairwise=("self_attention_mask",), rotary=rotary,
 )
 SHAPE_KEYS = (
     "in_channels", "out_channels", "patch_size", "patch_size_t", "num_attention_heads", "attention_head_dim", "cross_attention_dim",

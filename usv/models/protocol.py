@@ -98,6 +98,8 @@ class Blocks:
         returns: what a block returns, by name: its arguments anew (`video`, text), or else a value with a row for each token.
         per_token: other arguments, tensors or tuples of them, with a row for each video token: name -> (dimensions it has then or None
             for any, which of them is S). Where it has another number of dimensions, or one row, it is one for all tokens.
+        pairwise: arguments (B or 1, S, S) with a row and a column for each video token, an additive mask of tokens beside the grid, which
+            the attention hands to `Attend` (`bias`).
         rotary: (value of the carrier in row-major order, order) -> the same in that order.
         attention: block -> its self-attention.
         merges: False where tokens of these blocks are never merged.
@@ -108,6 +110,7 @@ class Blocks:
     video: str = "hidden_states"
     returns: tuple[str, ...] = ("hidden_states",)
     per_token: Mapping[str, tuple[int | None, int]] = field(default_factory=dict)
+    pairwise: tuple[str, ...] = ()
     rotary: Callable[[Any, Tensor], Any] = order_pair
     attention: Callable[[nn.Module], nn.Module] = _attn1
     merges: bool = True

@@ -100,7 +100,8 @@ def _joint(q, k, v, starts, sizes, num_kept, gate, key_bias, impl, fine, largest
     selection = _select(scores, num_kept, mass, (starts, sizes, starts, sizes), largest)
     if key_bias is not None:
         key_bias = text.join(key_bias, key_bias.new_zeros(*key_bias.shape[:2], text.num))
-    out, _ = block_sparse_attention(q_v, k, v, list_text(selection, text, q_v.shape[2]), key_bias=key_bias, impl=impl)
+    columns = text.with_columns(key_bias, q_v.shape[2], len(q))
+    out, _ = block_sparse_attention(q_v, k, v, list_text(selection, text, q_v.shape[2]), key_bias=columns, impl=impl)
     if gate is not None:
         out = _add_coarse(out, coarse_map, v_v, gate, starts, sizes)
     out = text.join(out, text_rows(q, k, v, text, key_bias))

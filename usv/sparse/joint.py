@@ -23,11 +23,15 @@ class Text:
     num: how many, padding included. before: True if they precede the video, False if they follow it.
     valid: (B,) integers, how many of them are real, the padding following them; None if all are. Padding is attended by
         nobody and attends to nothing: its output rows are zeros.
+    columns, rows: (B or 1, T) and (B or 1, T, T + S), added to the logits of the text's keys in rows of the video, and of all keys in
+        rows of the text; None adds nothing. Only where a sequence runs sparse.
     """
 
     num: int
     before: bool
     valid: Tensor | None = None
+    columns: Tensor | None = None
+    rows: Tensor | None = None
 
     def video(self, x: Tensor) -> Tensor:
         """(B, H, T + S, D) -> (B, H, S, D), a view."""
@@ -48,6 +52,14 @@ class Text:
         real = torch.arange(self.num, device=self.valid.device) < self.valid[:, None]
         video = real.new_ones(len(real), num_video)
         return torch.cat((real, video) if self.before else (video, real), 1)[:, None]
+
+    def with_columns(self, key_bias: Tensor | None, num_video: int, batch: int) -> Tensor | None:
+        """key_bias (B, 1, T + S) or None, of all keys, with `columns` added: that of the video's rows."""
+        if self.columns is None:
+            return key_bias
+        columns = self.columns[:, None].expand(batch, -1, -1)
+        columns = self.join(columns.new_zeros(batch, 1, num_video), columns)
+        return columns if key_bias is None else key_bias + columns.to(key_bias.dtype)
 
 
 def with_beside(text: Text | None, num: int) -> Text:
@@ -94,10 +106,12 @@ def list_text(selection: BlockSelection, text: Text, num_video: int) -> BlockSel
 def text_rows(q: Tensor, k: Tensor, v: Tensor, text: Text, key_bias: Tensor | None) -> Tensor:
     """(B, H, T, D): the rows of the text, dense. key_bias: (B, 1, T + S)."""
     mask = text.key_mask(k.shape[2] - text.num)
-    bias = None if key_bias is None else key_bias.to(q.dtype)
+    bias = None if key_bias is None else key_bias.to(q.dtype).unsqueeze(-2)
+    if text.rows is not None:
+        bias = text.rows.to(q.dtype)[:, None] + (0 if bias is None else bias)
     if mask is not None:
-        bias = (q.new_zeros(()) if bias is None else bias).masked_fill(~mask, float("-inf"))
-    out = F.scaled_dot_product_attention(text.text(q), k, v, attn_mask=None if bias is None else bias.unsqueeze(-2))
+        bias = (q.new_zeros(()) if bias is None else bias).masked_fill(~mask.unsqueeze(-2), float("-inf"))
+    out = F.scaled_dot_product_attention(text.text(q), k, v, attn_mask=bias)
     if text.valid is None:
         return out
     real = torch.arange(text.num, device=q.device) < text.valid[:, None]
