@@ -49,8 +49,8 @@ def embeds_images(model: Path) -> bool:
     return given_frames(model) > 0 and read_json(model / "transformer" / "config.json").get("image_dim") is not None
 
 
-def check_model(model: Path, text: bool, length: int = IMAGE_TEXT) -> None:
-    """ValueError unless `model` is a diffusers folder with the parts that are needed. length: tokens of a caption."""
+def check_model(model: Path, text: bool, length: int = IMAGE_TEXT, transformer: bool = False) -> None:
+    """ValueError unless `model` is a diffusers folder with the parts that are needed; with its transformer, of a Wan. length: tokens of a caption."""
     needed = ["vae/config.json"]
     if embeds_images(model):
         needed += ["image_encoder/config.json", "image_processor"]
@@ -58,12 +58,16 @@ def check_model(model: Path, text: bool, length: int = IMAGE_TEXT) -> None:
             raise ValueError(f"--max-sequence-length {length}: {IMAGE_TEXT} is accepted for {model}, whose text and image embeddings are told apart by it")
     if text:
         needed += ["text_encoder/config.json", "tokenizer", "model_index.json"]
+    if transformer:
+        needed += ["transformer/config.json", "scheduler"]
     missing = [part for part in needed if not (model / part).exists()]
     if missing:
         raise ValueError(
             f"--model {model} lacks {', '.join(missing)}; accepted: a local folder as WanPipeline.save_pretrained "
-            "writes it" + (" (--no-text needs its vae only)" if "vae/config.json" not in missing else "")
+            "writes it" + (" (--no-text needs its vae only)" if "vae/config.json" not in missing and not transformer else "")
         )
+    if transformer and (found := read_json(model / "model_index.json").get("_class_name")) != "WanPipeline":
+        raise ValueError(f"--model {model}: got a {found}, accepted: a WanPipeline, whose sampler makes the clips")
 
 
 def check_size(model: Path, height: int, width: int, num_frames: int) -> None:
@@ -130,9 +134,10 @@ class Encoder:
         max_sequence_length: tokens a caption may have; longer ones are cut, as in WanPipeline.
         text_dtype: in which the text encoder runs and its embeddings are stored.
         text: False loads no text encoder.
+        transformer: dtype of the denoiser, for clips that the model makes itself; None does not load it.
     """
 
-    def __init__(self, model: Path, max_sequence_length: int, text_dtype=torch.float32, device="cpu", text=True):
+    def __init__(self, model: Path, max_sequence_length: int, text_dtype=torch.float32, device="cpu", text=True, transformer=None):
         from diffusers import AutoModel, DiffusionPipeline
 
         self.device, self.length = torch.device(device), max_sequence_length
@@ -140,9 +145,10 @@ class Encoder:
         self.given, self.embeds = given_frames(model), embeds_images(model)
         if text or self.given:
             listed = read_json(model / "model_index.json")
-            unused = {name: None for name in ("transformer", "transformer_2") if name in listed}
+            denoisers = [name for name in ("transformer", "transformer_2") if name in listed]
+            unused = {} if transformer else dict.fromkeys(denoisers)
             unused |= {} if text else {"text_encoder": None, "tokenizer": None}
-            dtypes = {"text_encoder": text_dtype, "default": torch.float32}
+            dtypes = {"text_encoder": text_dtype, "default": torch.float32} | (dict.fromkeys(denoisers, transformer) if transformer else {})
             self.pipe = DiffusionPipeline.from_pretrained(model, dtype=dtypes, **unused).to(self.device)
             self.vae = self.pipe.vae
         else:

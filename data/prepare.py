@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tarfile
 import time
@@ -32,14 +31,13 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import looking  # noqa: E402
 import shards  # noqa: E402
-from encoder import check_model, check_size, model_defaults  # noqa: E402
+from arguments import MOST_FPS, add_common, common  # noqa: E402
+from encoder import check_model, check_size  # noqa: E402
 from shard_plan import Job, Settings, load_plan, make_jobs, make_plan  # noqa: E402
 from sources import EXTENSIONS, find_videos  # noqa: E402
 from writing import write_all  # noqa: E402
 
 from usv.training.shards import FORMAT, model_identity  # noqa: E402
-
-MOST_FPS = 1000.0  # frames a second that may be asked for
 
 
 def run(settings: Settings, overwrite: bool = False, append: bool = False) -> dict:
@@ -75,14 +73,15 @@ def run(settings: Settings, overwrite: bool = False, append: bool = False) -> di
 
 def check(settings: Settings) -> None:
     """ValueError for settings that the model or this machine cannot take."""
-    check_model(settings.model, settings.text, settings.max_sequence_length)
+    check_model(settings.model, settings.text, settings.max_sequence_length, settings.teacher is not None)
     for height, width in settings.buckets or ((settings.height, settings.width),):
         check_size(settings.model, height, width, settings.num_frames)
     if settings.camera_motion and settings.height != settings.width:
         raise ValueError(f"CameraMotion clips are square; got {settings.height} x {settings.width}")
     if not 0 < settings.fps <= MOST_FPS:
         raise ValueError(f"--fps {settings.fps:g}: above 0 and up to {MOST_FPS:g} is accepted")
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+    elsewhere = settings.engine == "ray" and settings.address  # this machine then encodes nothing
+    if settings.device.startswith("cuda") and not elsewhere and not torch.cuda.is_available():
         raise ValueError(f"--device {settings.device}: this PyTorch ({torch.__version__}) sees no CUDA device; use --device cpu")
 
 
@@ -204,6 +203,8 @@ def finish(settings: Settings, plan: dict, jobs: list[Job]) -> dict:
         "splits": splits,
         "num_skipped": len(skipped),
     }
+    if settings.teacher:
+        index["teacher"] = settings.teacher.content(settings.model)
     shards.write_atomic(settings.out / "index.json", json.dumps(index, indent=1).encode())
     return index
 
@@ -225,30 +226,16 @@ def parse_all(argv: list[str] | None = None) -> tuple[Settings, dict[str, bool]]
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--videos", type=Path, help="folder of videos, captioned by clip.txt or a table (data/README.md)")
     what.add_argument("--camera-motion", type=int, metavar="N", help="make N CameraMotion clips instead")
-    parser.add_argument("--model", type=Path, required=True, help="diffusers folder of a Wan-format model")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    for name in ("height", "width", "num-frames", "max-sequence-length"):
-        parser.add_argument(
-            f"--{name}", type=int, help="default: usv.json of the model, else Wan's 480 x 832 x 81, 512"
-        )
-    parser.add_argument("--fps", type=float, help="frames a second that clips have; default 8 for Wan-mini, 16 for Wan")
     parser.add_argument("--caption", help="caption of videos that have none")
-    parser.add_argument("--seed", type=int, default=0, help="of CameraMotion and of the split")
-    parser.add_argument("--split", nargs="*", default=[], metavar="NAME=SHARE", help="e.g. val=0.05; the rest is train")
-    parser.add_argument("--shard-size", type=int, default=64, help="clips a shard")
-    parser.add_argument("--workers", type=int, default=1, help="processes; each holds VAE and text encoder")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (then with one worker)")
     parser.add_argument("--buckets", nargs="+", default=[], metavar="HxW", help="sizes, e.g. 480x832 832x480: each clip goes "
                         "into the nearest, in a folder of its own below --out")  # fmt: skip
     parser.add_argument("--skip-still", action="store_true", help="leave out clips in which nothing moves")
     parser.add_argument("--scenes", action="store_true", help="no clip runs over a cut (PySceneDetect)")
     parser.add_argument("--check", action="store_true", help="look at the videos, say what is odd, and write no shards")
-    parser.add_argument("--append", action="store_true", help="add videos that are new to what stands in --out")
     parser.add_argument("--no-text", dest="text", action="store_false", help="latents and captions only")
-    parser.add_argument("--text-dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--overwrite", action="store_true", help="delete the shards in --out and begin again")
+    add_common(parser)
     args = vars(parser.parse_args(argv))
-    how, split = {name: args.pop(name) for name in ("overwrite", "append", "check")}, {}
+    how = {name: args.pop(name) for name in ("overwrite", "append", "check")}
     if sum(how.values()) > 1:
         parser.error("--overwrite, --append and --check exclude each other")
     if (how["check"] or how["append"] or args["buckets"] or args["scenes"] or args["skip_still"]) and not args["videos"]:
@@ -262,41 +249,27 @@ def parse_all(argv: list[str] | None = None) -> tuple[Settings, dict[str, bool]]
     if sizes and (args["height"] or args["width"]):
         parser.error("--buckets gives the sizes; leave out --height and --width")
     args["buckets"] = tuple(dict.fromkeys(sizes))
-    for part in args.pop("split"):
-        name, _, share = part.partition("=")
-        try:
-            split[name] = float(share)
-        except ValueError:
-            split[name] = -1.0
-        if not name.isidentifier() or name == "train" or not 0 < split[name] < 1:
-            parser.error(
-                f"--split {part}: NAME=SHARE is accepted, NAME not train, SHARE between 0 and 1, e.g. val=0.05"
-            )
-    if sum(split.values()) >= 1:
-        parser.error(f"--split {split}: the shares leave nothing for train")
-    for name in ("camera_motion", "shard_size", "workers", "fps", "max_sequence_length"):
-        if args[name] is not None and not 0 < args[name] < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {args[name]}: a number above 0 is accepted")
-    if args["fps"] is not None and args["fps"] > MOST_FPS:
-        parser.error(f"--fps {args['fps']:g}: above 0 and up to {MOST_FPS:g} is accepted")
-    defaults = model_defaults(args["model"])
-    given = {name: value if value is not None else defaults.get(name) for name, value in args.items()}
-    return Settings(**given, split=split), how
+    return Settings(**common(parser, args, ("camera_motion",))), how
 
 
 def main(argv: list[str] | None = None) -> int:
     settings, how = parse_all(argv)
+    return perform(settings, "prepare", **how)
+
+
+def perform(settings: Settings, name: str, overwrite: bool = False, append: bool = False, check: bool = False) -> int:
+    """Write the shards, or only look, and say in words what came of it; returns the exit status. name: of the command, before its messages."""
     started = time.monotonic()
     try:
-        if how["check"]:
+        if check:
             look_only(settings)
             return 0
-        index = run(settings, how["overwrite"], how["append"])
+        index = run(settings, overwrite, append)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nprepare: stopped; run the same command again to go on", file=sys.stderr)
+        print(f"\n{name}: stopped; run the same command again to go on", file=sys.stderr)
         return 130
     for split, part in index["splits"].items():
         print(f"{split}: {part['num_samples']} clips in {len(part['shards'])} shards")

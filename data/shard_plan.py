@@ -21,8 +21,26 @@ from usv.training.shards import model_identity
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """The dense model as a source of clips (data/generate.py): so many of each prompt, by its own sampler."""
+
+    prompts: tuple[str, ...]  # each once
+    clips: int
+    num_inference_steps: int
+    guidance_scale: float
+    flow_shift: float
+    dtype: str
+    batch_size: int  # clips denoised together; part of the content, for a batch of another size rounds otherwise
+
+    def content(self, model: Path) -> dict:
+        """All that decides a clip but its prompt."""
+        numbers = {name: value for name, value in asdict(self).items() if name != "prompts"}
+        return numbers | model_identity(model, {name: [name] for name in ("transformer", "transformer_2")})
+
+
+@dataclass(frozen=True)
 class Settings:
-    """What a folder of shards is made from. Exactly one of `videos` and `camera_motion` is set."""
+    """What a folder of shards is made from. Exactly one of `videos`, `camera_motion` and `teacher` is set."""
 
     model: Path
     out: Path
@@ -42,13 +60,17 @@ class Settings:
     buckets: tuple[tuple[int, int], ...] = ()  # sizes (H, W) of the run; this folder takes the clips nearest to its own
     skip_still: bool = False
     scenes: bool = False  # windows end where the picture is cut
-    workers: int = 1
+    teacher: Teacher | None = None
+    workers: int = 1  # 0, with ray: all that the cluster has room for
     device: str = "cpu"
+    engine: str = "local"  # or ray
+    address: str | None = None  # of a Ray cluster that is running
 
     def content(self) -> dict:
         """The part that decides what stands in the shards, for comparison with a plan made earlier."""
-        free = ("out", "model", "videos", "workers", "device")  # videos are compared one by one
+        free = ("out", "model", "videos", "workers", "device", "engine", "address", "teacher")  # videos and prompts are compared one by one
         kept = {name: value for name, value in asdict(self).items() if name not in free}
+        kept["teacher"] = None if self.teacher is None else self.teacher.content(self.model)
         given = given_frames(self.model) or None  # a folder that was begun before there was the question has none
         return {**kept, "given_frames": given, "buckets": [list(size) for size in self.buckets], "model": model_identity(self.model)}
 
@@ -81,6 +103,8 @@ def load_plan(settings: Settings, append: bool = False, looks: dict | None = Non
         before = plan["settings"].get(name)
         if before != now:
             raise ValueError(f"{settings.out} was begun with {name} = {before}, now it is {now}; {remedy}")
+    if settings.teacher and _add_prompts(plan, settings, append, remedy):
+        shards.write_atomic(path, json.dumps(plan).encode())
     if settings.videos:
         found, skipped = find_videos(settings.videos, settings.caption)
         before, known = plan["seen"], {tuple(seen["content"]) for seen in plan["seen"].values()}
@@ -101,6 +125,23 @@ def load_plan(settings: Settings, append: bool = False, looks: dict | None = Non
             _extend(plan, settings, added, skipped)
             shards.write_atomic(path, json.dumps(plan).encode())
     return plan
+
+
+def _add_prompts(plan: dict, settings: Settings, append: bool, remedy: str) -> bool:
+    """Give prompts that are new a part of their own; whether there were any. ValueError for another file without `append`."""
+    before, now = {source["caption"] for source in plan["sources"]}, settings.teacher.prompts
+    added = [prompt for prompt in now if prompt not in before]
+    if not append and (added or before - set(now)):
+        what = f"{len(before)} prompts, of which the file now lacks {len(before - set(now))} and adds {len(added)}"
+        raise ValueError(f"{settings.out} was begun with {what}; {remedy}; --append adds what is new")
+    if added:
+        plan["sources"] += assign_splits(_prompt_sources(added, settings), settings.split if len(added) > len(settings.split) else {}, settings.seed + len(plan["parts"]))
+        plan["parts"].append(len(plan["sources"]))
+    return bool(added)
+
+
+def _prompt_sources(prompts, settings: Settings) -> list[dict]:
+    return [{"caption": prompt, "windows": [[0.0, settings.teacher.clips]]} for prompt in prompts]
 
 
 def _seen(settings: Settings, source: Source, before: dict | None = None) -> dict:
@@ -129,6 +170,9 @@ def make_plan(settings: Settings, looks: dict | None = None) -> dict:
         sources = [{"windows": [[0.0, 1]]} for _ in range(settings.camera_motion)]
         return {"sources": assign_splits(sources, settings.split, settings.seed), "skipped": [],
                 "parts": [settings.camera_motion]}  # fmt: skip
+    if settings.teacher:
+        sources = assign_splits(_prompt_sources(settings.teacher.prompts, settings), settings.split, settings.seed)
+        return {"sources": sources, "skipped": [], "parts": [len(sources)]}
     found, skipped = find_videos(settings.videos, settings.caption)
     plan = {"sources": [], "skipped": [], "seen": {}, "parts": []}
     _extend(plan, settings, found, skipped, looks)
@@ -182,8 +226,8 @@ def assign_splits(sources: list[dict], shares: dict[str, float], seed: int) -> l
     if len(sources) == 1:
         return _split_in_time(sources[0], shares)
     if len(shares) >= len(sources):
-        raise ValueError(f"--split {_spelt(shares)}: {len(sources)} usable videos cannot be shared by {len(shares)} splits "
-                         "and train, for all clips of a video stay together; add videos, or leave a split out")  # fmt: skip
+        raise ValueError(f"--split {_spelt(shares)}: {len(sources)} usable {_kind(sources)}s cannot be shared by {len(shares)} splits "
+                         f"and train, for all clips of a {_kind(sources)} stay together; add some, or leave a split out")  # fmt: skip
     order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(seed)).tolist()
     names = {}
     for number, (split, share) in enumerate(shares.items()):
@@ -193,6 +237,10 @@ def assign_splits(sources: list[dict], shares: dict[str, float], seed: int) -> l
     return [{**source, "split": names.get(i, "train")} for i, source in enumerate(sources)]
 
 
+def _kind(sources: list[dict]) -> str:
+    return "video" if "file" in sources[0] else "prompt"
+
+
 def _spelt(shares: dict[str, float]) -> str:
     return " ".join(f"{name}={share:g}" for name, share in shares.items())
 
@@ -200,8 +248,8 @@ def _spelt(shares: dict[str, float]) -> str:
 def _split_in_time(source: dict, shares: dict[str, float]) -> list[dict]:
     total = sum(count for _, count in source["windows"])
     if total <= len(shares):
-        raise ValueError(f"--split {_spelt(shares)}: there is one usable video, and it has {total} clips; "
-                         f"splitting it in time takes {len(shares) + 1}; add videos, or leave --split out")  # fmt: skip
+        raise ValueError(f"--split {_spelt(shares)}: there is one usable {_kind([source])}, and it has {total} clips; "
+                         f"splitting it takes {len(shares) + 1}; add some, or leave --split out")  # fmt: skip
     parts, end = [], total
     for number, (split, share) in enumerate(shares.items()):
         count = min(max(1, round(share * total)), end - (len(shares) - number))

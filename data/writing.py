@@ -19,6 +19,7 @@ from encoder import Encoder
 from safetensors.torch import save
 from shard_plan import Job, Settings
 from sources import skip
+from teacher import taught
 from tqdm import tqdm
 
 from usv.cpu import keep_freed_memory
@@ -41,7 +42,8 @@ def start_worker(settings: Settings, plan: dict, progress=None) -> None:
     keep_freed_memory()
     disable_progress_bar()
     dtype = getattr(torch, settings.text_dtype)
-    encoder = Encoder(settings.model, settings.max_sequence_length, dtype, settings.device, settings.text)
+    denoiser = None if settings.teacher is None else getattr(torch, settings.teacher.dtype)
+    encoder = Encoder(settings.model, settings.max_sequence_length, dtype, settings.device, settings.text, denoiser)
     done = progress.put if progress is not None else lambda count: None
     _worker.update(settings=settings, plan=plan, encoder=encoder, done=done)
 
@@ -49,7 +51,9 @@ def start_worker(settings: Settings, plan: dict, progress=None) -> None:
 def write_job(job: Job) -> tuple[str, int, int]:
     """Write one shard; returns its name, samples and clips left out."""
     skipped: list[dict] = []  # filled while the samples are drawn, written after them
-    count = shards.write_shard(_worker["settings"].out / job.name, samples(job, skipped), report=skipped)
+    settings = _worker["settings"]
+    found = samples(job, skipped) if settings.teacher is None else taught(settings, _worker["plan"], job, skipped, _worker["encoder"], _worker["done"])
+    count = shards.write_shard(settings.out / job.name, found, report=skipped)
     return job.name, count, len(skipped)
 
 
@@ -144,7 +148,7 @@ class _Put:
 
 
 def write_all(settings: Settings, plan: dict, todo: list[Job], total: int) -> None:
-    """Encode the missing shards, here or in worker processes, with a progress bar over clips."""
+    """Encode the missing shards, here, in worker processes or on a Ray cluster, with a progress bar over clips."""
     missing = sum(len(job.clips) for job in todo)
     bar = tqdm(total=total, initial=total - missing, desc="encoding", unit="clip")
     left_out = 0
@@ -155,6 +159,11 @@ def write_all(settings: Settings, plan: dict, todo: list[Job], total: int) -> No
         bar.set_postfix(shard=result[0], skipped=left_out)
 
     with bar:
+        if settings.engine == "ray":
+            from ray_engine import write_on_ray
+
+            write_on_ray(settings, plan, todo, bar.update, done)
+            return
         if settings.workers <= 1:
             start_worker(settings, plan, _Put(bar.update))
             write_empty(settings)

@@ -10,6 +10,7 @@ import torch
 from usv.evaluation import evaluate, judge, own
 from usv.evaluation.report.inputs import gather
 from usv.evaluation.report.page import page, usable
+from usv.metrics import frechet
 from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import Student, save_student
 from usv.sparse.grid import Tile
@@ -18,9 +19,9 @@ from usv.sparse.plan import Rung, SparsityPlan, timestep_bins
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory, tiny_wan):
-    """Shards of 100 clips, 20 held out, and a student of the teacher's steps."""
+    """Shards of 84 clips, 17 held out, and a student of the teacher's steps."""
     folder = tmp_path_factory.mktemp("own")
-    tiny.save_shards(folder / "shards", tiny_wan, clips=100)
+    tiny.save_shards(folder / "shards", tiny_wan, clips=84)
     sparse = SparseTransformer(tiny.make_transformer(seed=5), Tile(*tiny.TILE)).eval().requires_grad_(False)
     size = {"height": tiny.SIZE, "width": tiny.SIZE, "num_frames": tiny.FRAMES, "max_sequence_length": tiny.TEXT, "num_inference_steps": 2}
     save_student(folder / "student", Student(sparse, SparsityPlan.uniform(Rung(2, 2), timestep_bins(2, 3.0), 2), size))
@@ -28,19 +29,29 @@ def mine(tmp_path_factory, tiny_wan):
     return folder
 
 
+@pytest.fixture
+def coarse(monkeypatch):
+    """Fréchet distances in 8 dimensions: an eighth of the time, the same arithmetic."""
+    frechet._projections.cache_clear()
+    monkeypatch.setattr(frechet, "PROJECTED_DIM", 8)
+    monkeypatch.setattr(frechet, "NUM_PROJECTIONS", 1)
+    yield
+    frechet._projections.cache_clear()
+
+
 def command(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
     evaluate.main()
 
 
-def test_from_shards_to_the_report(mine, tiny_wan, monkeypatch, capsys):
+def test_from_shards_to_the_report(mine, tiny_wan, coarse, monkeypatch, capsys):
     """The command's table, JSON and page hold what needs no label, the floor, and paired differences; labels are nowhere."""
     out = mine / "result.json"
     command(monkeypatch, ["--model", tiny_wan, "--ckpt", f"mine={mine / 'student'}", "--shards", mine / "shards", "--prompts", mine / "prompts.txt",
                           "--clips", 33, "--steps", 2, "--batch-size", 11, "--out", out])  # fmt: skip
     said, report = capsys.readouterr().out, json.loads(out.read_text())
     rows = report["methods"]
-    assert report["clips"] == 33 and report["real"] == {"shards": str(mine / "shards"), "split": "val", "clips": 20, "floor_clips": 33}
+    assert report["clips"] == 33 and report["real"] == {"shards": str(mine / "shards"), "split": "val", "clips": 17, "floor_clips": 33}
     assert not [key for row in rows.values() for key in row if "subject_accuracy" in key or "motion_accuracy" in key or key == "equal_quality"]
     for key in ("subject_consistency", "flicker", "flow_warp_error", "frechet_distance"):
         for row in rows.values():
@@ -53,17 +64,17 @@ def test_from_shards_to_the_report(mine, tiny_wan, monkeypatch, capsys):
     each = [torch.tensor(rows[name]["values"]["flicker"]) for name in ("mine", "dense")]
     assert paired["flicker"][0] == pytest.approx(float((each[0] - each[1]).mean()), abs=1e-4) and paired["flicker"][1] <= paired["flicker"][2]
     assert "consistency" in said and "as dense" not in said and "mine against dense, same prompts and seeds: " in said
-    assert "33 real clips of train against 20 of val: Fréchet " in said
+    assert "33 real clips of train against 17 of val: Fréchet " in said
     inputs = usable(gather([out], {}, [], []))
     text = page(inputs, "report", "abc")
-    assert not inputs.problems and "Your own clips: 33 clips" in text and "33 real clips of train against 20 of val" in text and "warp error" in text
+    assert not inputs.problems and "Your own clips: 33 clips" in text and "33 real clips of train against 17 of val" in text and "warp error" in text
     assert "subject accuracy" not in text
 
 
 def test_captions_of_the_held_out_clips_are_the_prompts(mine, tiny_wan):
     """Without a file they are asked once each, in turn where more clips are wanted; sizes come from the shards, then from the student."""
     asked = own.ask(None, str(mine / "shards"), "val", None, str(tiny_wan))
-    captions = [own.opened(str(mine / "shards"), "val", str(tiny_wan)).sample(i)[2]["caption"] for i in range(20)]
+    captions = [own.opened(str(mine / "shards"), "val", str(tiny_wan)).sample(i)[2]["caption"] for i in range(17)]
     assert asked.prompts == list(dict.fromkeys(captions))
     assert own.ask(None, str(mine / "shards"), "val", 50, str(tiny_wan)).prompts[len(asked.prompts)] == asked.prompts[0]
     assert own.ask(mine / "prompts.txt", None, "val", None, "x").prompts == ["a dog runs", "snow falls", "a boat"]
@@ -79,8 +90,8 @@ def test_few_clips_have_no_frechet_distance(mine, tiny_wan):
     """It is said why, in the record and in the table; so it is without shards."""
     few = own.Own(["a dog"] * 3, str(mine / "shards"))
     reference, record = own.real_features(None, few, own.ModelConfig(path=str(tiny_wan)))
-    assert reference is None and record["reason"] == "20 clips of split val and 3 videos: a Fréchet distance takes 16 of each"
-    assert judge.floor_of({"real": record})[0].startswith("no Fréchet distance: 20 clips")
+    assert reference is None and record["reason"] == "17 clips of split val and 3 videos: a Fréchet distance takes 16 of each"
+    assert judge.floor_of({"real": record})[0].startswith("no Fréchet distance: 17 clips")
     assert own.real_features(None, own.Own(["a dog"], None), own.ModelConfig())[1]["reason"].startswith("no --shards")
 
 

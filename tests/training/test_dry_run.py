@@ -28,6 +28,7 @@ def settings(*overrides) -> TrainConfig:
     "experiment, transformer, vae, tokens",
     [  # parameter counts of the published checkpoints; tokens: (81−1)/4+1 frames of 30×52, (121−1)/4+1 of 22×40
         ("usv_wan", 1_418_996_800, 126_892_531, 32_760),
+        ("usv_wan_few_step", 1_418_996_800, 126_892_531, 32_760),
         ("usv_wan_14b", 14_288_491_584, 126_892_531, 32_760),
         ("usv_wan22_5b", 4_999_787_712, 704_688_668, 27_280),
         ("usv_wan22_a14b", 14_288_491_584, 126_892_531, 32_760),

@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--split", default="val", help="which split of --shards is held out from training")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--guidance", type=float, default=None)
+    parser.add_argument("--flow-shift", type=float, default=None, help="of the dense model's sampler; Wan2.1-1.3B: 8")
     parser.add_argument("--steps", type=int, default=None, help="sampling steps of the dense model")
     parser.add_argument("--dense", type=int, nargs="*", default=[], metavar="N", help="the dense model at N steps as further rows")
     parser.add_argument("--unguided", action="store_true", help="with --dense: each also without guidance")
@@ -277,6 +278,8 @@ def main() -> None:
     clips = len(own.prompts) if own else args.clips or 120
     if args.guidance is not None:
         model.guidance_scale = args.guidance
+    if args.flow_shift is not None:
+        model.flow_shift = args.flow_shift
     if args.steps is not None:
         model.num_inference_steps = args.steps
     dense = {f"dense_{n}{'_unguided' if scale else ''}": Dense(n, scale) for n in args.dense for scale in (None, *([1.0] if args.unguided else []))}

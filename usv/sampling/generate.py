@@ -116,6 +116,18 @@ def generate(pipe: WanPipeline, model: ModelConfig, prompts: Sequence[str], seed
     return Generation(torch.cat([part.videos for part in parts]), summed(part.seconds for part in parts), parts[0].forwards)
 
 
+def denoised(pipe: WanPipeline, model: ModelConfig, positive: torch.Tensor, negative: torch.Tensor | None, seeds: Sequence[int], steps: int, scale: float, images: Sequence = ()) -> torch.Tensor:
+    """Normalised latents (B, C, T, h, w) of a batch by the pipeline's own scheduler; positive, negative (B, L, D): embeddings of prompts and of what
+    guidance leads away from; images: the given first and last frame, of a pipeline that takes them."""
+    enabled = isinstance(getattr(pipe, "_usv", None), Enabled)
+    return pipe(
+        prompt_embeds=positive, negative_prompt_embeds=negative, height=model.height, width=model.width,
+        num_frames=model.num_frames if enabled else frames_argument(pipe, model.num_frames), num_inference_steps=steps, guidance_scale=scale,
+        generator=[torch.Generator().manual_seed(int(n)) for n in seeds], output_type="latent", max_sequence_length=model.max_sequence_length,
+        **dict(zip(("image", "last_image"), images)),
+    ).frames  # fmt: skip
+
+
 def summed(seconds: Iterable[dict[str, float]]) -> dict[str, float]:
     """Seconds by stage over several batches."""
     total: dict[str, float] = {}
@@ -169,15 +181,10 @@ def generated(
                 positive = embeds[start : start + batch_size].to(pipe.device, pipe.transformer.dtype)
                 negative = empty.to(positive).expand_as(positive) if scale > 1 else None
             encoded = now()
-            latents = pipe(
-                prompt_embeds=positive, negative_prompt_embeds=negative, height=model.height, width=model.width,
-                num_frames=model.num_frames if enabled else frames_argument(pipe, model.num_frames), num_inference_steps=steps, guidance_scale=scale,
-                generator=[torch.Generator().manual_seed(int(n)) for n in numbers], output_type="latent",
-                max_sequence_length=model.max_sequence_length, **dict(zip(("image", "last_image"), images)),
-            ).frames  # fmt: skip
-            denoised = now()
+            latents = denoised(pipe, model, positive, negative, numbers, steps, scale, images)
+            sampled = now()
             videos = decode(pipe, latents, decoder).cpu()
-            seconds = {"text": encoded - begun, "denoise": denoised - encoded, "decode": now() - denoised}
+            seconds = {"text": encoded - begun, "denoise": sampled - encoded, "decode": now() - sampled}
         if progress is not None:
             progress.update(len(texts))
         yield Generation(videos, seconds, steps * (2 if scale > 1 else 1))

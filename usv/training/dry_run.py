@@ -283,6 +283,11 @@ def step_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> dict[str,
     return flops
 
 
+def clip_flops(config: TrainConfig, shape: ModelShape, tokens: int) -> float:
+    """FLOPs of one clip by the dense model's own sampler; text encoder and VAE are not in it."""
+    return dense_flops(shape, tokens) * config.model.num_inference_steps * (1 if config.model.guidance_scale == 1 else 2)
+
+
 def report(config: TrainConfig) -> dict:
     """Print the tables; returns their numbers. SettingError for an unknown GPU."""
     if config.dry_run_gpu not in GPUS:
@@ -317,11 +322,15 @@ def report(config: TrainConfig) -> dict:
         print(f"  {name:18}{value / 1e12:>12.1f} TFLOP a step")
     print(f"expected {seconds:.1f} s a step, {seconds * config.optim.steps / 3600:.1f} h for {config.optim.steps} steps: an estimate, FLOPs / "
           f"({peak} TFLOP/s × utilisation {config.dry_run_utilisation:g}), not a measurement")  # fmt: skip
+    clip = clip_flops(config, shape, tokens) / devices / (peak * 1e12 * config.dry_run_utilisation)
+    print(f"clips that the dense model makes itself (data/generate.py): {clip:.1f} s each on these devices, of {m.num_inference_steps} "
+          f"{'guided ' if m.guidance_scale != 1 else ''}steps")  # fmt: skip
     return {
         "roles": {r.name: r for r in found},
         "tokens": tokens,
         "flops": flops,
         "bytes": total,
         "seconds": seconds,
+        "clip_seconds": clip,
         "capacity": capacity * 1e9,
     }

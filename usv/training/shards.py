@@ -182,16 +182,17 @@ def _check_model(folder, index: dict, used: dict, model: str | Path) -> None:
                         f"{model}; prepare the data again with --model {model}, or train the model it was made for")  # fmt: skip
 
 
-def model_identity(folder: str | Path) -> dict[str, str | None]:
-    """What latents and embeddings depend on, as hashes: `vae`, `text_encoder` (None where the folder has none) and, where it has one, `image_encoder`.
+def model_identity(folder: str | Path, parts: dict[str, list[str]] | None = None) -> dict[str, str | None]:
+    """What latents and embeddings depend on, as hashes: `vae`, `text_encoder` (None where the folder has none) and, where it has one, `image_encoder`; or other `parts`, {name: folders}.
 
     A hash covers the configuration (latents_mean and latents_std are in the VAE's) and, of every weight file, its size
     and first and last MiB: enough to tell two trainings apart without reading 20 GB.
     """
     folder = Path(folder)
-    parts = {"vae": ["vae"], "text_encoder": ["text_encoder", "tokenizer"]}
-    if (folder / "image_encoder" / "config.json").exists():
-        parts["image_encoder"] = ["image_encoder", "image_processor"]
+    if parts is None:
+        parts = {"vae": ["vae"], "text_encoder": ["text_encoder", "tokenizer"]}
+        if (folder / "image_encoder" / "config.json").exists():
+            parts["image_encoder"] = ["image_encoder", "image_processor"]
     return {name: _identity([folder / f for f in folders]) for name, folders in parts.items()}
 
 
