@@ -92,17 +92,18 @@ def attention_row(name: str, dim: int, dtype: torch.dtype, layout: str, extras: 
 
 
 def variants(half: bool):
-    """(name, D, dtype, layout, extras, proxy, target). half: what CI compiles; of siblings, which share their tiles with the target
-    before them, less."""
+    """(name, D, dtype, layout, extras, proxy, target). half: what CI compiles; most of the smallest target of every kind of matrix
+    instruction, least of siblings, which share their tiles with the target before them."""
     bf16, main, extras = torch.bfloat16, tuple(PRODUCTS), (False, True)
     for target in TARGETS:
         if half:
             for name in main:
                 yield from ((name, 128, bf16, layout, True, False, target) for layout in ("tile 64", "clusters"))
                 if target not in SIBLINGS:
-                    yield from ((name, 64, bf16, layout, True, False, target) for layout in ("tile 64", "clusters"))
-                    yield (name, 128, bf16, "tile 64", False, name != "dkv", target)
                     yield (name, 96, bf16, "tile 128", True, False, target)
+                if target in ONE_A_UNIT:
+                    yield (name, 64, bf16, "tile 64", True, False, target)
+                    yield (name, 128, bf16, "tile 64", False, name != "dkv", target)
             continue
         for name in main:
             for dim in (64, 128):

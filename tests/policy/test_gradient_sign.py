@@ -14,7 +14,7 @@ from usv.sparse.grid import Tile
 from usv.sparse.plan import Rung
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES, CLIPS = 24, 2
+CASES, CLIPS = 24, 1
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +56,14 @@ def loss_of(model, inputs, wanted, rungs, probes=None):
 
 
 def test_probe_gradients_agree_with_the_loss(world):
-    """Sign of d loss / d mix at one half, which the policy learns from, against loss(other) − loss(rung): at least 90%.
-
-    The derivative at the end of the segment, which plain straight-through gates use, is counted beside it.
-    """
-    agree = {0.5: 0, 0.0: 0}
+    """Sign of d loss / d mix at one half, which the policy learns from, against loss(other) − loss(rung): at least 90%."""
+    agree = 0
     for number in range(CASES):
         inputs, wanted, rungs, layer, other = case(number, world)
         changed = [other if i == layer else r for i, r in enumerate(rungs)]
         with torch.no_grad():
             difference = float(loss_of(world[0], inputs, wanted, changed) - loss_of(world[0], inputs, wanted, rungs))
-        for at in agree:
-            mix = torch.tensor(at, requires_grad=True)
-            loss_of(world[0], inputs, wanted, rungs, {layer: Probe(other, mix)}).backward()
-            agree[at] += (float(mix.grad) > 0) == (difference > 0)
-    print({at: f"{count}/{CASES}" for at, count in agree.items()})
-    assert agree[0.5] >= 0.9 * CASES
+        mix = torch.tensor(0.5, requires_grad=True)
+        loss_of(world[0], inputs, wanted, rungs, {layer: Probe(other, mix)}).backward()
+        agree += (float(mix.grad) > 0) == (difference > 0)
+    assert agree >= 0.9 * CASES
