@@ -85,6 +85,7 @@ def test_training_feeds_what_the_pipeline_feeds(name, worlds, watched, monkeypat
     monkeypatch.setattr(forward, "run_forward", spy)
     monkeypatch.setattr(Run, "clips", lambda run, batch: batches.append(batch) or clips(run, batch))
     watched(world.config("inputs", steps=1))
+    assert len(list((world.folder / "inputs" / "validation").glob("*student.mp4"))) == 2
     [trained], [teacher], data = seen, taught, ShardDataset(world.shards, 1)
     for key, value in trained.items():  # both of the teacher's branches, but for the text
         assert key == "encoder_hidden_states" or torch.equal(teacher[key], torch.cat([value, value])), key
@@ -119,7 +120,6 @@ def test_three_steps_resume_enable(name, worlds, watched, monkeypatch):
     world = worlds(name)
     whole, weights, record = watched(world.config("whole"))
     assert len(whole) == 3 and all(loss > 0 for loss, _ in whole.values()) and record["sampling"]["image"] is True
-    assert len(list((world.folder / "whole" / "validation").glob("*student.mp4"))) == 2
     first, _, _ = watched(world.config("halved"), {2: interrupt})
     rest, resumed, again = watched(world.config("halved"))
     assert {**first, **rest} == whole and same(weights, resumed) and again["plan"] == record["plan"]
@@ -181,6 +181,7 @@ def test_few_steps(objective, lora, worlds, watched):
     config = world.config(objective, steps=2)
     config.objective = replace(config.objective, name=objective, student_timesteps=[1000.0, 500.0], solver_steps=2, critic_warmup=1, critic_updates=1)
     config.policy = replace(config.policy, name="static", warm_down=[0.0, 0.0], budget=0.9)
+    config.optim.accumulate = 2 if objective == "trajectory" else 1
     config.lora.rank, config.logger.validate_every, config.logger.videos = lora, 2, False
     losses, _, record = watched(config)
     assert len(losses) == 2 and record["sampling"]["student_timesteps"] == [1000.0, 500.0]

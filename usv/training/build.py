@@ -102,14 +102,14 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
 def conditions_of(run: Run, config: TrainConfig) -> tuple[str, ...]:
     """What the transformer is given beside the text, by name: its family says it, of TI2V-5B the pipeline that its folder names.
     SettingError for what cannot be trained with them."""
-    transformer = run.pipe.transformer
+    transformer, o = run.pipe.transformer, config.objective
     names = family_of(transformer).conditions(transformer)
     length, by_timestep = config.model.max_sequence_length, takes_image(run.pipe) and "image_latents" not in names
     if "image_embeds" in names and length != IMAGE_TEXT:
         raise SettingError(f"model.max_sequence_length: got {length}, accepted: {IMAGE_TEXT} for a model of image embeddings, which are told from the text by it")
     if by_timestep and run.objective.few_steps:
         raise SettingError(
-            f"objective: got {config.objective.name} for a first frame that is given by its timesteps (TI2V-5B), accepted: velocity; the others "
+            f"objective: got {o.name} for a first frame that is given by its timesteps (TI2V-5B), accepted: velocity; the others "
             "take what is said of that frame for a part of the video"
         )
     return names + ("image_latents",) * by_timestep
