@@ -111,3 +111,31 @@ def test_what_does_not_divide_is_refused(settings, monkeypatch):
 
     with pytest.raises(SettingError, match="sequence_parallel: got 2, accepted: 1, or with a student alone"):
         infer.run(InferConfig(model=settings.model, prompt="a cat", sequence_parallel=2, output_dir=settings.output_dir))
+
+
+class Gathered(Crew):
+    """A crew in one process: `gather` gives what the others left."""
+
+    def __init__(self, rank, world, left):
+        super().__init__(rank, world, rank, world)
+        object.__setattr__(self, "left", left)
+
+    def gather(self, value):
+        self.left[self.rank] = value
+        return [self.left[i] for i in range(self.world)] if self.first else []
+
+
+def test_an_evaluation_has_its_clips_in_order_whoever_made_them(settings):
+    from usv.evaluation.methods import Dense, generate_all
+    from usv.sampling.checkpoint import load_student
+    from usv.sampling.generate import load_pipeline
+
+    pipe = load_pipeline(settings.model.path)
+    methods, seeds = {"dense": Dense(), "student": load_student(settings.ckpt, pipe.transformer)}, list(range(len(PROMPTS)))
+    whole, left = generate_all(pipe, settings.model, methods, PROMPTS, seeds, 2), {}
+    for rank in (2, 1, 0):  # the first collects
+        spread = generate_all(pipe, settings.model, methods, PROMPTS, seeds, 2, Gathered(rank, 3, left))
+        assert (spread is None) == (rank > 0)
+    for name, (generation, density, merged) in spread.items():
+        assert torch.allclose(generation.videos, whole[name][0].videos, rtol=0, atol=1e-6)
+        assert (density, merged, generation.forwards) == pytest.approx((*whole[name][1:], whole[name][0].forwards))

@@ -21,11 +21,9 @@ import argparse
 import json
 import platform
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import usv
 from usv.config import ModelConfig, SettingError
@@ -35,13 +33,15 @@ from usv.evaluation.calibrate import calibration
 from usv.evaluation.calibrate import table as calibration_table
 from usv.evaluation.clips import FLOOR_SEED, LOOKUP_CLIPS, REAL_CLIPS, ROOT, asked_clips, real_clips, requests
 from usv.evaluation.judge import finite, judge, table
+from usv.evaluation.methods import Decoded, Dense, forward_seconds, generate_all
 from usv.evaluation.own import Own, ask, model_of, real_features, sized
 from usv.files import write_result, write_text
 from usv.metrics import build_prototypes, features, frechet_distance
 from usv.metrics.frechet import MIN_CLIPS
 from usv.sampling.checkpoint import CheckpointError, Student, load_student, named
-from usv.sampling.decoder import TinyDecoder, load_decoder
-from usv.sampling.generate import Generation, best_place, generate, load_pipeline, now
+from usv.sampling.decoder import load_decoder
+from usv.sampling.generate import best_place, load_pipeline
+from usv.sampling.ranks import Crew, join
 from usv.sampling.sampler import StudentScheduler
 from usv.sparse.cost import ModelShape, plan_cost
 from usv.sparse.grid import tile_layout
@@ -49,95 +49,26 @@ from usv.training.run import commit
 from usv.video import contact_sheet, magnified, write_mp4
 
 
-@dataclass(frozen=True)
-class Dense:
-    """The dense model at `steps` and `guidance`; None: its own."""
-
-    steps: int | None = None
-    guidance: float | None = None
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A student whose latents are decoded by another decoder than the VAE's."""
-
-    student: Student
-    decoder: TinyDecoder
-
-
-def generate_all(pipe, model: ModelConfig, methods: dict, prompts: list[str], seeds: list[int], batch_size: int) -> dict:
-    """{name: Generation} with batches of all methods interleaved. `methods`: name -> student, `Decoded` or `Dense`."""
-    parts: dict[str, list[Generation]] = {name: [] for name in methods}
-    executed: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
-    with tqdm(total=len(prompts) * len(methods), unit="video") as bar:
-        for start in range(0, len(prompts), batch_size):
-            for name, checkpoint in methods.items():
-                bar.set_description(name)
-                sparse, guidance, decoder = not isinstance(checkpoint, Dense), None, None
-                if sparse:
-                    if isinstance(checkpoint, Decoded):
-                        checkpoint, decoder = checkpoint.student, checkpoint.decoder
-                    usv.enable(pipe, checkpoint)
-                    steps = pipe._usv.student.sampling["num_inference_steps"]
-                else:
-                    steps, guidance = checkpoint.steps, checkpoint.guidance
-                part = slice(start, start + batch_size)
-                parts[name].append(generate(pipe, model, prompts[part], seeds[part], batch_size, steps, guidance, progress=bar, decoder=decoder))
-                if sparse:
-                    executed[name].append((pipe._usv.record.mean_density(), pipe._usv.record.mean_merged()))
-                    usv.disable(pipe)
-    result = {}
-    for name, generations in parts.items():
-        seconds = {k: sum(g.seconds[k] for g in generations) for k in generations[0].seconds}
-        runs = executed[name] or [(1.0, 0.0)]
-        density, merged = (sum(column) / len(runs) for column in zip(*runs))
-        result[name] = (Generation(torch.cat([g.videos for g in generations]), seconds, generations[0].forwards), density, merged)
-    return result
-
-
-def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, repeats: int = 7) -> dict[str, dict[str, float]]:
-    """Seconds of one forward of one clip, quantiles over interleaved repeats, averaged over the sampler's timesteps."""
-    frames = (model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-    shape = (batch_size, pipe.transformer.config.in_channels, frames, *(side // pipe.vae_scale_factor_spatial for side in (model.height, model.width)))  # fmt: skip
-    place = {"device": pipe.device, "dtype": pipe.transformer.dtype}
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(**place)
-    text = torch.randn(batch_size, model.max_sequence_length, pipe.transformer.config.text_dim, **place)
-    dense = [name for name, method in methods.items() if isinstance(method, Dense)]
-    methods = {name: method for name, method in methods.items() if name not in dense[1:]}  # one dense forward is like another
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for repeat in range(repeats + 1):
-        for name, checkpoint in methods.items():
-            sparse = not isinstance(checkpoint, Dense)
-            if sparse:
-                usv.enable(pipe, checkpoint)
-            timesteps = [1000.0]
-            if sparse:
-                student = pipe._usv.student
-                timesteps = student.sampling.get("student_timesteps") or [
-                    (low + high) / 2 for low, high in zip((0.0, *student.plan.edges), student.plan.edges)
-                ]
-            begun = now()
-            with torch.no_grad():
-                for timestep in timesteps:
-                    pipe.transformer(latents, torch.full((batch_size,), timestep, device=pipe.device), text, return_dict=False)
-            if repeat:
-                times[name].append((now() - begun) / len(timesteps) / batch_size)
-            usv.disable(pipe)
-    found = {name: {f"p{q}": float(torch.tensor(values).quantile(q / 100)) for q in (10, 50, 90)} for name, values in times.items()}
-    return found | {name: found[dense[0]] for name in dense[1:]}
-
-
 def evaluate(
     model: ModelConfig, checkpoints: dict[str, str], clips: int, batch_size: int, videos: Path | None = None,
     dense: dict[str, Dense] | None = None, lookup: bool = False, own: Own | None = None, decoder: str = "full",
-) -> dict:
+) -> dict | None:
     """The report: machine, commit, and one row of quality, speed and executed sparsity for each method.
 
     dense: further dense rows by name. lookup: a row of no model at all, the mean of ten real clips of the caption. own: a
-    user's prompts and shards instead of CameraMotion's; `clips` is then the number of its prompts. decoder: full, or one (`load_decoder`) with which each student gets a
-    second row.
+    user's prompts and shards instead of CameraMotion's; `clips` is then the number of its prompts. decoder: full, or one
+    (`load_decoder`) with which each student gets a second row. Of several processes (torchrun) the first has the report, the others None.
     """
     keep_freed_memory()
+    crew = join()
+    try:
+        return compare(model, checkpoints, clips, batch_size, videos, dense, lookup, own, decoder, crew)
+    finally:
+        crew.leave()
+
+
+def compare(model, checkpoints, clips, batch_size, videos, dense, lookup, own, decoder, crew: Crew) -> dict | None:
+    """`evaluate` on this process among others; the report on the first."""
     pipe = load_pipeline(model.path, *best_place())
     students, tiny = {name: opened(pipe, path) for name, path in checkpoints.items()}, load_decoder(decoder, model.path, pipe)
     decoded = {f"{name}+{Path(decoder).name}": Decoded(student, tiny) for name, student in students.items()} if tiny is not None else {}
@@ -152,7 +83,9 @@ def evaluate(
         prototypes, reference = build_prototypes(pictures, real_subjects), features(pictures)
     timing = forward_seconds(pipe, model, {name: method for name, method in methods.items() if name not in decoded}, batch_size)
     timing |= {name: timing[name.rpartition("+")[0]] for name in decoded}  # the same forwards
-    generated = generate_all(pipe, model, methods, prompts, list(range(clips)), batch_size)
+    generated = generate_all(pipe, model, methods, prompts, list(range(clips)), batch_size, crew)
+    if generated is None:
+        return None
     rows = {}
     for name, (generation, density, merged) in generated.items():
         rows[name] = {
@@ -289,6 +222,8 @@ def main() -> None:
             shown = calibration_table(report)
         else:
             report = evaluate(model, named(args.ckpt), clips, args.batch_size, args.videos, dense, args.lookup, own, args.decoder)
+            if report is None:
+                return
             shown = table(report)
         report["command"] = "python -m usv.evaluate " + " ".join(sys.argv[1:])
         print(shown)
