@@ -13,7 +13,7 @@ from usv.models.__main__ import rows
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
 from usv.models.tokens import Tokens
-from usv.sampling import enable as enabling
+from usv.sampling import pipeline_class
 from usv.sampling.checkpoint import CheckpointError, Student
 from usv.sampling.patterns import transformers_of
 from usv.sparse import plan as plans
@@ -45,7 +45,7 @@ def checkpoints(pipe, rung):
 def unguided(pipe, call):
     """The call with one forward a step, as a student runs it."""
     guidance = family_of(next(iter(transformers_of(pipe).values()))).guidance
-    off = enabling.unguided(inspect.signature(type(pipe).__call__), guidance)
+    off = pipeline_class.unguided(inspect.signature(type(pipe).__call__), guidance)
     return {**call, **off, **{name: value for name, value in guidance.items() if name in call}}
 
 

@@ -11,9 +11,10 @@ import usv
 from usv.config import ModelConfig
 from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import CheckpointError, Student, save_student
-from usv.sampling.enable import Record, frames_argument, frames_result
+from usv.sampling.enable import Record
 from usv.sampling.generate import generate, load_pipeline
 from usv.sampling.held import hold
+from usv.sampling.pipeline_class import frames_argument, frames_result
 from usv.sparse.grid import Tile
 from usv.sparse.plan import Rung, SparsityPlan, timestep_bins
 

@@ -6,7 +6,13 @@ import accelerate
 import pytest
 import tiny
 import torch
-from diffusers import FirstBlockCacheConfig, WanPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
+from diffusers import (
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVideoToVideoPipeline,
+)
 
 import usv
 from usv.models.forward import SparseTransformer
@@ -163,6 +169,28 @@ def test_copies_and_siblings(pipe, folder):
     usv.disable(pipe)
     assert torch.equal(latents(other), wanted) and torch.equal(latents(pipe), dense)
     usv.disable(other)
+
+
+def test_a_sibling_of_a_few_step_student_knows_its_timesteps_only(pipe, folder):
+    student = load_student(folder, pipe.transformer)
+    sibling = WanPipeline.from_pipe(usv.enable(pipe, Student(student.model, student.plan, {**SAMPLING, "student_timesteps": [1000, 400]})))
+    sibling.set_progress_bar_config(disable=True)
+    wanted = latents(pipe)
+    assert torch.equal(latents(sibling), wanted)
+    sibling.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with pytest.raises(CheckpointError, match=r"scheduler: got the timestep 8.92857, accepted: \[1000, 400\], the few-step student's own"):
+        latents(sibling)
+
+
+def test_an_offloaded_pipelines_sibling(pipe, folder):
+    """Its transformer's hooks are the other pipeline's, which alone can take them off."""
+    pipe.enable_model_cpu_offload(device="cpu")
+    sibling = WanPipeline(**pipe.components)
+    with pytest.raises(CheckpointError, match="whose transformer another pipeline offloads, accepted: its own"):
+        usv.enable(sibling, folder)
+    sibling.enable_model_cpu_offload(device="cpu")
+    usv.enable(sibling, folder)
+    usv.disable(sibling)
 
 
 def test_what_is_saved_is_the_base(pipe, folder, tmp_path):

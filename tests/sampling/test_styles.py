@@ -226,8 +226,33 @@ def test_a_few_step_student_wears_it(pipe, loaded, sparse, tmp_path, before):
     assert close(latents(pipe), latents(by_hand)) and not close(latents(pipe), latents(usv.enable(pipeline(loaded), few)), 0.05)
 
 
-def test_hot_swap_compiles_nothing(pipe, sparse):
+def test_a_quantised_base(pipe, whole, adapted):
+    """A student with weights of its own is refused, also where somebody else than diffusers quantised."""
+    kind = type("Int8Tensor", (torch.nn.Parameter,), {})
+    for layer in (block.attn1.to_q for block in pipe.transformer.blocks):
+        layer.weight = kind(layer.weight.data)
+    for student in (whole, adapted[0]):
+        with pytest.raises(CheckpointError, match="for a base quantised by Int8Tensor, accepted: one of a router .*; or a base in full precision"):
+            usv.enable(pipe, student)
+
+
+def test_fusing_leaves_a_shared_base_alone(pipe, loaded, tmp_path):
+    """A router's student on a quantised base has the base's very tensors."""
+    model = SparseTransformer(copy.deepcopy(loaded.transformer), Tile(*tiny.TILE)).eval().requires_grad_(False)
+    save_student(tmp_path / "router", Student(model, WHOLE, {**SAMPLING, "guidance_scale": 1.0}, router=True))
+    dense = latents(pipe)
+    pipe.transformer.hf_quantizer = object()
+    usv.enable(pipe, tmp_path / "router")
+    pipe.load_lora_weights(lora_files.diffusers(STYLE))
+    pipe.fuse_lora()
+    assert not close(latents(pipe), dense, 0.05)
+    usv.disable(pipe)
+    assert torch.equal(latents(pipe), dense)
+
+
+def test_hot_swap_compiles_nothing(pipe, loaded, tmp_path):
     """A style of another rank in the place of one that was loaded before enable."""
+    sparse = saved(tmp_path / "even", tiny.make_transformer(seed=5), SparsityPlan(timestep_bins(2, 3.0), ((Rung(1, 0),) * 2,) * 2))  # one graph
     wanted = []
     for update in (STYLE, OTHER):
         other = usv.enable(copy.deepcopy(pipe), sparse)

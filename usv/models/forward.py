@@ -44,6 +44,10 @@ class Probe:
     mix: torch.Tensor
 
 
+# What arranges the blocks is Python that a compiler of the whole transformer would trace in vain: blocks are its graphs.
+uncompiled = torch.compiler.disable(recursive=False)
+
+
 class View:
     """A module as its own forward sees it when some of its attributes are others; the module itself stays as it is."""
 
@@ -60,6 +64,7 @@ class _Layer:
     def __init__(self, run: Run, index: int, last: bool):
         self.run, self.index, self.last = run, index, last
 
+    @uncompiled
     def __call__(self, *args, **kwargs):
         return self.run.layer(self.index, self.last, args, kwargs)
 
@@ -75,6 +80,7 @@ def _parameters(cls: type) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
+@uncompiled
 def _bound(cls: type, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of a block's call by name. What it takes as *args it does not name, so does not use."""
     signature = _parameters(cls)
@@ -117,6 +123,7 @@ class Run:
             lists[blocks.attribute].append(_Layer(self, index, last))
         return lists
 
+    @uncompiled
     def begin(self, x: Tensor) -> Tokens:
         """Row-major hidden states (B, S + E, C) as tokens of this process."""
         if beside := x.shape[1] - self.grid.num_tokens:
@@ -139,6 +146,7 @@ class Run:
         blocks, block = self.layers[0]
         return blocks.attention(block).heads
 
+    @uncompiled
     def layer(self, index: int, last: bool, args: tuple, kwargs: dict):
         """What the forward gets for its call of a block: what diffusers' block returns, tokens as `Tokens`, row-major after the
         last block of a list."""
@@ -166,6 +174,7 @@ class Run:
             values[name] = tokens.to_row_major(values[name])
         return values[blocks.returns[0]] if len(blocks.returns) == 1 else tuple(values[name] for name in blocks.returns)
 
+    @uncompiled
     def ordered(self, value, reorder, order: Tensor):
         """`reorder(value, order)`, once for all layers that are given the same value."""
         known = self._ordered.get(id(value))
@@ -189,6 +198,7 @@ def _rows(blocks: Blocks, call: Mapping[str, Any]) -> list[tuple[str, int]]:
     return found
 
 
+@uncompiled
 def _run_layer(run: Run, index: int, tokens: Tokens, call: dict, rung: Rung | LayerPlan, probe: Probe | None):
     """One block under its rung, or under two rungs mixed: tokens, what else the block returns, statistics."""
     out, others, stats = _run_rung(run, index, tokens, call, rung)
@@ -200,6 +210,7 @@ def _run_layer(run: Run, index: int, tokens: Tokens, call: dict, rung: Rung | La
     return out, others, stats
 
 
+@uncompiled
 def _run_rung(run: Run, index: int, tokens: Tokens, call: dict, rung: Rung | LayerPlan):
     blocks, _ = run.layers[index]
     plan = layer_plan(rung, tokens.layout.num_blocks)
@@ -209,6 +220,7 @@ def _run_rung(run: Run, index: int, tokens: Tokens, call: dict, rung: Rung | Lay
     return _run_block(run, index, tokens.merged(plan.merged_fraction) if merging else tokens.unmerged(), call, plan)
 
 
+@uncompiled
 def _run_block(run: Run, index: int, tokens: Tokens, call: dict, plan: LayerPlan | None):
     """diffusers' block on the tokens as they are, its self-attention diffusers' own where it is dense and whole."""
     blocks, block = run.layers[index]
@@ -228,6 +240,7 @@ def _run_block(run: Run, index: int, tokens: Tokens, call: dict, plan: LayerPlan
     return tokens.parted(out), others, None if attend is None else attend.stats
 
 
+@uncompiled
 def run_forward(transformer, gates, tile: Tile, arguments, rungs=None, probes=None, impl="auto", fine=None, group=None):
     """The transformer's own forward under a plan: what it returns, and the statistics of the sparse layers.
 

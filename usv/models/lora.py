@@ -242,4 +242,4 @@ def own_weights(transformer: torch.nn.Module) -> None:
     for layer in _tuned(transformer).values():
         base = layer.get_base_layer()
         for name, parameter in base.named_parameters(recurse=False):
-            setattr(base, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+            setattr(base, name, copy.deepcopy(parameter))  # of whatever kind it is

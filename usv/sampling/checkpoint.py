@@ -179,16 +179,16 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
     one = path.suffix == ".safetensors"
     config, weights = (path, path) if one else (path / "config.json", path / "student.safetensors")
     check_fits(path, record.get("family", "wan"), record["transformer"], base)
+    frozen = quantised(base) is not None
+    if frozen:
+        check_quantised(path, record, base)
     if record.get("fingerprint") and not _matches(record["fingerprint"], base):
         place = path if one else path.parent
         adapted = one or (place / "pytorch_lora_weights.safetensors").is_file()
         first = f"pipe.load_lora_weights({str(place)!r}), fuse_lora() and unload_lora_weights()" if adapted else f"load {pipeline_class(place)}.from_pretrained({str(place)!r})"
         raise CheckpointError(f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; {first} first")
     plan, tile = plan_of(record, config), Tile(*record["tile"], cell=tuple(record.get("cell", CELL)))
-    quantised = getattr(base, "hf_quantizer", None) is not None
-    if quantised:
-        check_quantised(path, record, base)
-    transformer = twin(base) if quantised else type(base).from_config(base.config)
+    transformer = twin(base) if frozen else type(base).from_config(base.config)
     layers = len(family_of(transformer).layers(transformer))
     if plan.num_layers != layers:
         raise CheckpointError(
@@ -199,7 +199,7 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
     if one and (wrong := not_finite(tensors)):
         raise CheckpointError(f"{path}: damaged or incomplete ({wrong}); use another checkpoint")
     try:
-        if quantised:
+        if frozen:
             model.gates.load_state_dict({name.removeprefix("gates."): value for name, value in tensors.items()})
         elif record.get("lora") or record.get("fingerprint") or record.get("router"):  # the rest is the model's own
             tensors = {
@@ -209,16 +209,16 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
         if record.get("lora"):
             adapters = {name: value for name, value in tensors.items() if lora.is_adapter(name)}
             tensors = lora.merged(tensors, record["lora"]["alpha"] / record["lora"]["rank"])
-        if not quantised:
+        if not frozen:
             model.load_state_dict(tensors)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{weights}: damaged or incomplete ({str(error).splitlines()[0]}); use another checkpoint") from None
     kinds = {name.replace(".base_layer.", "."): p.dtype for name, p in base.named_parameters()}
-    for name, p in transformer.named_parameters() if not quantised else ():  # a bf16 model keeps some parts in fp32
+    for name, p in transformer.named_parameters() if not frozen else ():  # a bf16 model keeps some parts in fp32
         p.data = p.data.to(kinds[name])
     device = "cpu" if base.device.type == "meta" else base.device  # offloaded module by module
-    model.gates.to(device, next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32) if quantised else base.dtype).requires_grad_(False)
-    model = model.eval() if quantised else model.to(device=device).eval().requires_grad_(False)
+    model.gates.to(device, next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32) if frozen else base.dtype).requires_grad_(False)
+    model = model.eval() if frozen else model.to(device=device).eval().requires_grad_(False)
     return Student(
         model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters,
         bool(record.get("lora") or record.get("fingerprint") or record.get("router")), bool(record.get("router")),
@@ -227,9 +227,8 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
 
 def check_quantised(path: Path, record: dict, base: torch.nn.Module) -> None:
     """CheckpointError for a student with weights of its own, whole or adapters, on a base whose weights are quantised."""
-    method = getattr(getattr(base, "config", {}).get("quantization_config"), "quant_method", "some method")
     if not record.get("router"):
-        raise CheckpointError(f"{path}: got a student with weights of its own for a base quantised by {method}, accepted: one of a router (optim.train=router), whose weights are the base's")
+        raise CheckpointError(f"{path}: got a student with weights of its own for a base quantised by {quantised(base)}, accepted: one of a router (optim.train=router), whose weights are the base's; or a base in full precision, and quantise pipe.transformer after usv.enable")
     if lora.adapters_of(base):
         raise CheckpointError(f"{path}: got a quantised base with LoRAs {list(lora.adapters_of(base))}, accepted: load them after usv.enable")
 
@@ -239,6 +238,15 @@ def twin(base: torch.nn.Module) -> torch.nn.Module:
     tensors = {id(t): t for t in (*base.parameters(), *base.buffers())}
     quantizer = {id(base.hf_quantizer): base.hf_quantizer} if getattr(base, "hf_quantizer", None) is not None else {}
     return copy.deepcopy(base, tensors | quantizer)
+
+
+def quantised(transformer: torch.nn.Module) -> str | None:
+    """By what a transformer's weights are quantised: the method, or what stands in place of plain parameters; None in full precision."""
+    if getattr(transformer, "hf_quantizer", None) is not None:
+        method = getattr(getattr(transformer.hf_quantizer, "quantization_config", None), "quant_method", "some method")
+        return str(getattr(method, "value", method))
+    kinds = {type(p).__name__ for p in transformer.parameters()} - {"Parameter"}
+    return ", ".join(sorted(kinds)) or None
 
 
 def read_weights(path: Path, record: dict) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from usv.models import lora
 from usv.models.families import family_or_none
 from usv.patterns import Pattern
 from usv.patterns.planned import PlannedPattern, planned_pattern
-from usv.sampling.checkpoint import CheckpointError, Student, check_fits, load_student, other_grid
+from usv.sampling.checkpoint import CheckpointError, Student, check_fits, load_student, quantised
 from usv.sampling.held import hold
 from usv.sampling.patterns import (
     KEPT_CALLS,
@@ -41,8 +41,9 @@ from usv.sampling.patterns import (
     progress_of,
     transformers_of,
 )
+from usv.sampling.pipeline_class import folded, student_pipeline
 from usv.sampling.sampler import StudentScheduler, with_shift
-from usv.sampling.styles import check_unloaded, fused_loras, load_lora_weights, set_fused
+from usv.sampling.styles import check_unloaded, fused_loras, set_fused
 from usv.sparse.plan import MERGE_LADDER
 
 logger = logging.getLogger("usv")
@@ -150,14 +151,17 @@ def enable(
             pipe.scheduler = with_shift(pipe.scheduler, students[0].sampling["flow_shift"])
         given = checkpoint if isinstance(checkpoint, (tuple, list)) else [checkpoint]
         for (place, original), student, chosen, one in zip(state.originals.items(), students, fine, given):
-            held = hold(student, record, impl, chosen, folded(student.sampling), shared=one is student)
-            lora.carry(now[place], held, shared=one is student)
+            shared = one is student or student.router and quantised(bare(original)) is not None  # with the caller, or with the base
+            held = hold(student, record, impl, chosen, folded(student.sampling), shared=shared)
+            lora.carry(now[place], held, shared=shared)
             setattr(pipe, place, held)
             _same_storage(bare(original), held)
             state.kinds[place] = (held.dtype, held.device)
             if original is not bare(original) or any(getattr(module, "_compiled_call_impl", None) for module in original.modules()):
                 logger.warning("usv: %s was compiled; the student runs uncompiled until pipe.%s.compile_repeated_blocks()", place, place)
-        pipe.__class__ = _student_pipeline(type(pipe), students[0].sampling, students[0].model.family.guidance)
+            if (kind := quantised(bare(original))) is not None and quantised(held) is None:
+                logger.warning("usv: %s is quantised (%s), its student is in full precision; quantise pipe.%s again", place, kind, place)
+        pipe.__class__ = student_pipeline(type(pipe), students[0].sampling, students[0].model.family.guidance)
         pipe._usv = state
         set_fused(pipe, fused)
     return pipe
@@ -195,6 +199,13 @@ def offload_kept(pipe: DiffusionPipeline) -> Iterator[None]:
         again = "enable_model_cpu_offload"
     elif any(hasattr(module, "_hf_hook") for module in pipe.components.values() if isinstance(module, torch.nn.Module)):
         again = "enable_sequential_cpu_offload"
+    if again is not None and not hasattr(pipe, "_offload_device"):
+        if any(hasattr(bare(transformer), "_hf_hook") for transformer in transformers_of(pipe).values()):
+            raise CheckpointError(
+                f"enable, disable: got a {type(pipe).__name__} whose transformer another pipeline offloads, accepted: its own enable_model_cpu_offload() or "
+                "enable_sequential_cpu_offload() first"
+            )
+        again = None  # only parts that are shared with another pipeline
     if again is None:
         yield
         return
@@ -303,73 +314,3 @@ def summary(pipe: DiffusionPipeline) -> str:
             cells = " ".join(f"1/{2**r.density}{'' if not r.merge else f'·{MERGE_LADDER[r.merge]:.2f}m'}" for r in row)
             lines.append(f"  ≤ {edge:5.0f}  {cells}")
     return "\n".join(lines)
-
-
-def unguided(signature: inspect.Signature, guidance: Mapping[str, float]) -> dict[str, float]:
-    """The arguments of a pipeline's call that make one forward a step of it, where its defaults make more. guidance: see `Family`."""
-    defaults = {name: signature.parameters[name].default for name in guidance if name in signature.parameters}
-    return {name: guidance[name] for name, value in defaults.items() if isinstance(value, (int, float)) and value != guidance[name]}
-
-
-def folded(sampling: Mapping) -> bool:
-    """Whether guidance is folded into a student's weights, as it is but for a router's, whose weights are the base's."""
-    return "guidance_scale" not in sampling
-
-
-def _student_pipeline(base: type, sampling: dict, guidance: Mapping[str, float]) -> type:
-    """A subclass of the pipeline whose call has the student's defaults. guidance: see `Family`."""
-    signature = inspect.signature(base.__call__)
-
-    def call(self, *args, **kwargs):
-        given = dict(signature.bind_partial(self, *args, **kwargs).arguments)
-        given.pop("self")
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                given |= given.pop(name, {})
-        for scale, off in guidance.items() if folded(sampling) else ():
-            if given.get(scale) not in (None, off):
-                raise CheckpointError(f"{scale}: got {given[scale]}, accepted: {off}; guidance is folded into the student's weights")
-        if given.get("negative_prompt") and folded(sampling):
-            logger.warning("usv: negative_prompt is not used: guidance is folded into the student's weights")
-        defaults = unguided(signature, guidance) if folded(sampling) else {"guidance_scale": sampling["guidance_scale"]}
-        defaults |= {key: sampling.get(key) for key in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length")}
-        defaults = {key: value for key, value in defaults.items() if value is not None and key in signature.parameters}
-        given = {**defaults, **given}
-        if (note := other_grid(sampling, given)) is not None:
-            logger.warning("usv: %s", note)
-        if given.get("num_frames") is not None:
-            given["num_frames"] = frames_argument(self, given["num_frames"])
-        return base.__call__(self, **given)
-
-    def save_pretrained(self, *args, **kwargs):
-        """The pipeline as it is without the student; `usv.export` writes one with it."""
-        logger.warning("usv: save_pretrained writes the pipeline without its student; python -m usv.export writes it with")
-        state = self._usv
-        held = {place: getattr(self, place) for place in state.originals}
-        scheduler, kind = self.scheduler, type(self)
-        try:
-            self.__class__ = state.original_class
-            for place, original in state.originals.items():
-                setattr(self, place, original)
-            self.scheduler = state.scheduler
-            return self.save_pretrained(*args, **kwargs)
-        finally:
-            for place, student in held.items():
-                setattr(self, place, student)
-            self.scheduler, self.__class__ = scheduler, kind
-
-    body = {"__call__": call, "save_pretrained": save_pretrained, "__module__": base.__module__}
-    if hasattr(base, "load_lora_weights"):
-        body["load_lora_weights"] = lambda self, *args, **kwargs: load_lora_weights(base, self, *args, **kwargs)
-    return type(base.__name__, (base,), body)
-
-
-def frames_result(pipe: DiffusionPipeline, num_frames: int) -> int:
-    """Frames that `pipe(num_frames=…)` really makes: diffusers rounds to k · factor + 1, also at factor 1."""
-    factor = pipe.vae_scale_factor_temporal
-    return num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1
-
-
-def frames_argument(pipe: DiffusionPipeline, num_frames: int) -> int:
-    """The argument that makes a stock pipeline make `num_frames` frames; an enabled one takes the number itself."""
-    return num_frames - 1 if getattr(pipe, "vae_scale_factor_temporal", None) == 1 else num_frames

@@ -16,8 +16,9 @@ from diffusers import DiffusionPipeline, WanPipeline
 
 from usv.config import ModelConfig, SettingError
 from usv.sampling.decoder import TinyDecoder
-from usv.sampling.enable import Enabled, frames_argument
+from usv.sampling.enable import Enabled
 from usv.sampling.patterns import transformers_of
+from usv.sampling.pipeline_class import frames_argument
 from usv.sampling.record import numbers_of, pipeline_index
 from usv.sampling.sampler import with_shift
 

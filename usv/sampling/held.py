@@ -21,7 +21,7 @@ from torch import nn
 
 from usv.models import lora
 from usv.models.families import family_of
-from usv.models.forward import run_forward
+from usv.models.forward import run_forward, uncompiled
 from usv.patterns.planned import PlannedPattern
 from usv.sampling.checkpoint import CheckpointError, Student
 from usv.sparse.grid import Tile
@@ -35,6 +35,7 @@ class Planned:
 
     text_length: of the text that it was trained with, where the architecture attends its padding; None: any. folded: whether
     guidance is folded into the weights. shared: whether others may have the same tensors. group: processes that share each video.
+    timesteps: of a few-step student, which knows no others.
     """
 
     plan: SparsityPlan | None
@@ -46,11 +47,16 @@ class Planned:
     folded: bool = True
     shared: bool = False
     group: SequenceGroup | None = None
+    timesteps: tuple[float, ...] = ()
+
+
+NEAR = 4.0  # of 1000: timesteps in bf16 are that coarse
 
 
 # ---- what a held student does in place of its class's methods ---------------------------------------------------------------------------
 
 
+@uncompiled
 def _forward(self, *args, **kwargs):
     begun, planned = time.perf_counter(), self._planned
     arguments = dict(_signature(type(self)).bind(*args, **kwargs).arguments)
@@ -58,6 +64,8 @@ def _forward(self, *args, **kwargs):
         arguments["encoder_hidden_states"] = fit_text(arguments["encoder_hidden_states"], planned.text_length)
     timestep = torch.as_tensor(arguments["timestep"])
     now = float(family_of(self).flow_timestep(self, timestep).max())  # per token (TI2V), given frames have 0
+    if planned.timesteps and min(abs(now - t) for t in planned.timesteps) > NEAR:
+        raise CheckpointError(f"scheduler: got the timestep {now:g}, accepted: {list(planned.timesteps)}, the few-step student's own; its scheduler is the one that usv.enable brings")
     rungs = None if planned.plan is None else planned.plan.at(now)
     if planned.fine is not None:
         planned.fine.begin(family_of(self).grid(self, arguments), timestep)
@@ -123,7 +131,7 @@ def hold(student: Student, record, impl: str = "auto", fine: PlannedPattern | No
     # Of the very class: from_pipe compares types, a pipeline's config names them. So what it does differently is its own, not its class's.
     held.__dict__.update({name: MethodType(function, held) for name, function in METHODS.items()})
     length = student.sampling.get("max_sequence_length") if model.family.zero_padded else None
-    held.__dict__["_planned"] = Planned(student.plan, model.tile, record, impl, fine, length, folded, shared)
+    held.__dict__["_planned"] = Planned(student.plan, model.tile, record, impl, fine, length, folded, shared, timesteps=tuple(student.sampling.get("student_timesteps") or ()))
     return held
 
 
