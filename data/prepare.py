@@ -40,8 +40,8 @@ from writing import write_all  # noqa: E402
 from usv.training.shards import FORMAT, model_identity  # noqa: E402
 
 
-def run(settings: Settings, overwrite: bool = False, append: bool = False) -> dict:
-    """Write all that is missing of a folder; returns its index.
+def run(settings: Settings, overwrite: bool = False, append: bool = False, looks: dict | None = None) -> dict:
+    """Write all that is missing of a folder; returns its index. looks: at the videos, where they were made before.
 
     With `settings.buckets`, one folder for each size below `settings.out` and the clips nearest to it; returns the
     index of all their splits, keyed by `size/split`.
@@ -60,7 +60,7 @@ def run(settings: Settings, overwrite: bool = False, append: bool = False) -> di
             for path in [settings.out / "index.json", settings.out / "plan.json", *settings.out.glob("*-?????.tar")]:
                 path.unlink(missing_ok=True)
         fresh = not (settings.out / "plan.json").exists()
-        plan = load_plan(settings, append)
+        plan = load_plan(settings, append, looks)
         if fresh and settings.videos:
             tell(plan, settings)
         jobs = make_jobs(plan)
@@ -92,11 +92,13 @@ def folder_of(settings: Settings) -> str:
 def run_buckets(settings: Settings, overwrite: bool, append: bool) -> dict:
     """One folder of shards for each size that any clip is nearest to."""
     total: dict = {"splits": {}, "num_skipped": 0, "latent_shape": []}
-    for height, width in settings.buckets:
-        own = replace(settings, height=height, width=width)
-        own = replace(own, out=settings.out / folder_of(own))
+    folders = [replace(own, out=settings.out / folder_of(own)) for own in (replace(settings, height=h, width=w) for h, w in settings.buckets)]
+    looks = None
+    if overwrite or not all((own.out / "plan.json").exists() for own in folders):  # once for all sizes
+        looks = looking.look_at(find_videos(settings.videos, settings.caption)[0], settings)
+    for own in folders:
         try:
-            index = run(own, overwrite, append)
+            index = run(own, overwrite, append, looks)
         except Empty as nothing:
             print(f"{own.out.name}: {nothing}", file=sys.stderr)
             continue

@@ -205,7 +205,8 @@ def _extend(plan: dict, settings: Settings, found: list[Source], skipped: list[d
         sources = [{**source, "split": "train"} for source in sources]
     listed = {source.file for source in found}
     plan["skipped"] = [line for line in plan["skipped"] if line["file"] in listed or line["file"] in plan["seen"]]
-    plan["skipped"] += [line for line in skipped if line not in plan["skipped"]]
+    known = {(line["file"], line["clip"], line["reason"]) for line in plan["skipped"]}
+    plan["skipped"] += [line for line in skipped if (line["file"], line["clip"], line["reason"]) not in known]
     plan["sources"] += sources
     plan["seen"].update(seen)
     plan["parts"].append(len(plan["sources"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,10 +106,12 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def _folders_of_frames(folder: Path, folders: list[Path], files: list[Path]) -> list[dict]:
     """Folders of numbered pictures: listed, for nothing says at what rate they are to be shown."""
-    found = []
+    found, inside = [], defaultdict(list)
+    for path in files:
+        inside[path.parent].append(path)
     for place in folders:
-        pictures = [p for p in files if p.parent == place and p.suffix.lower() in PICTURES and p.stem[-1:].isdigit()]
-        if len(pictures) >= 3 and not any(p.parent == place and p.suffix.lower() in EXTENSIONS for p in files):
+        pictures = [p for p in inside[place] if p.suffix.lower() in PICTURES and p.stem[-1:].isdigit()]
+        if len(pictures) >= 3 and not any(p.suffix.lower() in EXTENSIONS for p in inside[place]):
             name = place.relative_to(folder).as_posix()
             reason = f"not a video: a folder of {len(pictures)} pictures; make a video of it, e.g. ffmpeg -framerate 24 "
             found.append(skip(name, reason + f"-pattern_type glob -i '*{pictures[0].suffix}' clip.mp4"))
