@@ -42,11 +42,11 @@ class World:
         self.model = tiny.save_image_model(folder / "model", name)
         self.shards = tiny.save_image_shards(folder / "shards", self.model, name)
 
-    def config(self, run, steps=3):
+    def config(self, run, steps=3, videos=False):
         config = settings(self.model, self.shards, self.folder / run, steps=steps)
         config.model = replace(config.model, height=tiny.IMAGE_SIZE, width=tiny.IMAGE_SIZE, num_frames=tiny.IMAGE_FRAMES, max_sequence_length=self.length,
                                tile=[1, 2, 2], guidance_scale=2.0)  # fmt: skip
-        config.logger.validate_every, config.data.drop_text = 3, 0.0
+        config.logger.validate_every, config.logger.videos, config.data.drop_text = 3, videos, 0.0
         return config
 
     def frames(self, clip):
@@ -84,7 +84,7 @@ def test_training_feeds_what_the_pipeline_feeds(name, worlds, watched, monkeypat
 
     monkeypatch.setattr(forward, "run_forward", spy)
     monkeypatch.setattr(Run, "clips", lambda run, batch: batches.append(batch) or clips(run, batch))
-    watched(world.config("inputs", steps=1))
+    watched(world.config("inputs", steps=1, videos=True))
     assert len(list((world.folder / "inputs" / "validation").glob("*student.mp4"))) == 2
     [trained], [teacher], data = seen, taught, ShardDataset(world.shards, 1)
     for key, value in trained.items():  # both of the teacher's branches, but for the text
@@ -182,7 +182,7 @@ def test_few_steps(objective, lora, worlds, watched):
     config.objective = replace(config.objective, name=objective, student_timesteps=[1000.0, 500.0], solver_steps=2, critic_warmup=1, critic_updates=1)
     config.policy = replace(config.policy, name="static", warm_down=[0.0, 0.0], budget=0.9)
     config.optim.accumulate = 2 if objective == "trajectory" else 1
-    config.lora.rank, config.logger.validate_every, config.logger.videos = lora, 2, False
+    config.lora.rank, config.logger.validate_every = lora, 2
     losses, _, record = watched(config)
     assert len(losses) == 2 and record["sampling"]["student_timesteps"] == [1000.0, 500.0]
     pipe = usv.enable(load_pipeline(str(world.model)), world.folder / objective / "student")
@@ -212,6 +212,8 @@ def test_what_does_not_fit_is_refused_in_one_line(worlds, watched, tiny_wan, tin
     student = usv_student(pipes["wan22_i2v"].transformer, True)
     with pytest.raises(CheckpointError, match="made for another model \\(in_channels: 12 against 4"):
         usv.enable(text, student)
+    with pytest.raises(CheckpointError, match="made for another model \\(in_channels: 4 against 12"):
+        usv.enable(pipes["wan22_i2v"], usv_student(text.transformer, False))
     with pytest.raises(CheckpointError, match="got a student of image to video for a WanPipeline, accepted: one of text to video"):
         usv.enable(text, usv_student(text.transformer, True))
     with pytest.raises(CheckpointError, match="got a student of text to video for a WanImageToVideoPipeline, accepted: one of image to video"):
