@@ -806,3 +806,16 @@ def video(pipe, call, seed=0):
         out = pipe(**call, generator=torch.Generator().manual_seed(seed), return_dict=False)
     out = out[0] if isinstance(out, tuple) else out
     return torch.stack([torch.as_tensor(np.asarray(x)) for x in out]) if isinstance(out, list) else torch.as_tensor(out)
+
+
+def watch_dense(monkeypatch):
+    """A list that grows by the length of each sequence that attends to one of its own length by torch's dense attention."""
+    dense, seen = F.scaled_dot_product_attention, []
+
+    def spy(query, key, value, *more, **options):
+        if query.shape[-2] == key.shape[-2]:
+            seen.append(query.shape[-2])
+        return dense(query, key, value, *more, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return seen

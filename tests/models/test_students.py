@@ -49,12 +49,12 @@ def unguided(pipe, call):
     return {**call, **off, **{name: value for name, value in guidance.items() if name in call}}
 
 
-def watch_beside(patch):
-    """A list that grows by the number of tokens beside the grid for each sequence that blocks are given."""
+def watch_begun(patch):
+    """A list that grows by (tokens of the grid, tokens beside it) for each sequence that blocks are given."""
     begin, seen = Tokens.begin, []
 
     def spy(x, layout, *rest):
-        seen.append(x.shape[1] - layout.grid.num_tokens)
+        seen.append((layout.grid.num_tokens, x.shape[1] - layout.grid.num_tokens))
         return begin(x, layout, *rest)
 
     patch.setattr(Tokens, "begin", spy)
@@ -73,13 +73,14 @@ def test_student(name, more, monkeypatch):
     own = tiny_pipelines.video(pipe, call)
     scale = float(own.abs().max())
     with monkeypatch.context() as patch:
-        beside = watch_beside(patch)
+        begun, whole = watch_begun(patch), tiny_pipelines.watch_dense(patch)
         patch.setattr(plans, "DENSITY_LADDER", (1.0,) * 6)  # the sparse path with every block
         usv.enable(pipe, checkpoints(pipe, Rung(1, 0)))
         full = tiny_pipelines.video(pipe, call)
         record = pipe._usv.record
         assert record.forwards > 0 and record.mean_density() == 1.0 and record.mean_merged() == 0.0
-        assert (max(beside) > 0) == (name in BESIDE)
+        assert any(beside for _, beside in begun) == (name in BESIDE)
+        assert not [length for length in whole if length >= min(num for num, _ in begun)], "a self-attention over the whole video stayed dense"
     torch.testing.assert_close(full, own, rtol=0, atol=1e-5 * max(scale, 1))
     usv.enable(pipe, checkpoints(pipe, Rung(1, 1)))
     half = tiny_pipelines.video(pipe, call)

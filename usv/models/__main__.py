@@ -91,11 +91,15 @@ def page() -> str:
         "",
         f"The output of `python -m usv.models` for diffusers {diffusers.__version__}: its {len(found)} video pipeline classes, of which "
         f"patterns run on {sum(r.patterns != '-' for r in found)} and students on {sum(r.student != '-' for r in found)}. "
-        "`tests/models/test_table.py` runs every row on a tiny random instance.",
+        "Every row is a run on a tiny random instance: patterns by `tests/models/test_table.py`, students by `tests/models/test_students.py`.",
         "",
         f"*patterns*: all of {', '.join(f'`{name}`' for name in PATTERNS)} by `usv.enable(pipe, attention=…)`. *student*: the family "
         "whose students `usv.enable(pipe, folder)` takes; *training*: what `train.py` is told. *attention*: what the long attention "
-        "of a block sees; text, history and conditions beside the video's own tokens stay dense in rows and columns.",
+        "of a block sees; text, history and conditions beside the video's own tokens stay dense in rows and columns, and are not merged.",
+        "",
+        "Refused in a call, by name: under a pattern any mask of the video's attention (SkyReels-V2's `causal_block_size`, a reference's "
+        "strength in LTX2InContextPipeline, Kandinsky 5's NABLA); beside a student SkyReels-V2's, spatio-temporal guidance of LTX-2, since "
+        "guidance is folded in, and a pattern's blocks where tokens stand beside the grid. Processes cannot share such a sample in training.",
         "",
         f"| {' | '.join(HEAD)} |",
         "|" + "---|" * len(HEAD),

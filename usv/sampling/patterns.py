@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from usv.patterns import PATTERNS, CallStats, Pattern, make_pattern
-from usv.patterns.processors import Attached, attach, attached_to, check, refusal
+from usv.patterns.processors import Attached, attach, attached_to, check, family_of, refusal, unwrap
 from usv.patterns.protocol import STAGES, require
 
 IMPLS = ("auto", "reference", "cpu", "triton", "flex")
@@ -150,6 +150,13 @@ def transformers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     return {place: getattr(pipe, place) for place in places if getattr(pipe, place, None) is not None}
 
 
+def attending(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
+    """What of a pipeline runs a pattern: its transformers, and a control branch beside them whose attention is known."""
+    branch = getattr(pipe, "controlnet", None)
+    known = branch is not None and family_of(unwrap(branch)) is not None
+    return [*transformers_of(pipe).values(), *([branch] if known else [])]
+
+
 def check_pattern(pipe: DiffusionPipeline, attention: str, impl: str = "auto", recall_rows: int = 0, **options) -> Pattern:
     """The settings that `enable_pattern` would run; changes nothing.
 
@@ -164,8 +171,8 @@ def check_pattern(pipe: DiffusionPipeline, attention: str, impl: str = "auto", r
         denoiser = getattr(pipe, "unet", None)
         why = "it has no denoising transformer" if denoiser is None else refusal(type(denoiser).__name__)
         require(False, "pipe", f"a {type(pipe).__name__}: {why}", "a pipeline of the table that python -m usv.models prints")
-    for transformer in transformers.values():
-        check(transformer)
+    for module in attending(pipe):
+        check(module)
     return pattern
 
 
@@ -188,15 +195,15 @@ def enable_pattern(
     """
     pattern = check_pattern(pipe, attention, impl, recall_rows, **options)
     record, progress = PatternRecord(), PipelineProgress(pipe)
-    attached = [attach(transformer, pattern, progress, record, impl, recall_rows) for transformer in transformers_of(pipe).values()]
+    attached = [attach(module, pattern, progress, record, impl, recall_rows) for module in attending(pipe)]
     pipe._usv = EnabledPattern(attention, pattern, record, attached)
     return pipe
 
 
 def disable_pattern(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Undo `enable_pattern`, also where another pipeline enabled the transformers of this one; harmless when nothing is."""
-    for transformer in transformers_of(pipe).values():
-        if (attached := attached_to(transformer)) is not None:
+    for module in attending(pipe):
+        if (attached := attached_to(module)) is not None:
             attached.undo()
     if isinstance(state := pipe.__dict__.pop("_usv", None), EnabledPattern):
         for attached in state.attached:  # of transformers that were taken out since
@@ -206,7 +213,7 @@ def disable_pattern(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 def pattern_of(pipe: DiffusionPipeline) -> EnabledPattern | None:
     """The pattern under which the transformers of a pipeline are now, whichever pipeline enabled it."""
-    attached = [found for transformer in transformers_of(pipe).values() if (found := attached_to(transformer)) is not None]
+    attached = [found for module in attending(pipe) if (found := attached_to(module)) is not None]
     if not attached:
         return None
     pattern = attached[0].run.pattern

@@ -57,8 +57,8 @@ class Attached:
 
     @torch.compiler.disable
     def after(self, *_) -> None:
-        """Counts a forward."""
-        self.record.forwards += 1
+        """Counts a forward, with its control branch's as one."""
+        self.record.forwards += not family_of(self.transformer).branch
         self.record.seconds += time.perf_counter() - self.begun
 
     def undo(self) -> None:

@@ -40,12 +40,14 @@ from usv.sparse.packed import packed_grid
 @dataclass(frozen=True)
 class Family:
     """attention: in words, for the table. processor: of its long self-attentions. lists: of blocks, in the order of execution,
-    and the place of the attention in a block. grid: (config, arguments of the forward by name) -> TokenGrid."""
+    and the place of the attention in a block. grid: (config, arguments of the forward by name) -> TokenGrid. branch: whether it is
+    no denoiser but a control branch beside one, whose forwards are not counted."""
 
     attention: str
     processor: type[Processor]
     lists: tuple[tuple[str, str], ...]
     grid: Callable[[object, dict], TokenGrid]
+    branch: bool = False
 
     def attentions(self, transformer: nn.Module) -> list[nn.Module]:
         return [block.get_submodule(place) for blocks, place in self.lists for block in getattr(transformer, blocks)]
@@ -66,6 +68,11 @@ def _divide(sides: tuple[int, ...], patch: tuple[int, int, int]) -> TokenGrid:
 def _channels_first(config, call: dict) -> TokenGrid:
     """Latents (B, C, T, H, W)."""
     return _divide(call["hidden_states"].shape[-3:], _patch(config))
+
+
+def _of_controls(config, call: dict) -> TokenGrid:
+    """Latents (B, C, T, H, W) of a control branch."""
+    return _divide(call["controls_latents"].shape[-3:], _patch(config))
 
 
 def _frames_first(config, call: dict) -> TokenGrid:
@@ -118,6 +125,7 @@ FAMILIES: dict[str, Family] = {
         (("transformer_blocks", "attn1"),), _packed,
     ),
     "CosmosTransformer3DModel": Family(_CROSS, CosmosProcessor, (("transformer_blocks", "attn1"),), _channels_first),
+    "CosmosControlNetModel": Family(_CROSS, CosmosProcessor, (("control_blocks", "attn1"),), _of_controls, branch=True),
     "Kandinsky5Transformer3DModel": Family(
         _CROSS, Kandinsky5Processor, (("visual_transformer_blocks", "self_attention"),), _channels_last
     ),
