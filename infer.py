@@ -5,6 +5,7 @@
     python infer.py model=wan_i2v_14b ckpt=outputs/usv_wan_i2v/student image=cat.png prompt='"the cat jumps"'       # image to video
     python infer.py attention=svg2 prompt='"a cat, the camera pans left"'       # no training: a pattern on the dense model
     python infer.py ckpt=outputs/usv_mini/student attention=svg2 prompt=...   # the student's densities, SVG2's clusters
+    python infer.py model=wan_1_3b ckpt=STUDENT dry_run=true                  # the memory it will need; offload=model|group, vae_tiling=true need less
     torchrun --nproc_per_node 2 infer.py ckpt=… prompts=FILE                    # prompts spread over processes; sequence_parallel=2: each video shared by two
 
 Each prompt, seed and student gives an mp4 of its own, written as soon as it is made; a contact sheet and infer.json (seconds by stage, executed density, merging, attention recall
@@ -23,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import hydra
+import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from PIL import Image, ImageOps
@@ -38,6 +40,7 @@ from usv.sampling.decoder import load_decoder
 from usv.sampling.generate import Generation, best_place, check_images, generated, load_pipeline, prompts_of, summed
 from usv.sampling.patterns import calls_report, transformers_of
 from usv.sampling.ranks import Crew, join
+from usv.training import dry_run_inference
 from usv.training.build import prepare_folder
 from usv.training.run import commit
 from usv.video import contact_sheet, magnified, thumbnails, write_mp4
@@ -45,6 +48,7 @@ from usv.video import contact_sheet, magnified, thumbnails, write_mp4
 ROOT = Path(__file__).resolve().parent
 SHEET_ROWS = 16  # prompts and seeds on the contact sheet
 NAME_BYTES = 120  # of a prompt in a file's name; file systems take 255 in all
+OFFLOADS = ("none", "model", "group")
 RECALL_ROWS = 16  # query rows a call on which the attention recall of a pattern is measured, if its options say no other
 ConfigStore.instance().store(name="infer_schema", node=InferConfig)
 
@@ -77,6 +81,12 @@ def run(config: InferConfig) -> dict:
     """The whole job; returns what infer.json holds."""
     keep_freed_memory()
     check_numbers(config)
+    if config.offload not in OFFLOADS:
+        raise SettingError(f"offload: got {config.offload}, accepted: {' | '.join(OFFLOADS)}")
+    if config.dry_run:
+        if config.ckpt is not None:
+            read_config(config.ckpt)
+        return dry_run_inference.report(config)
     prompts, images = read_prompts(config), read_images(config)
     pattern = config.attention.pattern
     options = {"recall_rows": RECALL_ROWS, **config.attention.options} if pattern is not None else {}
@@ -110,8 +120,12 @@ def make(config: InferConfig, prompts: list[str], images: list[Image.Image], pat
     """This process's share of the videos, and of all processes the report. options: of the pattern; asked: budget, speedup, costs."""
     folder = Path(config.output_dir)
     prepare_folder(folder, crew.rank)
-    pipe = load_pipeline(config.model.path, *best_place())
+    dtype, device = best_place()
+    pipe = load_pipeline(config.model.path, dtype, device if config.offload == "none" else "cpu")
     decoder = load_decoder(config.decoder, config.model.path, pipe)
+    place(pipe, config, device)
+    if decoder is not None:
+        decoder.to(device)
     check_images(pipe, images)
     texts = [prompt for prompt in prompts for _ in range(config.seeds)]
     seeds = [config.seed + i for _ in prompts for i in range(config.seeds)]
@@ -131,6 +145,16 @@ def make(config: InferConfig, prompts: list[str], images: list[Image.Image], pat
             for batch in generated(pipe, config.model, mine_texts, mine_seeds, config.batch_size, steps, progress=bar, images=images, decoder=None if name == "dense" and sparse else decoder):
                 out.add(name, batch, executed(pipe, name, pattern))
     return out.finish()
+
+
+def place(pipe, config: InferConfig, device: str) -> None:
+    """Offload and tiling as they are asked for."""
+    if config.vae_tiling:
+        pipe.vae.enable_tiling()
+    if config.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif config.offload == "group":
+        pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=device != "cpu")
 
 
 def executed(pipe, name: str, pattern: str | None) -> dict:

@@ -84,3 +84,30 @@ def test_a_sheet_of_large_videos_is_small():
     from usv.video import thumbnails
 
     assert thumbnails(torch.rand(7, 3, 48, 832)).shape == (5, 3, 24, 416) and thumbnails(torch.rand(2, 3, 8, 8)).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_offload_and_tiling_make_the_same_videos(ask, tmp_path, offload):
+    """Dense, then a student put in with the offload on; frames of 32 pixels are one tile."""
+    ckpt, videos = student_at(tmp_path / "a", 1), []
+    for more in ({}, {"offload": offload, "vae_tiling": True}):
+        report = ask(ckpt=ckpt, compare=True, prompts=None, prompt="A cat!", output_dir=str(tmp_path / str(len(videos))), **more)
+        videos.append([Path(video["path"]).read_bytes() for video in report["videos"]])
+    assert len(videos[0]) == 2 and videos[0] == videos[1]
+    with pytest.raises(SettingError, match="offload: got disk, accepted: none | model | group"):
+        ask(offload="disk")
+
+
+def test_a_dry_run_says_the_memory(tmp_path, capsys):
+    """Its order: group below model below none, tiles below whole frames; a student beside the pipeline's own transformer."""
+    big = {"output_dir": str(tmp_path / "videos"), "dry_run": True, "batch_size": 1, "dry_run_gpu": "rtx4090"}
+    model = ModelConfig("Wan-AI/none", 480, 832, 81)
+    for name, value in {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}.items():
+        setattr(model.architecture, name, value)
+    found = {offload: infer.run(InferConfig(model=model, offload=offload, **big)) for offload in ("none", "model", "group")}
+    assert found["none"]["bytes"] > found["model"]["bytes"] > found["group"]["bytes"] and found["model"]["fits"]
+    assert abs(found["none"]["stages"]["text"]["weights"] / 2**30 - (2 * 5.68e9 + 2 * 1.42e9 + 4 * 127e6) / 2**30) < 1, "UMT5-XXL, 1.3B, the VAE"
+    tiled = infer.run(InferConfig(model=model, vae_tiling=True, **big))
+    assert tiled["stages"]["decoding"]["work"] < 0.5 * found["none"]["stages"]["decoding"]["work"]
+    said = capsys.readouterr().out
+    assert "peak" in said and "an estimate" in said and not (tmp_path / "videos").exists()

@@ -283,6 +283,10 @@ class InferConfig:
     costs: str | None = None  # a file of python -m usv.bench costs, of this machine
     compare: bool = False
     sequence_parallel: int = 1  # processes of torchrun that share each video; the others spread the prompts
+    offload: str = "none"  # what is on the GPU: none: all | model: the network at work | group: its layers in turn
+    vae_tiling: bool = False  # decode in tiles of 256 pixels
+    dry_run: bool = False  # print the memory it will need, load nothing, make nothing
+    dry_run_gpu: str = "h100"
     decoder: str = "full"  # full: the VAE's | tiny: the model folder's, of python -m usv.decoder | a folder; of the student's videos
     output_dir: str = "outputs/videos"
     fps: int | None = None  # of the files; none: model.fps

@@ -176,10 +176,10 @@ def generated(
             if embeds is None:
                 say_cut(pipe, texts, model.max_sequence_length)
                 positive, negative = pipe.encode_prompt(
-                    texts, "", scale > 1, max_sequence_length=model.max_sequence_length, device=pipe.device
+                    texts, "", scale > 1, max_sequence_length=model.max_sequence_length, device=pipe._execution_device
                 )
             else:
-                positive = embeds[start : start + batch_size].to(pipe.device, pipe.transformer.dtype)
+                positive = embeds[start : start + batch_size].to(pipe._execution_device, pipe.transformer.dtype)
                 negative = empty.to(positive).expand_as(positive) if scale > 1 else None
             encoded = now()
             latents = denoised(pipe, model, positive, negative, numbers, steps, scale, images)
@@ -274,6 +274,7 @@ def decode(pipe: WanPipeline, latents: torch.Tensor, decoder: TinyDecoder | None
     vae = pipe.vae
     mean, std = (torch.tensor(x, device=latents.device).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
     video = vae.decode(latents.to(vae.dtype) * std + mean, return_dict=False)[0]
+    pipe.maybe_free_model_hooks()  # under model offload the VAE would stay
     return (video.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
 

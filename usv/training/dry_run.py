@@ -85,8 +85,8 @@ def meta_transformer(config: TrainConfig) -> torch.nn.Module:
         return getattr(diffusers, config.model.transformer).from_config(transformer_config(config))
 
 
-def count_parameters(config: TrainConfig) -> dict[str, int]:
-    """Parameters of transformer, coarse gates, text and image encoder and VAE, on the meta device: no memory, no weights."""
+def meta_networks(config: TrainConfig) -> dict[str, torch.nn.Module]:
+    """Transformer, text and image encoder and VAE on the meta device: no memory, no weights."""
     import diffusers
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
@@ -110,6 +110,12 @@ def count_parameters(config: TrainConfig) -> dict[str, int]:
         if wan:  # no other family's is loaded in training
             networks["text encoder"] = UMT5EncoderModel(UMT5Config(**encoder))
         networks["VAE"] = getattr(diffusers, config.model.vae).from_config(vae if wan else {})
+    return networks
+
+
+def count_parameters(config: TrainConfig) -> dict[str, int]:
+    """Parameters of transformer, coarse gates, text and image encoder and VAE."""
+    networks = meta_networks(config)
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     shape = ModelShape.of(networks["transformer"].config, 0)
     counts["gates"] = shape.num_layers * (shape.dim + 1) * shape.num_heads
