@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
             elif said := export_file(args.ckpt, args.model, args.out, getattr(torch, args.dtype), args.overwrite):
                 print(f"note: {said}")
             else:
-                print(f"{args.out}: put it into ComfyUI's models/diffusion_models, where it runs densely")
+                print(f"{args.out}: put it into ComfyUI's models/diffusion_models; by its plan with the node USV Student (integrations/comfyui), else densely")
             if not args.lora:
                 print(f"here: usv.enable(pipe, {args.out!r})")
         elif args.lora:

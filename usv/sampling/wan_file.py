@@ -86,6 +86,12 @@ def read_record(path: str | Path):
         return json.loads(metadata["usv"])
 
 
+def read_gates(path: str | Path) -> dict[str, torch.Tensor]:
+    """The coarse gates of the student, by our names. CheckpointError as `_opened`."""
+    with _opened(path) as (_, metadata):
+        return load(base64.b64decode(metadata["usv_gates"]))
+
+
 def read_tensors(path: str | Path, record: dict) -> dict[str, torch.Tensor]:
     """What student.safetensors of a folder holds: gates, and the weights by our names; of adapters the gates only, for their weights are
     the pipeline's, with the file fused in. CheckpointError as `_opened`."""
