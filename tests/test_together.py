@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import together
+from treatments import Row, on
 
 PAGE = (Path(__file__).parents[1] / "docs" / "together.md").read_text().splitlines()
 QUICK = [row for row in together.ROWS if row.quick]
@@ -36,4 +37,4 @@ def test_a_wrong_cell_fails(bench):
 
     for column in ("student", "few-step student"):
         with pytest.raises(AssertionError, match="WRONG: warp"):
-            together.cell(bench, together.Row("warp", together.on(warp), moves=False), column)
+            together.cell(bench, Row("warp", on(warp), moves=False), column)
