@@ -109,5 +109,7 @@ def test_a_dry_run_says_the_memory(tmp_path, capsys):
     assert abs(found["none"]["stages"]["text"]["weights"] / 2**30 - (2 * 5.68e9 + 2 * 1.42e9 + 4 * 127e6) / 2**30) < 1, "UMT5-XXL, 1.3B, the VAE"
     tiled = infer.run(InferConfig(model=model, vae_tiling=True, **big))
     assert tiled["stages"]["decoding"]["work"] < 0.5 * found["none"]["stages"]["decoding"]["work"]
+    ours = infer.run(InferConfig(model=model, ckpt=student_at(tmp_path / "a", 1), **big))["stages"]["denoising"]["weights"]
+    assert ours - found["none"]["stages"]["denoising"]["weights"] == found["model"]["stages"]["denoising"]["weights"], "beside the pipeline's own transformer"
     said = capsys.readouterr().out
     assert "peak" in said and "an estimate" in said and not (tmp_path / "videos").exists()

@@ -175,6 +175,22 @@ def test_fused_and_unloaded_stays_with_a_student(pipe, whole):
     assert torch.equal(latents(other), plain) and not other.fused_loras
 
 
+def test_what_was_fused_before_is_fused_in_the_student(pipe, whole):
+    """Unloading leaves it there and unfusing takes it out, as on a stock pipeline."""
+    plain = latents(pipe)
+    pipe.load_lora_weights(lora_files.diffusers(STYLE), adapter_name="style")
+    pipe.fuse_lora(lora_scale=0.7)
+    wanted, other = latents(pipe), copy.deepcopy(pipe)
+    for one in (pipe, other):
+        usv.enable(one, whole)
+        assert one.fused_loras == {"style"}
+    pipe.unload_lora_weights()
+    assert close(latents(pipe), wanted)
+    other.unfuse_lora()
+    other.unload_lora_weights()
+    assert close(latents(other), plain) and not other.fused_loras
+
+
 def test_a_student_of_adapters_keeps_a_style_apart(pipe, loaded, adapted):
     """Loaded, scaled or fused first: the student's update is its own, whatever the style's scale, rank and name."""
     only, all_weights = adapted
@@ -316,6 +332,11 @@ def test_another_student_takes_them_over(pipe, whole, sparse):
     unstyled = latents(pipe)
     usv.enable(pipe, sparse)
     assert torch.equal(latents(pipe), latents(fresh)) and not close(latents(pipe), unstyled, 0.05)
+    pipe.fuse_lora()
+    usv.enable(pipe, whole)
+    assert pipe.fused_loras == {"style"} and close(latents(pipe), unstyled)
+    usv.disable(pipe)
+    assert not pipe.fused_loras
 
 
 def test_what_diffusers_leaves_out_is_said(pipe, sparse, caplog):
