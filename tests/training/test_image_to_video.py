@@ -166,6 +166,10 @@ def test_another_image_changes_the_students_velocity(name, worlds):
     assert list(batch["conditions"]) == list(names) == ["image_embeds", "image_latents"][name != "wan21_i2v" :]
     ask = lambda conditions: model(batch["latents"], torch.tensor([900.0, 900.0]), batch["text"], [Rung(1, 1)] * 2, **conditions)[0].detach()  # noqa: E731
     own = ask(batch["conditions"])
+    if name == "wan21_i2v":
+        for missing in names:
+            with pytest.raises(ValueError, match=f"^{missing}: got none for a transformer of 12 channels beside latents of 4"):
+                ask({other: value for other, value in batch["conditions"].items() if other != missing})
     for changed in names:
         other = ask({**batch["conditions"], changed: batch["conditions"][changed].flip(0)})
         assert float((other - own).abs().max()) > 1e-4 * float(own.abs().max()), changed

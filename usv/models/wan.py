@@ -120,17 +120,20 @@ def inputs(transformer, latents: Tensor, timestep, text, image_latents=None, ima
 
     image_latents: (B, C′, T, H, W), further channels, the mask and the padded clip of the given frames; or, for a transformer that has
     none (TI2V-5B), (B, C, 1, H, W), the first frame in place of the latents' own, at timestep 0. image_embeds: (B, n, N, D), of the n
-    given frames.
+    given frames. ValueError without what the transformer has to be given.
     """
     if timestep is None:
         return {"hidden_states": latents}
+    given = {"image_latents": image_latents, "image_embeds": image_embeds}
+    if latents.shape[1] < transformer.config.in_channels and (missing := [name for name in conditions(transformer) if given[name] is None]):
+        raise ValueError(f"{missing[0]}: got none for a transformer of {transformer.config.in_channels} channels beside latents of {latents.shape[1]}, accepted: what data/prepare.py makes of a first frame")
     if image_latents is not None and transformer.config.in_channels > latents.shape[1]:
         latents = torch.cat((latents, image_latents.to(latents)), 1)
     elif image_latents is not None:
         latents = torch.cat((image_latents.to(latents), latents[:, :, image_latents.shape[2] :]), 2)
-        tokens, given = patch_grid(latents, transformer.config.patch_size), patch_grid(image_latents, transformer.config.patch_size)
+        tokens, frames = patch_grid(latents, transformer.config.patch_size), patch_grid(image_latents, transformer.config.patch_size)
         timestep = timestep[:, None].repeat(1, tokens.num_tokens)
-        timestep[:, : given.num_tokens] = 0
+        timestep[:, : frames.num_tokens] = 0
     call = {"hidden_states": latents, "timestep": timestep, "encoder_hidden_states": text}
     if image_embeds is not None:
         call["encoder_hidden_states_image"] = image_embeds.flatten(0, 1)
