@@ -15,6 +15,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from cropping import WHOLE, Crop, hidden
 
 TOLERANCE = 1e-3  # seconds by which two time stamps may differ and still mean the same moment
 MAX_PIXELS = 8192 * 8192  # a stored picture may have: twice 8K; a decoder holds up to 17 of them
@@ -55,6 +56,7 @@ class Moment:
     duration: float
     frame: av.VideoFrame
     sar: float
+    crop: Crop = WHOLE  # what the container hides of the frame
     spoilt: str = ""
     lost: bool = False
     group: int = 0
@@ -83,6 +85,7 @@ class Video:
         self.joined = self.container.format.name in JOINED
         self.spliced = self.joint = False
         self._first_sar = self.decoder.sample_aspect_ratio
+        self.crop = hidden(Path(name), self.container.format.name, self.stream.index)
 
     def close(self) -> None:
         self.container.close()
@@ -198,7 +201,7 @@ def _decoded(video: Video, start: float) -> Iterator[Moment]:
                 continue
             spoilt, group, missing = trust.judge(frame)
             duration = float((frame.duration or 0) * base) or step
-            moment = Moment(float(stamp * base) - start, duration, frame, video.sar, spoilt, False, group, trust.ruined)
+            moment = Moment(float(stamp * base) - start, duration, frame, video.sar, video.crop, spoilt, False, group, trust.ruined)
             if last is not None:
                 gap = moment.time - last.time > 1.75 * step
                 yield replace(last, lost=gap and (missing > trust.tolerated or bool(spoilt and not last.spoilt)))
@@ -334,6 +337,7 @@ class Scan:
     frame: av.VideoFrame
     codec: str
     sequential: bool  # stamps begin anew somewhere, or there are none: it cannot be seeked in
+    crop: Crop = WHOLE
 
 
 def scan(path: Path) -> Scan:
@@ -372,7 +376,7 @@ def _scan(video: Video) -> Scan:
     stamp, frame, sar = first
     codec = video.stream.codec_context.name
     if not seen:  # raw streams have no stamps: their pictures are counted
-        return Scan(0.0, count * step, np.arange(count) * step, video.rate, sar, frame, codec, True)
+        return Scan(0.0, count * step, np.arange(count) * step, video.rate, sar, frame, codec, True, video.crop)
     start = stamp * base
     order = np.array([pts for pts, _ in seen], np.float64) * base
     keep = order >= (start if with_pts else order.min()) - TOLERANCE
@@ -385,4 +389,4 @@ def _scan(video: Video) -> Scan:
         duration = min(duration, float(np.median(np.diff(times))), float(times[-1] - times[-2]))
     origin = start if with_pts else times[0]
     end = start + float(times[-1] - origin) + duration
-    return Scan(start, end, times - origin, video.rate, sar, frame, codec, video.spliced)
+    return Scan(start, end, times - origin, video.rate, sar, frame, codec, video.spliced, video.crop)

@@ -17,6 +17,7 @@ from functools import lru_cache
 import av
 import numpy as np
 import torch
+from cropping import WHOLE, Crop
 from decoding import Unusable
 
 # AVCOL_SPC_…: what the `scale` filter calls a matrix, and its Kr, Kb
@@ -54,6 +55,7 @@ class Look:
     full_range: bool
     deep: bool  # more than 8 bits
     guessed: bool  # the matrix is a guess: nothing states it
+    crop: Crop = WHOLE  # hidden of the stored frame, which is so much larger than width and height
 
     @property
     def turned_first(self) -> bool:
@@ -66,8 +68,8 @@ class Look:
         return {PQ: "PQ", HLG: "HLG"}.get(self.transfer, "")
 
 
-def look(frame: av.VideoFrame, sar: float, turning: tuple[int, ...] | None | str = "unread") -> Look:
-    """The look of a frame whose pixels are `sar` times as wide as high; `turning`: its display matrix, if known."""
+def look(frame: av.VideoFrame, sar: float, turning: tuple[int, ...] | None | str = "unread", crop: Crop = WHOLE) -> Look:
+    """The look of a frame whose pixels are `sar` times as wide as high; `turning`: its display matrix, if known; crop: what the container hides."""
     name = frame.format.name
     turning = display_matrix(frame) if isinstance(turning, str) else turning
     matrix, rgb = frame.colorspace, _is_rgb(frame)
@@ -80,8 +82,20 @@ def look(frame: av.VideoFrame, sar: float, turning: tuple[int, ...] | None | str
     if matrix == ICTCP or (not rgb and matrix not in MATRICES and matrix != YCGCO):
         raise Unusable(f"colour: pictures stored with matrix number {matrix} of ITU-T H.273 are not read; convert them")
     full = frame.color_range == 2 or name.startswith(("yuvj", "gray", "ya"))
-    return Look(frame.width, frame.height, name, sar, turning, 0 if rgb else matrix, frame.color_trc,
-                frame.color_primaries, full, frame.format.components[0].bits > 8, bool(guessed) and "gray" not in name and "mono" not in name)  # fmt: skip
+    left, right = _on_chroma(crop[0], crop[2], frame.width, frame.format.chroma_width)
+    top, bottom = _on_chroma(crop[1], crop[3], frame.height, frame.format.chroma_height)
+    crop = left, top, right, bottom
+    return Look(frame.width - left - right, frame.height - top - bottom, name, sar, turning, 0 if rgb else matrix, frame.color_trc,
+                frame.color_primaries, full, frame.format.components[0].bits > 8, bool(guessed) and "gray" not in name and "mono" not in name, crop)  # fmt: skip
+
+
+def _on_chroma(before: int, after: int, length: int, chroma) -> tuple[int, int]:
+    """What is hidden on two sides, so that whole samples of chroma stay, as ffmpeg does it; nothing of a frame that is too small."""
+    shown, step = length - before - after, next((n for n in (4, 2) if chroma(n) == 1), 1)
+    if shown < step:
+        return 0, 0
+    before, shown = (before, shown) if shown == length else (before - before % step, shown - shown % step)
+    return before, length - before - shown
 
 
 def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
@@ -160,10 +174,10 @@ class Display:
         self.size, self.graphs = size, {}
         self.rotation, self.turning = None, None
 
-    def picture(self, frame: av.VideoFrame, sar: float) -> torch.Tensor:
+    def picture(self, frame: av.VideoFrame, sar: float, crop: Crop = WHOLE) -> torch.Tensor:
         if frame.rotation != self.rotation:
             self.rotation, self.turning = frame.rotation, display_matrix(frame)
-        seen = look(frame, sar, self.turning)
+        seen = look(frame, sar, self.turning, crop)
         alpha = has_alpha(frame)
         if seen not in self.graphs:
             self.graphs.clear()  # a stream that changes its size does not change back every frame
@@ -187,7 +201,10 @@ class Display:
 
 def _graph(look: Look, size: tuple[int, int], alpha: bool, time_base) -> av.filter.Graph:
     way = turn(look.turn_matrix)
-    chain = [f"buffer=video_size={look.width}x{look.height}:pix_fmt={look.format}:time_base={time_base or '1/1000'}"]
+    left, top, right, bottom = look.crop
+    chain = [f"buffer=video_size={look.width + left + right}x{look.height + top + bottom}:pix_fmt={look.format}:time_base={time_base or '1/1000'}"]
+    if look.crop != WHOLE:
+        chain.append(f"crop={look.width}:{look.height}:{left}:{top}:exact=1")
     if way.angle:
         chain.append(f"rotate={math.radians(way.angle)}")
     if look.turned_first:

@@ -65,7 +65,7 @@ def look_at(found: list, settings, progress: bool = True) -> dict[str, Look]:
 def look_at_file(path: Path, scenes: bool = False) -> Look:
     try:
         seen = scan(path)
-        picture = look(seen.frame, seen.sar)
+        picture = look(seen.frame, seen.sar, crop=seen.crop)
     except Unusable as reason:
         return Look(str(reason))
     way, kinds = turn(picture.turn_matrix), []

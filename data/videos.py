@@ -121,4 +121,4 @@ def _shown(
 def _picture(moment: Moment, display: Display) -> torch.Tensor | str:
     if moment.spoilt:
         return f"corrupt: damaged frames ({moment.spoilt})"
-    return display.picture(moment.frame, moment.sar)
+    return display.picture(moment.frame, moment.sar, moment.crop)
