@@ -13,6 +13,7 @@ from usv.models.__main__ import rows
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
 from usv.models.tokens import Tokens
+from usv.sampling import enable as enabling
 from usv.sampling import pipeline_class
 from usv.sampling.checkpoint import CheckpointError, Student
 from usv.sampling.patterns import transformers_of
@@ -115,3 +116,25 @@ def test_few_steps_of_another_clock_are_refused(name):
     with pytest.raises(CheckpointError, match="few-step student of .*accepted: a student of the teacher's steps"):
         usv.enable(pipe, student(transformer, Rung(1, 1), student_timesteps=[1000.0, 500.0], num_inference_steps=2))
     assert pipe.transformer is transformer and pipe.scheduler is scheduler
+
+
+@pytest.mark.parametrize("name", ["LTXConditionPipeline", "LTX2ConditionPipeline", "LTX2HDRPipeline", "LTX2InContextPipeline"])
+def test_few_steps_leave_what_is_given_as_it_is(name):
+    """Tokens that a pipeline says to be clean are the same in every forward of a video."""
+    pipe, call = tiny_pipelines.make(name)
+    call = unguided(pipe, call) | ({"image_cond_noise_scale": 0.0} if name == "LTXConditionPipeline" else {})
+    usv.enable(pipe, student(pipe.transformer, Rung(1, 1), student_timesteps=[1000.0, 500.0], num_inference_steps=2))
+    seen = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args, call: seen.append((call["hidden_states"], call["timestep"])), with_kwargs=True)
+    assert torch.isfinite(tiny_pipelines.video(pipe, call)).all() and len(seen) == 2
+    given = [timestep.flatten(1) < 1 for _, timestep in seen]
+    assert given[0].any() and torch.equal(*given)
+    first, again = (hidden[given[0]] for hidden, _ in seen)
+    torch.testing.assert_close(first, again, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(enabling.OWN_LADDERS))
+def test_pipelines_with_steps_of_their_own_refuse_few(name):
+    pipe, _ = tiny_pipelines.make(name)
+    with pytest.raises(CheckpointError, match=f"few-step student for a {name}, which .*, accepted: a student of the teacher's steps"):
+        usv.enable(pipe, student(pipe.transformer, Rung(1, 1), student_timesteps=[1000.0, 500.0], num_inference_steps=2))

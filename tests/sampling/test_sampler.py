@@ -86,3 +86,41 @@ def test_fresh_noise_is_noise_and_not_the_start():
 def test_ladders_that_cannot_sample_are_refused(steps):
     with pytest.raises(ValueError, match="student_timesteps"):
         StudentScheduler(steps)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_given_tokens_stay_what_they_are(negative):
+    """Of a perfect student, tokens that are given are clean at every step, others of no level but their own, and noise is made of noise alone.
+    negative: levels told by per_token_timesteps (LTXConditionPipeline) instead of by what the student was asked with."""
+    x0, noise, share = torch.randn(2, 40, 8), torch.randn(2, 40, 8), torch.ones(2, 40, 1)
+    share[:, 30:], share[:, 38:] = 0.0, 0.05
+    x0[:, 30:38] = 1e4  # would be seen in anybody's noise
+    scheduler = StudentScheduler(STEPS)
+    scheduler.set_timesteps(3)
+    x = (1 - share) * x0 + share * noise
+    for t, following in zip(scheduler.timesteps, [0.8, 0.4, 0.0]):
+        levels = t * share[..., 0]
+        if negative:
+            given = {"per_token_timesteps": levels}
+            velocity = (x0 - x) / (share * t / 1000).clamp(min=1e-6)
+        else:  # as pipelines that blend in x0, at the step's own level
+            given, velocity = {}, (x - x0) / (t / 1000)
+            scheduler.asked(levels[..., None])
+        x = scheduler.step(velocity, t, x, **given).prev_sample
+        assert torch.equal(x[:, 30:38], x0[:, 30:38])
+        fresh = (x - (1 - share * following) * x0)[:, [*range(30), 38, 39]]
+        assert float(fresh.abs().max()) <= following * float(noise.abs().max()) + 1e-4
+        assert not following or float((fresh[:, :30] / following).std()) == pytest.approx(1, abs=0.2)
+    torch.testing.assert_close(x, x0, rtol=0, atol=1e-5)
+
+
+def test_one_level_is_no_level():
+    """Levels that are all the step's change nothing, also negated."""
+    x, v = torch.randn(2, 40, 8), torch.randn(2, 40, 8)
+    outs = []
+    for told in (False, True):
+        scheduler = StudentScheduler(STEPS)
+        scheduler.set_timesteps(3)
+        given = {"per_token_timesteps": torch.full((2, 40), 1000.0)} if told else {}
+        outs.append(scheduler.step(-v if told else v, scheduler.timesteps[0], x, **given).prev_sample)
+    assert torch.equal(*outs)

@@ -103,6 +103,11 @@ class Enabled:
 
 
 EXPERTS = ("high", "low")  # as a pipeline of two orders them
+# pipelines that cannot run the steps of a few-step student, and why
+OWN_LADDERS = {
+    "LTXI2VLongMultiPromptPipeline": "leaves out the last of a scheduler's timesteps",
+    "LTX2DFRTemporalRefinePipeline": "runs LTXEulerAncestralRFScheduler alone",
+}
 
 
 def enable(
@@ -153,6 +158,7 @@ def enable(
         for (place, original), student, chosen, one in zip(state.originals.items(), students, fine, given):
             shared = one is student or student.router and quantised(bare(original)) is not None  # with the caller, or with the base
             held = hold(student, record, impl, chosen, folded(student.sampling), shared=shared)
+            held._planned.sampler = pipe.scheduler if isinstance(pipe.scheduler, StudentScheduler) else None
             lora.carry(now[place], held, shared=shared)
             setattr(pipe, place, held)
             _same_storage(bare(original), held)
@@ -257,6 +263,8 @@ def _students(pipe: DiffusionPipeline, checkpoint) -> tuple[Student, ...]:
         if (found := student.sampling.get("expert")) != expert:
             raise CheckpointError(f"enable: got a student of the expert {found} for the expert {expert}, accepted: one of its own")
     own = before.original_class if isinstance(before, Enabled) else type(pipe)
+    if students[0].sampling.get("student_timesteps") and (why := OWN_LADDERS.get(own.__name__)):
+        raise CheckpointError(f"enable: got a few-step student for a {own.__name__}, which {why}, accepted: a student of the teacher's steps (objective=velocity)")
     takes, words = "image" in inspect.signature(own.__call__).parameters, ("text to video", "image to video")
     for student in students:  # of one transformer that serves both (TI2V-5B); others differ in their channels
         if (found := student.sampling.get("image")) not in (None, takes):

@@ -24,6 +24,7 @@ from usv.models.families import family_of
 from usv.models.forward import run_forward, uncompiled
 from usv.patterns.planned import PlannedPattern
 from usv.sampling.checkpoint import CheckpointError, Student
+from usv.sampling.sampler import StudentScheduler
 from usv.sparse.grid import Tile
 from usv.sparse.plan import MERGE_LADDER, SparsityPlan
 from usv.sparse.sequence_parallel import SequenceGroup
@@ -35,7 +36,7 @@ class Planned:
 
     text_length: of the text that it was trained with, where the architecture attends its padding; None: any. folded: whether
     guidance is folded into the weights. shared: whether others may have the same tensors. group: processes that share each video.
-    timesteps: of a few-step student, which knows no others.
+    timesteps: of a few-step student, which knows no others. sampler: its scheduler, which is told what the student is asked with.
     """
 
     plan: SparsityPlan | None
@@ -48,6 +49,7 @@ class Planned:
     shared: bool = False
     group: SequenceGroup | None = None
     timesteps: tuple[float, ...] = ()
+    sampler: StudentScheduler | None = None
 
 
 NEAR = 4.0  # of 1000: timesteps in bf16 are that coarse
@@ -63,6 +65,8 @@ def _forward(self, *args, **kwargs):
     if planned.text_length is not None:
         arguments["encoder_hidden_states"] = fit_text(arguments["encoder_hidden_states"], planned.text_length)
     timestep = torch.as_tensor(arguments["timestep"])
+    if planned.sampler is not None:
+        planned.sampler.asked(timestep)
     now = float(family_of(self).flow_timestep(self, timestep).max())  # per token (TI2V), given frames have 0
     if planned.timesteps and min(abs(now - t) for t in planned.timesteps) > NEAR:
         raise CheckpointError(f"scheduler: got the timestep {now:g}, accepted: {list(planned.timesteps)}, the few-step student's own; its scheduler is the one that usv.enable brings")
