@@ -14,7 +14,7 @@ from safetensors.torch import save
 from usv.config import CodecConfig, ModelConfig
 from usv.training.shards import FORMAT, model_identity
 
-TEXT = 7  # rows of the longest text
+TEXT, FPS = 7, 8  # rows of the longest text
 FAMILIES = {  # pipeline, compression of space and time, width of the packed text
     "hunyuan_video": ("HunyuanVideoPipeline", 8, 4, 16),
     "hunyuan_video15": ("HunyuanVideo15Pipeline", 8, 4, 17),
@@ -87,7 +87,7 @@ def write_shards(folder: Path, latent_shape, width: int, tags: bool, clips: int 
     (folder / "empty.safetensors").write_bytes(save({"text": text(2, 99)}))
     index = {
         "format": FORMAT, "model": model_identity(folder.parent / "model"), "latent_shape": list(latent_shape), "text_dim": width, "max_sequence_length": TEXT, "height": 0,
-        "width": 0, "num_frames": 0, "fps": 8, "splits": splits, "num_skipped": 0,
+        "width": 0, "num_frames": 0, "fps": FPS, "splits": splits, "num_skipped": 0,
     }  # fmt: skip
     (folder / "index.json").write_text(json.dumps(index))
     return folder
