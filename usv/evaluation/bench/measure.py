@@ -18,7 +18,7 @@ import torch
 import usv.sparse.attention
 from usv.cpu import processor
 from usv.files import write_result
-from usv.models import forward, wan
+from usv.models import forward, tokens, wan
 from usv.sampling.generate import now
 from usv.sparse.plan import SparsityPlan
 from usv.training.run import commit
@@ -86,11 +86,11 @@ PARTS = (
     ("attention", usv.sparse.attention, "block_sparse_attention"),
     ("attention", torch.nn.functional, "scaled_dot_product_attention"),
     ("norm_rope", wan, "norm_rope"),
-    ("merging", forward, "_merged"),
-    ("merging", forward, "gather_kept"),
-    ("merging", forward, "unmerge"),
+    ("merging", tokens.Tokens, "merged"),
+    ("merging", tokens, "gather_kept"),
+    ("merging", tokens, "unmerge"),
 )
-BLOCK = (("block", forward, "_run_layer"), ("block", forward.Tokens, "all"))
+BLOCK = (("block", forward, "_run_layer"), ("block", tokens.Tokens, "all"))
 OVERHEAD = ("policy", "selection", "statistics", "merging")
 
 
