@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from usv.config import SettingError
-from usv.sparse.sequence_parallel import SequenceGroup
+from usv.sparse.sequence_parallel import SequenceGroup, group_of
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,5 @@ def join(sequence_parallel: int = 1) -> Crew:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # a process that has fewer prompts waits for the others at the end; one that has died is noticed by its closed connection
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=12))
-    rank, group = dist.get_rank(), None
-    if sequence_parallel > 1:
-        groups = [dist.new_group(list(range(first, first + sequence_parallel))) for first in range(0, world, sequence_parallel)]
-        group = SequenceGroup(rank % sequence_parallel, sequence_parallel, groups[rank // sequence_parallel])
-    return Crew(rank, world, rank // sequence_parallel, world // sequence_parallel, group)
+    rank = dist.get_rank()
+    return Crew(rank, world, rank // sequence_parallel, world // sequence_parallel, group_of(rank, world, sequence_parallel))

@@ -54,6 +54,14 @@ class SequenceGroup:
             )
 
 
+def group_of(rank: int, world: int, size: int) -> SequenceGroup | None:
+    """The `size` neighbouring processes of `world` that share a sample with process `rank`; None for one. Collective."""
+    if size == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
+    return SequenceGroup(rank % size, size, groups[rank // size])
+
+
 def tile_bounds(num_tiles: int, size: int) -> list[int]:
     """(size + 1) tile numbers: process r holds the tiles bounds[r] to bounds[r + 1]."""
     return [r * num_tiles // size for r in range(size + 1)]

@@ -29,7 +29,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from usv.config import SettingError, TrainConfig
 from usv.cpu import fast_dtype
 from usv.flow import Share
-from usv.sparse.sequence_parallel import SequenceGroup
+from usv.sparse.sequence_parallel import SequenceGroup, group_of
 
 BUCKET = 1 << 26  # elements of gradient averaged by one call
 
@@ -162,15 +162,7 @@ def start(config: TrainConfig) -> tuple[Accelerator, Ranks]:
         unset_hf_deepspeed_config()
     joined = dist.is_initialized()  # accelerate misreports DeepSpeed's processes on a CPU as one
     rank, world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    return accelerator, Ranks(rank, world, accelerator.device, _sequence_group(rank, world, sharing))
-
-
-def _sequence_group(rank: int, world: int, size: int) -> SequenceGroup | None:
-    """The `size` neighbouring ranks that share a sample; None for one. Collective."""
-    if size == 1:
-        return None
-    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
-    return SequenceGroup(rank % size, size, groups[rank // size])
+    return accelerator, Ranks(rank, world, accelerator.device, group_of(rank, world, sharing))
 
 
 def _alone_if_not_launched() -> None:
