@@ -194,35 +194,47 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
         raise CheckpointError(
             f"{config}: a plan of {plan.num_layers} layers for a model of {layers}; use another checkpoint"
         )
-    model, adapters = SparseTransformer(transformer, tile), None
+    model = SparseTransformer(transformer, tile)
     tensors = read_tensors(path, record) if one else read_weights(path, record)
     if one and (wrong := not_finite(tensors)):
         raise CheckpointError(f"{path}: damaged or incomplete ({wrong}); use another checkpoint")
+    on_base = any(record.get(kind) for kind in ("lora", "fingerprint", "router"))
+    device = "cpu" if base.device.type == "meta" else base.device  # offloaded module by module
     try:
         if frozen:
-            model.gates.load_state_dict({name.removeprefix("gates."): value for name, value in tensors.items()})
-        elif record.get("lora") or record.get("fingerprint") or record.get("router"):  # the rest is the model's own
-            tensors = {
-                **{f"transformer.{name}": value for name, value in lora.clean_state(base).items()},
-                **lora.from_diffusers_names(tensors),
-            }
-        if record.get("lora"):
-            adapters = {name: value for name, value in tensors.items() if lora.is_adapter(name)}
-            tensors = lora.merged(tensors, record["lora"]["alpha"] / record["lora"]["rank"])
-        if not frozen:
-            model.load_state_dict(tensors)
+            adapters = _place_gates(model, tensors, base, device)
+        else:
+            adapters = _place(model, tensors, base, device, record, on_base)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{weights}: damaged or incomplete ({str(error).splitlines()[0]}); use another checkpoint") from None
-    kinds = {name.replace(".base_layer.", "."): p.dtype for name, p in base.named_parameters()}
-    for name, p in transformer.named_parameters() if not frozen else ():  # a bf16 model keeps some parts in fp32
-        p.data = p.data.to(kinds[name])
-    device = "cpu" if base.device.type == "meta" else base.device  # offloaded module by module
-    model.gates.to(device, next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32) if frozen else base.dtype).requires_grad_(False)
-    model = model.eval() if frozen else model.to(device=device).eval().requires_grad_(False)
     return Student(
-        model, plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters,
-        bool(record.get("lora") or record.get("fingerprint") or record.get("router")), bool(record.get("router")),
+        model.eval(), plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters, on_base,
+        bool(record.get("router")),
     )  # fmt: skip
+
+
+def _place(model: SparseTransformer, tensors: dict, base: torch.nn.Module, device, record: dict, on_base: bool) -> dict | None:
+    """Put a student's weights, or what it has beside the base's, in their place; its adapters, if it has any."""
+    adapters = None
+    if on_base:  # the rest is the model's own
+        own = {f"transformer.{name}": value for name, value in lora.clean_state(base).items()}
+        tensors = own | lora.from_diffusers_names(tensors)
+    if record.get("lora"):
+        adapters = {name: value for name, value in tensors.items() if lora.is_adapter(name)}
+        tensors = lora.merged(tensors, record["lora"]["alpha"] / record["lora"]["rank"])
+    model.load_state_dict(tensors)
+    kinds = {name.replace(".base_layer.", "."): p.dtype for name, p in base.named_parameters()}
+    for name, p in model.transformer.named_parameters():  # a bf16 model keeps some parts in fp32
+        p.data = p.data.to(kinds[name])
+    model.gates.to(base.dtype)
+    model.to(device=device).requires_grad_(False)
+    return adapters
+
+
+def _place_gates(model: SparseTransformer, tensors: dict, base: torch.nn.Module, device) -> None:
+    """The same where the transformer holds the tensors of a quantised base, which stay as they are."""
+    model.gates.load_state_dict({name.removeprefix("gates."): value for name, value in tensors.items()})
+    model.gates.to(device, next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)).requires_grad_(False)
 
 
 def check_quantised(path: Path, record: dict, base: torch.nn.Module) -> None:
@@ -277,7 +289,7 @@ def fingerprint(transformer: torch.nn.Module) -> dict[str, list[float]]:
 
 def _matches(wanted: dict[str, list[float]], transformer: torch.nn.Module) -> bool:
     """Whether a transformer, perhaps loaded in bf16 (2⁻⁹ relative), has these weights."""
-    found = fingerprint(transformer) if set(wanted) <= set(lora.clean_state(transformer)) else {}
+    found = fingerprint(transformer)
     return all(
         name in found and torch.allclose(torch.tensor(found[name]), torch.tensor(values), rtol=2**-8, atol=1e-8)
         for name, values in wanted.items()

@@ -250,8 +250,8 @@ def _students(pipe: DiffusionPipeline, checkpoint) -> tuple[Student, ...]:
         raise CheckpointError(f"enable: got {len(given)} checkpoint(s), accepted: {wanted}")
     bases = [bare(base) for base in bases]
     students = tuple(c if isinstance(c, Student) else load_student(c, base) for c, base in zip(given, bases))
-    own = before.fused if isinstance(before, Enabled) else fused_loras(pipe)
-    check_unloaded(pipe, [bare(t) for t in transformers_of(pipe).values()], own, whole=not all(student.on_base for student in students))
+    fused = before.fused if isinstance(before, Enabled) else fused_loras(pipe)
+    check_unloaded(pipe, [bare(t) for t in transformers_of(pipe).values()], fused, whole=not all(student.on_base for student in students))
     for student, base in zip(students, bases):
         check_fits("enable", student.model.family.name, student.model.config, base)
         if student.sampling.get("student_timesteps") and not student.model.family.flows:

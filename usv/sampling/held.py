@@ -8,7 +8,6 @@ and adapters put on it before or after reach all that it runs, and nothing else.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from usv.models import lora
 from usv.models.families import family_of
 from usv.models.forward import run_forward, uncompiled
 from usv.patterns.planned import PlannedPattern
-from usv.sampling.checkpoint import CheckpointError, Student
+from usv.sampling.checkpoint import CheckpointError, Student, twin
 from usv.sampling.sampler import StudentScheduler
 from usv.sparse.grid import Tile
 from usv.sparse.plan import MERGE_LADDER, SparsityPlan
@@ -129,9 +128,8 @@ def hold(student: Student, record, impl: str = "auto", fine: PlannedPattern | No
     somebody else may use them, so that fusing an adapter has to copy what it writes.
     """
     model, transformer = student.model, student.model.transformer
-    tensors = {id(t): t for part in (transformer, model.gates) for t in (*part.parameters(), *part.buffers())}
-    held = copy.deepcopy(transformer, tensors)
-    held.__dict__["_modules"]["usv_gates"] = copy.deepcopy(model.gates, tensors)
+    held = twin(transformer)
+    held.__dict__["_modules"]["usv_gates"] = twin(model.gates)
     # Of the very class: from_pipe compares types, a pipeline's config names them. So what it does differently is its own, not its class's.
     held.__dict__.update({name: MethodType(function, held) for name, function in METHODS.items()})
     length = student.sampling.get("max_sequence_length") if model.family.zero_padded else None
