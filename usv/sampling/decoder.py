@@ -50,6 +50,16 @@ def new_decoder(vae, width: int = 64, blocks: int = 1, scale: float = 1.0) -> Ti
     return TinyDecoder(tiny, frames, space)
 
 
+def linear_taps(latents: torch.Tensor, pixels: torch.Tensor, ridge: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (M, C, 3, 3) and bias (M,) of the convolution from latents (N, C, h, w) to pixels (N, M, h, w) of least squared error, in closed form."""
+    seen = F.unfold(latents, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+    seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
+    gram = seen.T @ seen
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    taps = torch.linalg.solve(gram, seen.T @ pixels.flatten(2).transpose(1, 2).flatten(0, 1).double()).float()
+    return taps[:-1].T.reshape(pixels.shape[1], latents.shape[1], 3, 3), taps[-1]
+
+
 def factors(vae) -> tuple[int, int]:
     """Frames and pixels a side of one latent."""
     return vae.config.scale_factor_temporal, vae.config.scale_factor_spatial

@@ -23,7 +23,7 @@ from usv.config import SettingError
 from usv.cpu import keep_freed_memory
 from usv.files import atomic_folder, check_folder, write_result
 from usv.metrics import psnr
-from usv.sampling.decoder import FOLDER, TinyDecoder, new_decoder
+from usv.sampling.decoder import FOLDER, TinyDecoder, linear_taps, new_decoder
 from usv.sampling.generate import best_place, decode, load_pipeline
 from usv.training.data import ShardDataset
 from usv.training.run import commit
@@ -41,7 +41,7 @@ def loss_of(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def start(tiny: TinyDecoder, latents: torch.Tensor, wanted: torch.Tensor, ridge: float = 1e-6) -> None:
+def start(tiny: TinyDecoder, latents: torch.Tensor, wanted: torch.Tensor) -> None:
     """Latents pass the first layers as their positive and negative parts, and the last convolution is that of least squared error.
 
     latents (B, C, T, h, w); wanted (B, F, 3, H, W) in [0, 1]. Channels beyond 2 C, and residual blocks, begin as nothing and learn.
@@ -55,16 +55,11 @@ def start(tiny: TinyDecoder, latents: torch.Tensor, wanted: torch.Tensor, ridge:
         block.conv[-1].weight.zero_()
         block.conv[-1].bias.zero_()
     flat = latents.transpose(1, 2).flatten(0, 1) / tiny.tiny.config.scaling_factor
-    seen = torch.nn.functional.unfold(layers[:-1](torch.tanh(flat / 3) * 3), 3, padding=1).transpose(1, 2).flatten(0, 1).double()
-    seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
     padded = torch.cat([wanted[:, :1].expand(-1, tiny.frames - 1, -1, -1, -1), wanted], 1)  # of the first latent only one frame is known
     pixels = padded.unflatten(1, (latents.shape[2], tiny.frames)).flatten(2, 3).flatten(0, 1)
-    target = torch.nn.functional.pixel_unshuffle(pixels, tiny.space).flatten(2).transpose(1, 2).flatten(0, 1).double()
-    gram = seen.T @ seen
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    taps = torch.linalg.solve(gram, seen.T @ target).float()
-    last.weight.copy_(taps[:-1].T.reshape(last.weight.shape))
-    last.bias.copy_(taps[-1])
+    weight, bias = linear_taps(layers[:-1](torch.tanh(flat / 3) * 3), torch.nn.functional.pixel_unshuffle(pixels, tiny.space))
+    last.weight.copy_(weight)
+    last.bias.copy_(bias)
 
 
 def noisy(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
