@@ -6,13 +6,25 @@ from pathlib import Path
 
 import tiny
 import torch
+from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train as program  # noqa: E402
-from usv.config import DataConfig, LoggerConfig, ModelConfig, OptimConfig, PolicyConfig, RuntimeConfig, TrainConfig  # noqa: E402
+from usv.config import (  # noqa: E402
+    DataConfig,
+    LoggerConfig,
+    ModelConfig,
+    OptimConfig,
+    PolicyConfig,
+    RuntimeConfig,
+    TrainConfig,
+    check_train,
+    typed,
+)
+from usv.objectives import check_objective  # noqa: E402
 from usv.sampling.checkpoint import read_config  # noqa: E402
 
 STEPS = 8
@@ -29,6 +41,15 @@ def settings(model, shards, folder, policy="gumbel", steps=STEPS, precision="fp3
         runtime=RuntimeConfig(precision=precision, checkpoint_seconds=1e9, **runtime),
         logger=LoggerConfig("none", every=1, validate_every=4),
     )  # fmt: skip
+
+
+def composed(*words) -> TrainConfig:
+    """The settings that `train.py words…` runs with."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = typed(compose("train", list(words)), TrainConfig)
+    check_train(config)
+    check_objective(config)
+    return config
 
 
 def watcher(monkeypatch):

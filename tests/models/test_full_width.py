@@ -13,14 +13,12 @@ from pathlib import Path
 
 import family_worlds
 import pytest
-from hydra import compose, initialize_config_dir
-from runs import program
+from runs import composed, program
 
-from usv.config import CodecConfig, LoraConfig, TrainConfig, check_train, typed
+from usv.config import CodecConfig, LoraConfig, TrainConfig, check_train
 from usv.models import lora
 from usv.training.dry_run import GIB, report
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 LAYERS = {"num_layers": 2}
 # whose experiment holds, codec's compression of space and time times the patch, channels of the latents, width of the packed text, millions
 # of parameters; numbers of the transformer that conf/model does not name are diffusers' own, those of the public checkpoints
@@ -37,8 +35,7 @@ FAMILIES = {
 def settings(name: str, folder: Path) -> TrainConfig:
     """The family's experiment with two layers, 3 × 4 × 4 tokens and a step."""
     experiment, space, time_, *_ = FAMILIES[name]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = typed(compose("train", [f"experiment={experiment}", "runtime.precision=fp32", "logger=none"]), TrainConfig)
+    config = composed(f"experiment={experiment}", "runtime.precision=fp32", "logger=none")
     m = config.model
     m.height, m.width, m.num_frames, m.tile, m.max_sequence_length, m.weights = 4 * space, 4 * space, 2 * time_ + 1, [1, 2, 2], family_worlds.TEXT, "random"
     m.fps = family_worlds.FPS

@@ -3,13 +3,13 @@
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from processes import started
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -27,8 +27,7 @@ PLAN = SparsityPlan(timestep_bins(2, 3.0), ((Rung(1, 0), Rung(2, 2)), (Rung(), R
 def work(rank: int, world: int, port: int, config: InferConfig) -> None:
     """One process of infer.py; leaves the frames of each video beside its file."""
     os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
-    if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     sys.stderr = sys.stdout = open(f"{config.output_dir}.{rank}.log", "w", buffering=1)
     import infer
@@ -40,13 +39,7 @@ def work(rank: int, world: int, port: int, config: InferConfig) -> None:
 def run(config: InferConfig, world: int, **changes) -> tuple[dict, dict]:
     """({video's name: (rank that wrote it, frames)}, infer.json) of several processes."""
     config = InferConfig(**{**vars(config), **changes})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, world, port, config)) for rank in range(world)]
-    for process in processes:
-        process.start()
+    processes = started(world, work, config, context=multiprocessing.get_context("spawn"))
     for process in processes:
         process.join(150)
         if process.is_alive():

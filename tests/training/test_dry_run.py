@@ -4,24 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from runs import composed as settings
 
-from usv.config import SettingError, TrainConfig, check_train, typed
-from usv.objectives import check_objective
+from usv.config import SettingError
 from usv.sparse.cost import ModelShape
 from usv.training.dry_run import GIB, activation_bytes, report, transformer_config
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def settings(*overrides) -> TrainConfig:
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = typed(compose("train", list(overrides)), TrainConfig)
-    check_train(config)
-    check_objective(config)
-    return config
 
 
 @pytest.mark.parametrize(

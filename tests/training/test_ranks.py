@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import family_worlds
 import pytest
 import tiny
 import torch
+from processes import started
 from safetensors.torch import load_file
 
 from usv.config import (
@@ -98,13 +98,7 @@ def work(rank, world, port, config, stop, out):
 
 
 def begin(world, config, stop, out):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [SERVER.Process(target=work, args=(r, world, port, config, stop, str(out))) for r in range(world)]
-    for process in processes:
-        process.start()
-    return processes
+    return started(world, work, config, stop, str(out), context=SERVER)
 
 
 def run(world, config, stop=None):

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from runs import composed as settings
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,20 +19,10 @@ import generate  # noqa: E402
 
 import train as program  # noqa: E402
 import usv  # noqa: E402
-from usv.config import TrainConfig, check_train, typed  # noqa: E402
-from usv.objectives import check_objective, distribution  # noqa: E402
+from usv.objectives import distribution  # noqa: E402
 from usv.sampling.checkpoint import read_config  # noqa: E402
 from usv.sampling.generate import load_pipeline  # noqa: E402
 from usv.training.dry_run import report  # noqa: E402
-
-
-def settings(*overrides) -> TrainConfig:
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = typed(compose("train", list(overrides)), TrainConfig)
-    check_train(config)
-    check_objective(config)
-    return config
 
 
 def metrics(folder):

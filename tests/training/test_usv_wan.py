@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from runs import composed
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,8 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import shards  # noqa: E402
 
 import train as program  # noqa: E402
-from usv.config import SettingError, TrainConfig, check_train, typed  # noqa: E402
-from usv.objectives import check_objective  # noqa: E402
+from usv.config import SettingError, TrainConfig  # noqa: E402
 from usv.sampling.checkpoint import read_config  # noqa: E402
 
 SHAPE, LENGTH, WIDTH = (16, 2, 8, 8), 8, 4096
@@ -48,12 +46,7 @@ def make_shards(folder: Path) -> Path:
 
 
 def settings(*overrides) -> TrainConfig:
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = typed(compose("train", ["experiment=usv_wan", *overrides]), TrainConfig)
-    check_train(config)
-    check_objective(config)
-    return config
+    return composed("experiment=usv_wan", *overrides)
 
 
 def test_full_width_trains(tmp_path):
