@@ -40,6 +40,7 @@ def test_the_file_holds_gates_that_learned_and_nothing_else(trained):
     gates = load_file(trained / "student.safetensors")
     assert gates and all(name.startswith("gates.") for name in gates) and any(bool(value.any()) for value in gates.values())
     record = read_config(trained)
+    assert set(record["base"]) == {f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in ("attn1.to_q", "ffn.net.2")}
     assert record["router"] and record["sampling"]["guidance_scale"] == 3.0 and "guidance_folded_in" not in record["sampling"]
 
 

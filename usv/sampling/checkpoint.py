@@ -21,7 +21,9 @@ from usv.files import atomic_folder, checksum, replacing, settle
 from usv.models import lora
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
-from usv.sampling.record import CELL, CheckpointError, check_record, pipeline_class, plan_of
+from usv.sampling.fingerprint import check_base, quantised
+from usv.sampling.fingerprint import fingerprint as fingerprint
+from usv.sampling.record import CELL, CheckpointError, check_record, plan_of
 from usv.sampling.wan_file import read_record, read_tensors
 from usv.sparse.grid import Tile
 from usv.sparse.plan import SparsityPlan
@@ -38,6 +40,7 @@ class Student:
     policy: what its gates had learned (`run_state.policy_tables`). lora: rank, alpha, targets of `adapters` (a state dict of theirs), which `model`
     has merged in; None where all weights were trained. on_base: whether the weights that it was loaded with are the pipeline's own, but for
     gates and `adapters`. router: of the network only the gates were trained; guidance is then not folded in, and any copy of the base fits.
+    base: `fingerprint` of the model it was trained from; None where nobody noted it.
     """
 
     model: SparseTransformer
@@ -49,6 +52,7 @@ class Student:
     adapters: dict | None = None
     on_base: bool = False
     router: bool = False
+    base: dict | None = None
 
     def executed_plan(self) -> SparsityPlan:
         """The plan's rows at the timesteps that are sampled: of a few-step student its own, else all."""
@@ -99,6 +103,7 @@ def record_of(student: Student) -> dict:
         "sampling": student.sampling,
         "training": student.training,
         "policy": student.policy,
+        **({} if student.base is None else {"base": student.base}),
     }
 
 
@@ -182,11 +187,7 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
     frozen = quantised(base) is not None
     if frozen:
         check_quantised(path, record, base)
-    if record.get("fingerprint") and not _matches(record["fingerprint"], base):
-        place = path if one else path.parent
-        adapted = one or (place / "pytorch_lora_weights.safetensors").is_file()
-        first = f"pipe.load_lora_weights({str(place)!r}), fuse_lora() and unload_lora_weights()" if adapted else f"load {pipeline_class(place)}.from_pretrained({str(place)!r})"
-        raise CheckpointError(f"{path}: its weights are those of the pipeline it was exported with, and this pipeline has others; {first} first")
+    check_base(path, record, base, one)
     plan, tile = plan_of(record, config), Tile(*record["tile"], cell=tuple(record.get("cell", CELL)))
     transformer = twin(base) if frozen else type(base).from_config(base.config)
     layers = len(family_of(transformer).layers(transformer))
@@ -209,7 +210,7 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
         raise CheckpointError(f"{weights}: damaged or incomplete ({str(error).splitlines()[0]}); use another checkpoint") from None
     return Student(
         model.eval(), plan, record["sampling"], record["training"], record.get("policy", {}), record.get("lora"), adapters, on_base,
-        bool(record.get("router")),
+        bool(record.get("router")), record.get("base"),
     )  # fmt: skip
 
 
@@ -252,15 +253,6 @@ def twin(base: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(base, tensors | quantizer)
 
 
-def quantised(transformer: torch.nn.Module) -> str | None:
-    """By what a transformer's weights are quantised: the method, or what stands in place of plain parameters; None in full precision."""
-    if getattr(transformer, "hf_quantizer", None) is not None:
-        method = getattr(getattr(transformer.hf_quantizer, "quantization_config", None), "quant_method", "some method")
-        return str(getattr(method, "value", method))
-    kinds = {type(p).__name__ for p in transformer.parameters()} - {"Parameter"}
-    return ", ".join(sorted(kinds)) or None
-
-
 def read_weights(path: Path, record: dict) -> dict[str, torch.Tensor]:
     """student.safetensors of a folder, as its config.json says it was written. CheckpointError."""
     file = path / "student.safetensors"
@@ -273,27 +265,6 @@ def read_weights(path: Path, record: dict) -> dict[str, torch.Tensor]:
     if wrong:
         raise CheckpointError(f"{file}: damaged or incomplete ({wrong}); use another checkpoint")
     return tensors
-
-
-def fingerprint(transformer: torch.nn.Module) -> dict[str, list[float]]:
-    """A few weights of the first and last block, by which an exported student knows its pipeline."""
-    state = lora.clean_state(transformer)
-    if not hasattr(transformer, "blocks"):
-        ends = [[n for n in state if n.startswith(f"{blocks.attribute}.") and n.endswith("to_q.weight")] for blocks in family_of(transformer).blocks]
-        return {name: state[name].flatten()[:64].float().tolist() for name in (ends[0][0], ends[-1][-1])}
-    names = [
-        f"blocks.{i}.{layer}.weight" for i in (0, len(transformer.blocks) - 1) for layer in ("attn1.to_q", "ffn.net.2")
-    ]
-    return {name: state[name].flatten()[:64].float().tolist() for name in names}
-
-
-def _matches(wanted: dict[str, list[float]], transformer: torch.nn.Module) -> bool:
-    """Whether a transformer, perhaps loaded in bf16 (2⁻⁹ relative), has these weights."""
-    found = fingerprint(transformer)
-    return all(
-        name in found and torch.allclose(torch.tensor(found[name]), torch.tensor(values), rtol=2**-8, atol=1e-8)
-        for name, values in wanted.items()
-    )
 
 
 def other_grid(student_sampling: dict, given: dict) -> str | None:

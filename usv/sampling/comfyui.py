@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save, save_file
 
 from usv.files import check_output, replacing
-from usv.sampling.checkpoint import CheckpointError, Student, fingerprint, record_of
+from usv.sampling.checkpoint import CheckpointError, Student, record_of
+from usv.sampling.fingerprint import fingerprint
 from usv.sampling.wan_file import wan_name
 
 HEAD_WIDTH = 128  # ComfyUI counts a Wan model's heads by it

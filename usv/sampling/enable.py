@@ -27,7 +27,8 @@ from usv.models import lora
 from usv.models.families import family_or_none
 from usv.patterns import Pattern
 from usv.patterns.planned import PlannedPattern, planned_pattern
-from usv.sampling.checkpoint import CheckpointError, Student, check_fits, load_student, quantised
+from usv.sampling.checkpoint import CheckpointError, Student, check_fits, load_student
+from usv.sampling.fingerprint import quantised
 from usv.sampling.held import hold
 from usv.sampling.patterns import (
     KEPT_CALLS,

@@ -35,12 +35,12 @@ from usv.models import lora
 from usv.sampling.checkpoint import (
     CheckpointError,
     Student,
-    fingerprint,
     load_student,
     read_config,
     record_of,
 )
 from usv.sampling.comfyui import check_wan, write_lora, write_weights
+from usv.sampling.fingerprint import fingerprint
 from usv.sampling.generate import load_pipeline
 from usv.sampling.record import pipeline_class, pipeline_index
 

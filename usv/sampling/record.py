@@ -70,7 +70,7 @@ def check_record(record: dict, file) -> None:
     """CheckpointError, naming the entry, for what no student can have."""
     problems = [*_shape(record["transformer"]), *_tile(record["tile"]), *_cell(record.get("cell", CELL)), *_sampling(record["sampling"]), *_adapters(record.get("lora"))]
     problems += [f"{name}: got a {type(record[name]).__name__}, expected an object" for name in ("training", "policy") if not isinstance(record.get(name, {}), dict)]
-    problems += _fingerprint(record.get("fingerprint"))
+    problems += [line for name in ("fingerprint", "base") for line in _fingerprint(name, record.get(name))]
     if problems:
         raise CheckpointError(f"{file}: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else "") + "; use another checkpoint")
     plan_of(record, file)
@@ -133,8 +133,8 @@ def _adapters(lora) -> list[str]:
     return [] if fine else [f"lora: got {str(lora)[:100]}, expected rank, alpha and targets"]
 
 
-def _fingerprint(prints) -> list[str]:
+def _fingerprint(name: str, prints) -> list[str]:
     if prints is None:
         return []
     fine = isinstance(prints, dict) and all(isinstance(v, list) and all(is_number(x) for x in v) for v in prints.values())
-    return [] if fine else ["fingerprint: expected lists of numbers by name"]
+    return [] if fine else [f"{name}: expected lists of numbers by name"]

@@ -23,6 +23,7 @@ from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
 from usv.sampling.budget import shape_of
 from usv.sampling.checkpoint import Student, load_student
+from usv.sampling.fingerprint import fingerprint
 from usv.sampling.generate import takes_image
 from usv.sparse.cost import ModelShape, rung_costs
 from usv.sparse.grid import Tile, tile_layout
@@ -46,6 +47,7 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     m = config.model
     run.pipe = frozen_pipeline(config, ranks)
     transformer = run.pipe.transformer
+    run.base = fingerprint(transformer)
     tile = Tile(*m.tile, cell=tuple(m.cell))
     torch.manual_seed(config.seed)
     if config.lora.rank:

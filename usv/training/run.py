@@ -114,6 +114,7 @@ class Run:
         self.wanted = [0.0, 0]  # mean square of what the student is to give, over so many steps: the unit of damages
         self.dialled: dict[int, SparsityPlan] = {}  # plans of a dial's budgets, once the damages are fixed
         self.skipped, self.skipped_in_a_row, self.saved = 0, 0, None  # saved: the step that stands on the disk
+        self.base: dict[str, list[float]] | None = None  # `fingerprint` of the model that the student is trained from
         self.conditions: tuple[str, ...] = ()  # what the transformer is given beside the text, by name
         self.objective = make_objective(config.objective, config.model.flow_shift)
 
@@ -327,7 +328,7 @@ class Run:
             sampling |= {"student_timesteps": steps, "num_inference_steps": len(steps)}
         training = {"steps": self.step, "policy": self.config.policy.name, "seed": self.config.seed, "commit": commit()}
         model = model.to(device or self.device).eval().requires_grad_(False)
-        return Student(model, plan, sampling, training, policy_tables(self.policy, self.config.policy), used, adapters, router=self.router)
+        return Student(model, plan, sampling, training, policy_tables(self.policy, self.config.policy), used, adapters, router=self.router, base=self.base)
 
     def fail(self, what: str) -> None:
         """Stop on a non-finite step. The last checkpoint stands; a report says what was seen."""
