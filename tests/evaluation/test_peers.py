@@ -1,11 +1,15 @@
 """usv/evaluation/peers: every method runs and leaves no trace, caches skip what they say, a failure is a row and not the end."""
 
 import json
+import multiprocessing
+import os
+import sys
 from contextlib import contextmanager
 
 import pytest
 import tiny
 import torch
+from processes import started
 
 from usv.config import ModelConfig
 from usv.evaluation.peers import __main__ as command
@@ -177,6 +181,48 @@ def test_the_command_writes_a_report_that_is_json(model, student, small_metrics,
     assert all((videos / entry["file"]).stat().st_size > 500 for entry in entries)
     assert [entry["methods"] for entry in entries[:3]] == [["dense"], ["merge_0.5"], ["mine"]] or installed("cache-dit")
     assert "merge_0.5" in capsys.readouterr().out
+
+
+def weighed(videos, subjects, motions, reference, twins=None, **_):
+    """Numbers that tell one set of videos, in one order, from any other."""
+    order = torch.arange(1.0, len(videos) + 1, dtype=torch.float64)
+    assert len(videos) == len(subjects) == len(motions)
+    return {"subject_accuracy": float(videos.double().flatten(1).mean(1) @ order)} | ({} if twins is None else {"psnr": float((videos - twins).double().abs().flatten(1).mean(1) @ order)})
+
+
+def _one_of_two(rank, world, port, words, model, log):
+    os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sys.stderr = sys.stdout = open(f"{log}.{rank}", "w", buffering=1)
+    run.real_clips, run.build_prototypes, run.features, run.evaluate_videos = lambda *a: (None, None), lambda *a: None, lambda *a: None, weighed
+    if rank and "fails" in words:
+        words = [word for word in words if word != "fails"]
+        run.generate, own = (lambda pipe, model, prompts, seeds, *rest: 1 / 0 if seeds[0] == 2 and hasattr(pipe, "_usv") else own(pipe, model, prompts, seeds, *rest)), run.generate
+    made = command.main([word for word in words if word != "fails"], model)
+    assert (made is None) == (rank > 0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_two_processes_have_the_rows_of_one(model, student, small_metrics, monkeypatch, tmp_path, fails):
+    monkeypatch.setattr(run, "evaluate_videos", weighed)
+    words = ["--model", model.path, "--ckpt", f"mine={student}", "--clips", "5", "--batch-size", "2", "--steps", "4", "--only", "merge_0.5", "first_block_cache", "mine"]
+    alone, out = command.main(words, model)["methods"], tmp_path / "two.json"
+    arguments = ([*words, "--out", str(out), *["fails"] * fails], model, tmp_path / "log")
+    processes = started(2, _one_of_two, *arguments, context=multiprocessing.get_context("spawn"))
+    for process in processes:
+        process.join(150)
+    assert [process.exitcode for process in processes] == [0, 0], [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    report = json.loads(out.read_text())
+    assert report["processes"] == 2 and list(report["methods"]) == list(alone)
+    for name, row in report["methods"].items():
+        if fails and name == "mine":  # on one process, in its batch
+            assert row["reason"] == "ZeroDivisionError: division by zero" and "denoise_seconds" not in row
+            continue
+        assert row.keys() == alone[name].keys() and row["denoise_seconds"] > 0, row
+        for key, value in row.items():
+            if "seconds" not in key and key != "denoise_speedup":
+                assert value == (pytest.approx(alone[name][key], rel=1e-6) if isinstance(value, float) else alone[name][key]), (name, key)
 
 
 @pytest.mark.parametrize("words, accepted", [(["--only", "nothing"], "accepted: dense"), (["--clips", "0"], "at least 1"), (["--density", "1.5"], "a fraction"), (["--ckpt", "a=x", "--ckpt", "a=y"], "got the name 'a' twice"), (["--ckpt", "pab=x"], "a name of its own")])  # fmt: skip

@@ -2,6 +2,7 @@
 
     python -m usv.peers --ckpt usv_mini=outputs/usv_mini/student --clips 32 --out data/results/peers.json
     python -m usv.peers --ckpt few=outputs/usv_few_step/student@1000,750 --only dense first_block_cache few
+    torchrun --nproc_per_node 2 -m usv.peers --ckpt …        clips spread over processes
 
 Compared: the dense model at 50, 20, 10 and 5 UniPC steps; the caches of diffusers (first block, MagCache, PAB, TaylorSeer,
 SeaCache) and cache-dit; uniform token merging; SVG, SVG2, radial, sliding tile and tile top-k; one density everywhere on a
@@ -84,7 +85,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(words: list[str] | None = None, model: ModelConfig | None = None) -> dict:
+def main(words: list[str] | None = None, model: ModelConfig | None = None) -> dict | None:
     """The command; `model` gives another shape than Wan-mini's."""
     args = parse(words)
     model = model or ModelConfig()
@@ -100,6 +101,8 @@ def main(words: list[str] | None = None, model: ModelConfig | None = None) -> di
             raise ValueError("--ckpt: got the name of another method, accepted: a name of its own, as in mine=FOLDER")
         methods = [method for method in methods if not args.only or method.name in {"dense", *args.only}]
         report = compare(model, methods, args.clips, args.batch_size, args.videos)
+        if report is None:  # of several processes the first speaks
+            return None
         report = {"command": "python -m usv.peers " + " ".join(sys.argv[1:] if words is None else words), **report}
         print(table(report))
         if args.out is not None:

@@ -21,7 +21,7 @@ from usv.evaluation.peers import caches
 from usv.evaluation.peers.caches import Running
 from usv.models.forward import SparseTransformer
 from usv.patterns import PATTERNS
-from usv.sampling.checkpoint import Student
+from usv.sampling.checkpoint import Student, twin
 from usv.sampling.enable import Record
 from usv.sampling.generate import generate
 from usv.sampling.held import hold
@@ -108,7 +108,7 @@ def merging(model: ModelConfig, merge: int) -> Method:
     def enter(pipe: WanPipeline) -> Iterator[Running]:
         transformer, record = pipe.transformer, Record()
         plan = SparsityPlan.uniform(Rung(0, merge), timestep_bins(1, model.flow_shift), len(transformer.blocks))
-        sparse = SparseTransformer(transformer, Tile(*model.tile, cell=tuple(model.cell))).to(transformer.device)
+        sparse = SparseTransformer(twin(transformer), Tile(*model.tile, cell=tuple(model.cell))).to(transformer.device)  # the blocks of others stay of their own class
         pipe.transformer = hold(Student(sparse, plan), record, folded=False)
         try:
             yield Running(executed=lambda: (record.mean_density(), record.mean_merged()))

@@ -1,4 +1,7 @@
-"""The run: every method on every prompt, batches interleaved so that a noisy machine hurts all alike; then the rows."""
+"""The run: every method on every prompt, batches interleaved so that a noisy machine hurts all alike; then the rows.
+
+Of several processes (torchrun) each makes every so-manieth batch of all methods, and the first has the rows of all.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from usv.files import write_text
 from usv.metrics import build_prototypes, evaluate_videos, features
 from usv.metrics.frechet import MIN_CLIPS
 from usv.sampling.generate import best_place, generate, load_pipeline
+from usv.sampling.ranks import Crew, join
 from usv.training.run import commit
 from usv.video import magnified, write_mp4
 
@@ -56,25 +60,38 @@ class Pipelines:
         return self.own[method.name]
 
 
-def run_methods(model: ModelConfig, methods: list[Method], clips: int, batch_size: int, say: Callable = print) -> dict[str, Result]:
-    """{name: Result}. A method that raises keeps its reason and is left out from there on; the others go on."""
+def run_methods(model: ModelConfig, methods: list[Method], clips: int, batch_size: int, say: Callable = print, crew: Crew = Crew()) -> dict[str, Result] | None:
+    """{name: Result}. A method that raises keeps its reason and is left out from there on; the others go on. Of several processes
+    the first has all results, the others get None."""
     pipelines, results = Pipelines(model.path), {method.name: Result() for method in methods}
     prompts, _, _ = requests(clips)
+    mine = crew.mine(clips, batch_size)[::batch_size]
     for method in methods:  # caches are built, settings are found and what cannot run says so, before anything is timed
         for size in {batch_size, clips % batch_size or batch_size} if method.compiles else {1}:
             first = prompts[:size]
             attempt(pipelines, model, method, first, list(range(len(first))), results[method.name], trial=True)
-        if results[method.name].reason:
+        if results[method.name].reason and crew.first:
             say(f"{method.name}: {results[method.name].reason}")
-    with tqdm(total=clips * sum(r.reason is None for r in results.values()), unit="video") as bar:
-        for start in range(0, clips, batch_size):
+    with tqdm(total=len(crew.mine(clips, batch_size)) * sum(r.reason is None for r in results.values()), unit="video", disable=not crew.first) as bar:
+        for start in mine:
             part = prompts[start : start + batch_size]
             for method in methods:
                 if results[method.name].reason is None:
                     bar.set_description(method.name)
                     attempt(pipelines, model, method, part, list(range(start, start + len(part))), results[method.name])
                     bar.update(len(part))
-    return results
+    everyone = crew.gather(results)
+    return {name: together([theirs[name] for theirs in everyone]) for name in results} if crew.first else None
+
+
+def together(results: list[Result]) -> Result:
+    """What several processes have done of one method, as if one had made all batches in their order; a reason of any is that of all."""
+    reason = next((result.reason for result in results if result.reason is not None), None)
+    if reason is not None:
+        return Result(reason=reason)
+    turns = [(result, i) for i in range(max(len(r.videos) for r in results)) for result in results if i < len(result.videos)]  # batch k is of process k mod their number
+    each = {name: [getattr(result, name)[i] for result, i in turns] for name in ("videos", "seconds", "clips", "executed")}
+    return Result(**each, decode=sum(result.decode for result in results), forwards=max(result.forwards for result in results))
 
 
 def attempt(pipelines: Pipelines, model: ModelConfig, method: Method, prompts: list[str], seeds: list[int], result: Result, trial=False) -> None:
@@ -166,11 +183,17 @@ def write_videos(folder: Path, prompts: list[str], results: dict[str, Result], f
     write_text(folder / "videos.json", json.dumps(entries, indent=1) + "\n")
 
 
-def compare(model: ModelConfig, methods: list[Method], clips: int, batch_size: int, videos: Path | None = None) -> dict:
-    """The report: machine, versions, commit, and a row for each method."""
-    results = run_methods(model, methods, clips, batch_size)
+def compare(model: ModelConfig, methods: list[Method], clips: int, batch_size: int, videos: Path | None = None) -> dict | None:
+    """The report: machine, versions, commit, and a row for each method. Of several processes (torchrun) the first has it, the others None."""
+    crew = join()
+    try:
+        results = run_methods(model, methods, clips, batch_size, crew=crew)
+    finally:
+        crew.leave()
+    if results is None:
+        return None
     if videos is not None:
         write_videos(videos, requests(clips)[0], results, model.fps)
     rows = rows_of(model, methods, results, clips)
-    settings = {"clips": clips, "batch_size": batch_size, "steps": model.num_inference_steps, "guidance": model.guidance_scale}
+    settings = {"clips": clips, "batch_size": batch_size, "steps": model.num_inference_steps, "guidance": model.guidance_scale, "processes": crew.world}
     return {"commit": commit(), "machine": machine(best_place()[1]), "versions": versions(), **settings, "methods": rows}
