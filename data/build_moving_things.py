@@ -266,6 +266,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the diffusers folder to write (default: WORK/model)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, to go on another time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: a fifth less time a step on CPU, a minute more at the start")
     parser.add_argument("--sheet", type=Path, help="draw a picture of what stands and leave")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -280,6 +281,8 @@ def main() -> None:
     if args.sheet:
         sheet(training, args.sheet, args.steps, args.guidance)
         return
+    if args.compile:
+        training.model.compile_repeated_blocks()
     if training.state["step"] == 0:
         mini.learn_places(training.model, training.places, training.optimizer, TEXT_LENGTH)
         training.ema = [p.detach().clone() for p in training.params]

@@ -133,7 +133,8 @@ class ObjectiveConfig:
     name: velocity (the teacher's guided velocity; sampled like the teacher) | consistency (where the flow ends; few steps) |
     trajectory (where the flow of a guide ends, from what the student's own rollouts meet; few steps) | distribution (the student's
     own samples, judged by teacher and critic, beside one of the others; few steps). init: a student folder to start from. guide: a
-    student's folder, or teacher; none: the student of objective.init, as it was, else the teacher; a student of velocity distillation.
+    student's folder, or teacher; none: the student of objective.init, as it was, else the teacher; of a student of few steps one forward
+    says where its flow ends.
     solver_steps: of the guide, from noise to clip. reuse: how often a batch of trajectories is trained on, on average; they cost most of
     a step. student_timesteps: those of the few-step student, 1000 first; empty: model.num_inference_steps of the teacher's sampler.
 

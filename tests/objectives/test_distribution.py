@@ -137,9 +137,13 @@ def test_matching_finds_both_modes_where_regression_gives_their_mean():
     )
     objective = make_objective(settings, 1.0)
     objective.critic = Critic(Follower(world), settings.critic_lr, 1.0)
-    world.train(objective, 150, lr=1e-3)
-    smaller, near = found(world.samples())
-    assert smaller > 0.3 and near > 0.5  # three seeds: 0.44 to 0.49, 0.61 to 0.71; a student that runs away is near no mode
+    moments = []
+    for _ in range(6):
+        world.train(objective, 25, lr=1e-3)
+        moments.append(found(world.samples()))
+    # Two players circle: one moment in ten has 0.33 to 0.46 near, other processors at other steps; the mean of five has 0.6 to 0.75.
+    smaller, near = torch.tensor(moments[1:]).mean(0)
+    assert smaller > 0.3 and near > 0.5  # a student that runs away is near no mode
 
 
 @pytest.mark.parametrize("adversarial", ["non_saturating", "hinge"])

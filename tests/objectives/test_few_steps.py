@@ -8,6 +8,7 @@ from runs import interrupt, program, same
 from safetensors.torch import load_file
 
 from usv.config import ObjectiveConfig, SettingError
+from usv.objectives.protocol import Point
 from usv.sampling.checkpoint import read_config
 from usv.sparse.plan import Rung, SparsityPlan
 from usv.training.build import inherit_steps
@@ -163,11 +164,6 @@ def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
     other.objective.guide = str(tmp_path / "second" / "student")
     watched(other, at={1: lambda run: guides.append(run.guide.model.state_dict())})
     assert all(torch.equal(guides[1][k], v) for k, v in load_file(tmp_path / "second" / "student" / "student.safetensors").items())
-    for start, guide in ((init, str(tmp_path / "whole" / "student")), (str(tmp_path / "whole" / "student"), None)):
-        refused = few(tmp_path / "refused", start, steps=1)
-        refused.objective.guide = guide
-        with pytest.raises(SettingError, match="objective.guide: got .*whole/student, a student of few steps, accepted: teacher, or"):
-            watched(refused)
     other = few(tmp_path / "by_teacher", init, steps=1)
     other.objective.guide = "teacher"
     watched(other, at={1: lambda run: guides.append(run.guide)})
@@ -177,6 +173,34 @@ def test_few_steps_along_the_guides_trajectory(make, watched, tmp_path):
     values = [json.loads(line) for line in (tmp_path / "taught" / "metrics.jsonl").read_text().splitlines()]
     asked = {key for row in values for key in row if key.startswith("validation_by_noise/")}
     assert asked == {"validation_by_noise/t_1000", "validation_by_noise/t_600"}  # where the student will be sampled, nowhere else
+
+
+def test_a_guide_of_few_steps_is_asked_once_at_its_own_timesteps(make, watched, tmp_path):
+    """Adapting a few-step student: what is wanted is its own answer where the new one's rollout stands, in training and held out."""
+    begun = make(tmp_path / "begun", policy="static", steps=1)
+    begun.objective.name, begun.objective.student_timesteps, begun.objective.solver_steps = "consistency", [1000.0, 600.0], 2
+    watched(begun)
+
+    def adapt(folder, timesteps, guide=None):
+        config = make(folder, policy="inherit", steps=2)
+        d = config.objective
+        d.name, d.init, d.guide, d.student_timesteps, d.solver_steps = "trajectory", str(tmp_path / "begun" / "student"), guide, timesteps, 7
+        config.optim.lr, config.logger.validate_every = 0.0, 2
+        return config
+
+    def as_the_guide_says(run):
+        batch = next(iter(run.validation))
+        noise, prompt = torch.randn(batch["latents"].shape), run.prompt(batch)
+        point = run.objective.make(run, Point(noise, torch.ones(len(noise)), prompt, noise, 1.0), torch.Generator().manual_seed(1))
+        row = run.guide.plan.at(1000 * point.level)
+        assert point.level in (1.0, 0.6) and torch.allclose(point.wanted, run.guide.model(point.x, 1000 * point.sigma, prompt.text, row)[0], atol=1e-5)
+
+    watched(adapt(tmp_path / "adapted", [1000.0, 600.0]), at={2: as_the_guide_says})
+    rows = [json.loads(line) for line in (tmp_path / "adapted" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [row["validation/velocity_error"] for row in rows if "validation/velocity_error" in row]
+    assert held_out and held_out[-1] < 1e-8, "weights that did not move, under the same plan: no error against the guide"
+    with pytest.raises(SettingError, match=r"student_timesteps: got \[1000.0, 500.0\], accepted: some of \[1000.0, 600.0\], since objective.guide"):
+        watched(adapt(tmp_path / "refused", [1000.0, 500.0]))
 
 
 def test_a_few_step_student_of_adapters_starts_from_one(make, watched, tmp_path):

@@ -169,10 +169,10 @@ def warm_start(run: Run, config: TrainConfig) -> None:
             run.edges = start.plan.edges
     if run.objective.needs.guide:
         run.guide = start if o.guide is None else load_student(o.guide, run.pipe.transformer)
-        if run.guide.sampling.get("student_timesteps"):
+        if run.guide_timesteps and not set(o.student_timesteps) <= set(run.guide_timesteps):
             raise SettingError(
-                f"objective.guide: got {o.guide or o.init}, a student of few steps, accepted: teacher, or the folder of a student of velocity "
-                "distillation; what the former says is where flows end, which no solver can follow"
+                f"objective.student_timesteps: got {o.student_timesteps}, accepted: some of {run.guide_timesteps}, since objective.guide is a "
+                f"student of few steps ({o.guide or o.init}), which is right at its own alone; or objective.guide=teacher"
             )
         run.guide.model.to(run.device).eval().requires_grad_(False)
         run.guide.model.sequence_group = run.ranks.sequence

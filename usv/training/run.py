@@ -235,6 +235,11 @@ class Run:
         impl = self.config.attention.impl
         return lambda x, t: self.guide.model(x, t, prompt.text, self.guide.plan.at(float(t[0])), impl=impl, **prompt.conditions)[0]
 
+    @property
+    def guide_timesteps(self) -> list[float]:
+        """Of a guide of few steps; [] of others, and without one."""
+        return [] if self.guide is None else self.guide.sampling.get("student_timesteps") or []
+
     def decides_steps(self) -> bool:
         """Whether the policy is still learning which steps run."""
         return self.plan is None and getattr(self.policy, "steps", False)
