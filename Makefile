@@ -1,4 +1,4 @@
-# make demo    sets everything up and runs the main job: train a sparse student of the embedded model, generate, compare
+# make demo    sets everything up, shows the student that ships beside the dense model, adapts it to BUDGET, compares all three
 # make test    passes the tests
 # Both need Python 3.11+ and nothing else: no GPU, no account, no downloads besides Python packages.
 
@@ -25,10 +25,21 @@ $(VENV)/.ready: pyproject.toml
 data/shards/camera/index.json: | setup
 	$(BIN)/python data/prepare.py --camera-motion 960 --seed 1 --split val=0.05 --model data/wan-mini --out data/shards/camera
 
-demo: setup data/shards/camera/index.json
-	$(LAUNCH) train.py optim.steps=100 output_dir=outputs/demo
-	$(BIN)/python -m usv.evaluate --ckpt student=outputs/demo/student --clips 20 --out outputs/demo/results.json --videos outputs/demo/videos
-	@echo "Videos dense | student: outputs/demo/videos; your own: $(BIN)/python infer.py ckpt=outputs/demo/student prompt='\"a cat, the camera pans left\"'"
+data/shards/demo/index.json: | setup
+	$(BIN)/python data/prepare.py --camera-motion 160 --seed 1 --split val=0.05 --model data/wan-mini --out data/shards/demo
+
+# First what is there already; then a student of the newcomer's own: a share of the dense forward's FLOPs, from 0.2 (make demo BUDGET=0.3).
+BUDGET ?= 0.24
+SHIPS   = data/students/usv_few_step
+YOURS   = outputs/demo/budget_$(BUDGET)
+demo: setup
+	$(BIN)/python infer.py ckpt=$(SHIPS) compare=true decoder=tiny output_dir=outputs/demo/first prompt='"a cat, the camera pans left"'
+	$(MAKE) data/shards/demo/index.json
+	$(LAUNCH) train.py experiment=usv_adapt policy.budget=$(BUDGET) data.path=data/shards/demo data.validation_clips=8 logger.videos=false output_dir=$(YOURS)
+	$(BIN)/python -m usv.evaluate --ckpt ships=$(SHIPS) --ckpt yours=$(YOURS)/student --decoder tiny --clips 20 --out $(YOURS)/results.json --videos $(YOURS)/videos
+	@echo "Look:     $(YOURS)/videos/contact_sheet.png, and beside it videos dense | ships | yours"
+	@echo "Generate: $(BIN)/python infer.py ckpt=$(YOURS)/student compare=true prompt='\"a horse silhouette, the camera zooms in\"'"
+	@echo "Next:     make demo BUDGET=0.4 is another student; from nothing, half an hour: $(BIN)/accelerate launch train.py; your own videos: README.md"
 
 lint: setup
 	$(BIN)/ruff check .
