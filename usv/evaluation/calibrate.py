@@ -81,7 +81,7 @@ def calibrate(
     sets |= {name: (videos, subjects, motions) for name, videos in damaged(real, patch, round_trip).items()}
     turned = lambda labels: labels[1:] + labels[:1]  # noqa: E731
     sets["wrong_subject"] = (real, [(s + 1) % (max(subjects) + 1) for s in subjects], motions)
-    sets["wrong_motion"] = (real, subjects, [m ^ 1 for m in motions])
+    sets["wrong_motion"] = (real, subjects, [m ^ 1 if isinstance(m, int) else (m[0] ^ 1, m[1]) for m in motions])
     sets["mean_of_ten"], sets["mean_of_all"] = (mean_of(10), subjects, motions), (mean_of(0), turned(subjects), motions)
     each, values = {}, {}
     for name, (videos, wanted_subjects, wanted_motions) in tqdm(sets.items(), unit="set"):
@@ -128,12 +128,12 @@ def calibration(model: ModelConfig, clips: int) -> dict:
     """The report of `python -m usv.evaluate --calibrate`: sets, claims and the metrics that are accepted."""
     keep_freed_memory()
     pipe = load_pipeline(model.path, *best_place())
-    _, subjects, motions = requests(clips)
+    _, subjects, motions, labels = requests(model, clips)
     real, real_subjects = real_clips(model, REAL_CLIPS)
     result = calibrate(
-        asked_clips(model, subjects, motions, FLOOR_SEED), subjects, motions, features(real), build_prototypes(real, real_subjects),
+        asked_clips(model, labels, FLOOR_SEED), subjects, motions, features(real), world_of(model).teller(real, real_subjects),
         pipe.vae_scale_factor_spatial, lambda videos: round_trip(pipe, videos),
-        lambda count: asked_clips(model, subjects, motions, FLOOR_SEED + 1, count) if count else real.mean(0).expand(clips, -1, -1, -1, -1),
+        lambda count: asked_clips(model, labels, FLOOR_SEED + 1, count) if count else real.mean(0).expand(clips, -1, -1, -1, -1),
     )  # fmt: skip
     return {"clips": clips, **result, "accepted": accepted(result["claims"])}
 

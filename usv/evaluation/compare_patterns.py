@@ -84,7 +84,7 @@ class Setup:
     def __init__(self, model: ModelConfig, clips: int, batch_size: int, warm_up: dict, recall_rows: int):
         self.pipe = load_pipeline(model.path, *best_place())
         self.model, self.batch_size, self.warm_up, self.recall_rows = model, batch_size, warm_up, recall_rows
-        self.prompts, self.subjects, self.motions = requests(clips)
+        self.prompts, self.subjects, self.motions, _ = requests(model, clips)
         self.seeds = list(range(clips))
 
     def grid(self) -> TokenGrid:
@@ -172,7 +172,7 @@ def compare(comparison: Comparison, setup: Setup, methods: list[str], densities:
     find_ffmpeg()  # VMAF's absence shows now, not after the first method
     keep_freed_memory()
     real, real_subjects = real_clips(setup.model, 240)
-    reference = build_prototypes(real, real_subjects), features(real) if len(setup.prompts) >= MIN_CLIPS else None
+    reference = world_of(setup.model).teller(real, real_subjects), features(real) if len(setup.prompts) >= MIN_CLIPS else None
     twins = dense_twins(comparison, setup, reference)
     for density in densities:
         for name in methods:
@@ -239,7 +239,7 @@ def main(words: list[str] | None = None, model: ModelConfig | None = None) -> di
     model.path, model.num_inference_steps, model.guidance_scale = args.model, args.steps, args.guidance
     warm_up = {"dense_layers": args.dense_layers, "dense_steps": args.dense_steps}
     names = ("model", "clips", "steps", "guidance", "batch_size", "recall_rows", "calibration_clips")
-    prompts = hashlib.sha256("\n".join(requests(args.clips)[0]).encode()).hexdigest()[:16]
+    prompts = hashlib.sha256("\n".join(requests(model, args.clips).prompts).encode()).hexdigest()[:16]
     settings = {name: getattr(args, name) for name in names} | warm_up | {"weights": fingerprint(args.model), "prompts": prompts}
     clusters = dict(zip(("q_clusters", "k_clusters"), args.clusters))
     try:

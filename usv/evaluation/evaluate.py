@@ -78,9 +78,9 @@ def compare(model, checkpoints, clips, batch_size, videos, dense, lookup, own, d
         prompts = own.prompts
         reference, real = real_features(pipe, own, model)
     else:
-        prompts, subjects, motions = requests(clips)
+        prompts, subjects, motions, labels = requests(model, clips)
         pictures, real_subjects = real_clips(model, REAL_CLIPS)
-        prototypes, reference = build_prototypes(pictures, real_subjects), features(pictures)
+        prototypes, reference = world_of(model).teller(pictures, real_subjects), features(pictures)
     timing = forward_seconds(pipe, model, {name: method for name, method in methods.items() if name not in decoded}, batch_size)
     timing |= {name: timing[name.rpartition("+")[0]] for name in decoded}  # the same forwards
     generated = generate_all(pipe, model, methods, prompts, list(range(clips)), batch_size, crew)
@@ -99,7 +99,7 @@ def compare(model, checkpoints, clips, batch_size, videos, dense, lookup, own, d
             row[f"{stage}_speedup"] = rows["dense"][f"{stage}_seconds"] / row[f"{stage}_seconds"]
     shown = {name: g.videos for name, (g, _, _) in generated.items()}
     if lookup:
-        rows["lookup"], shown["lookup"] = {}, asked_clips(model, subjects, motions, FLOOR_SEED, LOOKUP_CLIPS)
+        rows["lookup"], shown["lookup"] = {}, asked_clips(model, labels, FLOOR_SEED, LOOKUP_CLIPS)
     twins = [name for name, method in methods.items() if isinstance(method, Student) and _takes_teachers_steps(method, model)]
     quality = judge(shown, twins, subjects, motions, prototypes, reference, pipe.vae_scale_factor_spatial, prompts)
     for name, found in quality.items():
@@ -111,7 +111,7 @@ def compare(model, checkpoints, clips, batch_size, videos, dense, lookup, own, d
         floor = real.pop("floor", None)
         report |= {"real": real} | ({} if floor is None else {"floor": {"frechet_distance": finite(frechet_distance(reference, floor))}})
     elif clips >= MIN_CLIPS:
-        floor = asked_clips(model, subjects, motions, FLOOR_SEED)
+        floor = asked_clips(model, labels, FLOOR_SEED)
         report["floor"] = {"frechet_distance": finite(frechet_distance(reference, features(floor)))}
     return report
 
