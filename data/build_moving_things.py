@@ -2,6 +2,10 @@
 
     python data/build_moving_things.py --out data/cache/moving-things/model       # hours on two cores, minutes on a GPU
     python data/build_moving_things.py --sheet sheet.png                          # look at what it draws now, at the stage's size
+    python data/build_moving_things.py --keep                                     # write what stands to data/moving-things, to be committed
+
+Without a checkpoint in --work it goes on from data/moving-things/training.safetensors: the running average of an earlier machine's
+training, with a fresh optimiser.
 
 Curriculum: places on pure noise (data/build_wan_mini.py says why), half-size clips, then the full grid. Clips are drawn without end, a
 share of each batch new and the rest from the last few thousand; no clip is one of `moving_things.held_out`. Two linear
@@ -19,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -52,6 +58,7 @@ LAYOUT_BLOCK, LAYOUT_WEIGHT, PLACES_WEIGHT = 4, 0.5, 0.1
 TEXT_LENGTH = 48
 FRESH, POOL, FIRST = 6, 8_192, 512  # new clips a batch of 32, clips kept, clips made before the first step
 TRAIN_SEED = 1
+KEPT = HERE / "moving-things" / "training.safetensors"
 
 
 def make_tokenizer():
@@ -137,12 +144,33 @@ class Training:
         self.ema = [p.detach().clone() for p in self.params]
         self.state = {"stage": 0, "step": 0, "clips": 0, "seconds": 0.0}
         self.checkpoint = work / "teacher.pt"
+        if not self.checkpoint.exists() and KEPT.exists():
+            self.restore()
         if self.checkpoint.exists():
             saved = torch.load(self.checkpoint, weights_only=True)
             for name, module in self.modules.items():
                 module.load_state_dict(saved[name])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.ema, self.state = saved["ema"], saved["state"]
+
+    def named(self) -> list[str]:
+        """A name for each of `params`."""
+        return [f"{kind}.{name}" for kind, module in self.modules.items() for name, _ in module.named_parameters()]
+
+    def keep(self) -> None:
+        """Write the running average in fp16, which needs a fifth of a checkpoint's room, and where it stands."""
+        KEPT.parent.mkdir(exist_ok=True)
+        save_file({name: e.half() for name, e in zip(self.named(), self.ema)}, KEPT, {"state": json.dumps(self.state)})
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        kept = load_file(KEPT)
+        for name, p, e in zip(self.named(), self.params, self.ema):
+            p.copy_(kept[name])
+            e.copy_(kept[name])
+        with safe_open(KEPT, "pt") as file:
+            self.state = json.loads(file.metadata()["state"])
+        self.state["warm"] = self.state["step"]
 
     def save(self) -> None:
         mini.save_state(self.checkpoint, {**self.modules, "optimizer": self.optimizer}, self.ema, self.state)
@@ -187,7 +215,7 @@ def run_stage(training: Training, stage: Stage, until: float) -> bool:
         norm = float(torch.nn.utils.clip_grad_norm_(training.params, 1.0))
         if not math.isfinite(norm):
             raise RuntimeError(f"gradient norm {norm} at step {state['step']}; the last good state is {training.checkpoint}")
-        lr = stage.lr * min(1.0, (state["step"] + 1) / 200)
+        lr = stage.lr * min(1.0, (state["step"] - state.get("warm", 0) + 1) / 200)  # of an optimiser that was fresh at `warm`
         if stage.cooldown:
             lr *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (state["clips"] - before) / stage.clips))
         training.optimizer.step(lr)
@@ -267,6 +295,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, to go on another time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: a fifth less time a step on CPU, a minute more at the start")
+    parser.add_argument("--keep", action="store_true", help="write what stands to data/moving-things and leave")
     parser.add_argument("--sheet", type=Path, help="draw a picture of what stands and leave")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -280,6 +309,9 @@ def main() -> None:
     training = Training(out, args.work)
     if args.sheet:
         sheet(training, args.sheet, args.steps, args.guidance)
+        return
+    if args.keep:
+        training.keep()
         return
     if args.compile:
         training.model.compile_repeated_blocks()

@@ -65,16 +65,16 @@ def accuracy(network: Recogniser, clips: int, size: int) -> dict[str, float]:
 def train(steps: int, work: Path, lr: float = 2e-3) -> Recogniser:
     """Train for `steps`, going on from `work`, which is written every minute."""
     torch.manual_seed(0)
-    network, step = Recogniser(CLASSES), 0
+    network, begun = Recogniser(CLASSES), 0
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.02)
     if work.exists():
         saved = torch.load(work, weights_only=True)
         network.load_state_dict(saved["network"]), optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
-    made = FIRST + step * FRESH
+        begun = saved["step"]
+    made = FIRST + begun * FRESH
     pool = [draw(i, TRAIN_SEED) for i in tqdm(range(max(0, made - FIRST), made), desc="first clips", leave=False)]
     kept, running = time.monotonic(), {}
-    for step in (bar := tqdm(range(step, steps), initial=step, total=steps, unit="step")):
+    for step in (bar := tqdm(range(begun, steps), initial=begun, total=steps, unit="step")):
         generator = torch.Generator().manual_seed(step)
         pool = [*pool, *(draw(made + i, TRAIN_SEED) for i in range(FRESH))][-POOL:]
         made += FRESH

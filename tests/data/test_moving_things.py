@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
 
+import build_moving_things as build  # noqa: E402
 import moving_things as world  # noqa: E402
 
 
@@ -81,3 +82,21 @@ def test_the_mean_of_a_caption_is_a_blur():
     clips = torch.stack([clip(motion=1, camera=2, seed=i).frames[4].float() for i in range(24)])
     detail = lambda x: x.diff(dim=-1).abs().mean()  # noqa: E731
     assert detail(clips.mean(0)) < 0.5 * detail(clips)
+
+
+def test_training_goes_on_from_what_was_kept(tmp_path, monkeypatch):
+    """The average of all modules in fp16, where it stood, and a learning rate that warms up again."""
+    monkeypatch.setattr(build, "KEPT", tmp_path / "kept" / "training.safetensors")
+
+    def training(value):
+        made = build.Training.__new__(build.Training)
+        made.modules = {"model": torch.nn.Linear(3, 2), "places": torch.nn.Linear(2, 1)}
+        made.params = [p for m in made.modules.values() for p in m.parameters()]
+        made.ema, made.state = [torch.full_like(p, value) for p in made.params], {"stage": 0, "step": 70, "clips": 2240}
+        return made
+
+    training(0.5).keep()
+    other = training(0.0)
+    other.restore()
+    assert all((p == 0.5).all() and (e == 0.5).all() for p, e in zip(other.params, other.ema))
+    assert other.state == {"stage": 0, "step": 70, "clips": 2240, "warm": 70}

@@ -59,7 +59,7 @@ def test_top_p_is_found_in_few_runs():
 def command(tiny_wan, tmp_path, monkeypatch):
     """The command on the tiny model; metrics of networks are replaced, they have tests of their own."""
     monkeypatch.setattr(compare_patterns, "real_clips", lambda model, count: (torch.zeros(1, 3, 3, 8, 8), [0]))
-    monkeypatch.setattr(compare_patterns, "build_prototypes", lambda *a: None)
+    monkeypatch.setattr("usv.evaluation.worlds.CameraMotion.teller", lambda *a: None)
     monkeypatch.setattr(compare_patterns, "features", lambda *a: None)
     ran = []
     real = compare_patterns.Setup.run

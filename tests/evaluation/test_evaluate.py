@@ -5,7 +5,8 @@ import torch
 
 from usv.config import ModelConfig
 from usv.evaluation import evaluate, judge
-from usv.evaluation.clips import camera_motion, requests
+from usv.evaluation.clips import requests
+from usv.evaluation.worlds import CameraMotion
 from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import Student, save_student
 from usv.sparse.grid import Tile
@@ -14,12 +15,12 @@ from usv.sparse.plan import Rung, SparsityPlan, timestep_bins
 
 def test_every_subject_with_every_motion():
     """120 captions, no two alike; twice as many ask each twice; a few still ask for all subjects and all motions."""
-    world = camera_motion()
-    prompts, subjects, motions = requests(120)
+    world, asked = CameraMotion().script, ModelConfig()
+    prompts, subjects, motions, labels = requests(asked, 120)
     assert len({*prompts}) == len({*zip(subjects, motions)}) == len(world.SUBJECTS) * len(world.MOTIONS) == 120
     assert prompts == [world.caption(s, m) for s, m in zip(subjects, motions)]
-    assert sorted(requests(240)[0]) == sorted(prompts * 2)
-    few = requests(16)
+    assert sorted(requests(asked, 240).prompts) == sorted(prompts * 2)
+    few = requests(asked, 16)
     assert {*few[1]} == set(range(15)) and {*few[2]} == set(range(8))
 
 
@@ -38,8 +39,8 @@ def test_only_the_teachers_steps_have_a_dense_twin(tiny_wan, tmp_path, monkeypat
         return each, torch.zeros(2, 4)
 
     monkeypatch.setattr(evaluate, "real_clips", lambda model, count: (torch.zeros(1, 3, 3, 8, 8), [0]))
-    for name in ("build_prototypes", "features"):
-        monkeypatch.setattr(evaluate, name, lambda *a: None)
+    monkeypatch.setattr(CameraMotion, "teller", lambda *a: None)
+    monkeypatch.setattr(evaluate, "features", lambda *a: None)
     monkeypatch.setattr(judge, "measure_videos", measured)
     model = ModelConfig(path=str(tiny_wan), max_sequence_length=tiny.TEXT, tile=list(tiny.TILE), num_inference_steps=3, **size)
     report = evaluate.evaluate(model, {name: str(tmp_path / name) for name in samplings}, clips=2, batch_size=2)
@@ -54,9 +55,9 @@ def test_only_the_teachers_steps_have_a_dense_twin(tiny_wan, tmp_path, monkeypat
 def test_dense_rows_and_lookup(tiny_wan, monkeypatch):
     """The dense model at fewer steps runs so many forwards, with guidance twice; no model at all has a row without seconds."""
     monkeypatch.setattr(evaluate, "real_clips", lambda model, count: (torch.zeros(1, 3, 3, 8, 8), [0]))
-    monkeypatch.setattr(evaluate, "asked_clips", lambda model, subjects, *a: torch.full((len(subjects), 5, 3, 8, 8), 0.25))
-    for name in ("build_prototypes", "features"):
-        monkeypatch.setattr(evaluate, name, lambda *a: None)
+    monkeypatch.setattr(evaluate, "asked_clips", lambda model, labels, *a: torch.full((len(labels), 5, 3, 8, 8), 0.25))
+    monkeypatch.setattr(CameraMotion, "teller", lambda *a: None)
+    monkeypatch.setattr(evaluate, "features", lambda *a: None)
     shown = {}
 
     def measured(videos, *a, **_):

@@ -16,6 +16,7 @@ from usv.evaluation.peers import __main__ as command
 from usv.evaluation.peers import caches, run
 from usv.evaluation.peers.caches import Running, Unavailable
 from usv.evaluation.peers.methods import FAMILIES, Method, all_methods
+from usv.evaluation.worlds import CameraMotion
 from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import Student, save_student
 from usv.sampling.generate import generate, load_pipeline
@@ -127,7 +128,7 @@ def test_a_missing_package_says_how_to_get_it(model, monkeypatch):
 def small_metrics(monkeypatch):
     """Networks and flow have tests of their own; here the rows count."""
     monkeypatch.setattr(run, "real_clips", lambda model, count: (torch.zeros(1, 3, 3, 8, 8), [0]))
-    monkeypatch.setattr(run, "build_prototypes", lambda *a: None)
+    monkeypatch.setattr("usv.evaluation.worlds.CameraMotion.teller", lambda *a: None)
     monkeypatch.setattr(run, "features", lambda *a: None)
 
     def quality(videos, subjects, motions, reference, twins=None, prototypes=None, intervals=False):
@@ -195,7 +196,8 @@ def _one_of_two(rank, world, port, words, model, log):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     sys.stderr = sys.stdout = open(f"{log}.{rank}", "w", buffering=1)
-    run.real_clips, run.build_prototypes, run.features, run.evaluate_videos = lambda *a: (None, None), lambda *a: None, lambda *a: None, weighed
+    run.real_clips, run.features, run.evaluate_videos = lambda *a: (None, None), lambda *a: None, weighed
+    CameraMotion.teller = lambda *a: None
     if rank and "fails" in words:
         words = [word for word in words if word != "fails"]
         run.generate, own = (lambda pipe, model, prompts, seeds, *rest: 1 / 0 if seeds[0] == 2 and hasattr(pipe, "_usv") else own(pipe, model, prompts, seeds, *rest)), run.generate

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from usv.config import ModelConfig
 from usv.cpu import keep_freed_memory
 from usv.evaluation.clips import FLOOR_SEED, REAL_CLIPS, asked_clips, real_clips, requests
-from usv.metrics import build_prototypes, coverage, features, frechet_distance, paired_difference
+from usv.evaluation.worlds import world_of
+from usv.metrics import coverage, features, frechet_distance, paired_difference
 from usv.metrics.summary import measure_videos
 from usv.sampling.generate import best_place, load_pipeline
 

@@ -29,8 +29,9 @@ from usv.evaluation.arguments import check
 from usv.evaluation.clips import real_clips, requests
 from usv.evaluation.evaluate import commit, machine
 from usv.evaluation.matched_density import TOLERANCE, settings_for, svg_densities
+from usv.evaluation.worlds import world_of
 from usv.files import check_folder, write_text
-from usv.metrics import build_prototypes, evaluate_videos, features
+from usv.metrics import evaluate_videos, features
 from usv.metrics.fidelity import find_ffmpeg
 from usv.metrics.frechet import MIN_CLIPS
 from usv.patterns import PATTERNS

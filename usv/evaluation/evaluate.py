@@ -31,12 +31,13 @@ from usv.cpu import keep_freed_memory, processor
 from usv.evaluation.arguments import check
 from usv.evaluation.calibrate import calibration
 from usv.evaluation.calibrate import table as calibration_table
-from usv.evaluation.clips import FLOOR_SEED, LOOKUP_CLIPS, REAL_CLIPS, ROOT, asked_clips, real_clips, requests
+from usv.evaluation.clips import FLOOR_SEED, LOOKUP_CLIPS, REAL_CLIPS, asked_clips, real_clips, requests
 from usv.evaluation.judge import finite, judge, table
 from usv.evaluation.methods import Decoded, Dense, forward_seconds, generate_all
 from usv.evaluation.own import Own, ask, model_of, real_features, sized
+from usv.evaluation.worlds import ROOT, world_of
 from usv.files import write_result, write_text
-from usv.metrics import build_prototypes, features, frechet_distance
+from usv.metrics import features, frechet_distance
 from usv.metrics.frechet import MIN_CLIPS
 from usv.sampling.checkpoint import CheckpointError, Student, load_student, named
 from usv.sampling.decoder import load_decoder

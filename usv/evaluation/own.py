@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 
 from usv.config import ModelConfig, SettingError, typed
-from usv.evaluation.clips import ROOT
+from usv.evaluation.worlds import ROOT
 from usv.metrics import features
 from usv.metrics.frechet import MIN_CLIPS
 from usv.sampling.checkpoint import read_config

@@ -15,11 +15,12 @@ from usv.metrics.appearance import (
     frame_features,
     pool_features,
 )
-from usv.metrics.checks import check_twins, check_videos
+from usv.metrics.checks import check_labels, check_twins, check_videos
 from usv.metrics.coverage import coverage
 from usv.metrics.fidelity import border_ratio, find_ffmpeg, flicker, psnr, ssim, vmaf
 from usv.metrics.frechet import MIN_CLIPS, bootstrap_ci, check_features, frechet_ci, frechet_distance
 from usv.metrics.motion import camera_motion, check_motions, classify_motion, flow_warp_error, optical_flow
+from usv.metrics.recogniser import Recogniser
 
 
 def _hits(predicted: list, wanted: list) -> torch.Tensor:
@@ -40,7 +41,7 @@ def measure_videos(
     motions: Sequence | None = None,
     dense_twins: torch.Tensor | None = None,
     *,
-    prototypes: Prototypes | None = None,
+    prototypes: Prototypes | Recogniser | None = None,
     patch: int | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Every metric that the arguments allow, for each video: name -> (B,), and the clips' features (B, 2560).
@@ -57,9 +58,11 @@ def measure_videos(
     if subjects is not None:
         if prototypes is None:
             raise ValueError("prototypes: got None, expected those of build_prototypes, since subjects are given")
-        subjects = check_subjects(subjects, len(videos), prototypes)
+    learnt = isinstance(prototypes, Recogniser)
+    if subjects is not None:
+        subjects = check_labels(subjects, len(videos), "subjects") if learnt else check_subjects(subjects, len(videos), prototypes)
     if motions is not None:
-        motions = check_motions(motions, len(videos))
+        motions = check_labels(motions, len(videos), "motions") if learnt else check_motions(motions, len(videos))
     if dense_twins is not None:
         check_twins(videos, dense_twins, "dense_twins")
 
@@ -75,10 +78,11 @@ def measure_videos(
         "flicker": flicker(videos),
         "flow_warp_error": flow_warp_error(videos, flow),
     }
+    found = prototypes.recognise(videos) if learnt else {}
     if subjects is not None:
-        each["subject_accuracy"] = _hits(classify_subjects(frames, prototypes), subjects)
+        each["subject_accuracy"] = _hits(found["subject"] if learnt else classify_subjects(frames, prototypes), subjects)
     if motions is not None:
-        each["motion_accuracy"] = _hits(classify_motion(camera_motion(flow=flow)), motions)
+        each["motion_accuracy"] = _hits([*zip(found["motion"], found["camera"])] if learnt else classify_motion(camera_motion(flow=flow)), motions)
     return each, pool_features(frames)
 
 
@@ -89,7 +93,7 @@ def evaluate_videos(
     reference_features: torch.Tensor | None = None,
     dense_twins: torch.Tensor | None = None,
     *,
-    prototypes: Prototypes | None = None,
+    prototypes: Prototypes | Recogniser | None = None,
     intervals: bool = False,
     patch: int | None = None,
 ) -> dict[str, float]:

@@ -78,7 +78,7 @@ def cache_methods(model: ModelConfig) -> list[Method]:
 
     def ratios(pipe: WanPipeline) -> list[float]:
         if "ratios" not in measured:
-            prompts = requests(1)[0]
+            prompts = requests(model, 1).prompts
             measured["ratios"] = caches.magnitude_ratios(pipe, steps, lambda: generate(pipe, model, prompts, [CALIBRATION_SEED], 1))
         return measured["ratios"]
 
@@ -157,7 +157,7 @@ def pattern_options(pipe: WanPipeline, model: ModelConfig, name: str, density: f
     def measure(tried: dict) -> tuple[float, float]:
         usv.enable(pipe, attention=name, **WARM_UP, **tried)
         try:
-            generate(pipe, short, requests(1)[0], [CALIBRATION_SEED], 1)
+            generate(pipe, short, requests(model, 1).prompts, [CALIBRATION_SEED], 1)
             record = pipe._usv.record
             return record.sparse_density(), temporal_share(record, tried, grid)
         finally:

@@ -21,8 +21,9 @@ from usv.evaluation.clips import real_clips, requests
 from usv.evaluation.evaluate import machine
 from usv.evaluation.judge import finite
 from usv.evaluation.peers.methods import Method
+from usv.evaluation.worlds import world_of
 from usv.files import write_text
-from usv.metrics import build_prototypes, evaluate_videos, features
+from usv.metrics import evaluate_videos, features
 from usv.metrics.frechet import MIN_CLIPS
 from usv.sampling.generate import best_place, generate, load_pipeline
 from usv.sampling.ranks import Crew, join
@@ -64,7 +65,7 @@ def run_methods(model: ModelConfig, methods: list[Method], clips: int, batch_siz
     """{name: Result}. A method that raises keeps its reason and is left out from there on; the others go on. Of several processes
     the first has all results, the others get None."""
     pipelines, results = Pipelines(model.path), {method.name: Result() for method in methods}
-    prompts, _, _ = requests(clips)
+    prompts = requests(model, clips).prompts
     mine = crew.mine(clips, batch_size)[::batch_size]
     for method in methods:  # caches are built, settings are found and what cannot run says so, before anything is timed
         for size in {batch_size, clips % batch_size or batch_size} if method.compiles else {1}:
@@ -121,9 +122,9 @@ def attempt(pipelines: Pipelines, model: ModelConfig, method: Method, prompts: l
 
 def rows_of(model: ModelConfig, methods: list[Method], results: dict[str, Result], clips: int) -> dict[str, dict]:
     """One row a method: what it is, then figures or the reason why there are none."""
-    _, subjects, motions = requests(clips)
+    _, subjects, motions, _ = requests(model, clips)
     real, real_subjects = real_clips(model, 240)
-    prototypes, reference = build_prototypes(real, real_subjects), features(real) if clips >= MIN_CLIPS else None
+    prototypes, reference = world_of(model).teller(real, real_subjects), features(real) if clips >= MIN_CLIPS else None
     twins = torch.cat(results["dense"].videos) if results["dense"].reason is None else None
     rows = {}
     for method in methods:
@@ -193,7 +194,7 @@ def compare(model: ModelConfig, methods: list[Method], clips: int, batch_size: i
     if results is None:
         return None
     if videos is not None:
-        write_videos(videos, requests(clips)[0], results, model.fps)
+        write_videos(videos, requests(model, clips).prompts, results, model.fps)
     rows = rows_of(model, methods, results, clips)
     settings = {"clips": clips, "batch_size": batch_size, "steps": model.num_inference_steps, "guidance": model.guidance_scale, "processes": crew.world}
     return {"commit": commit(), "machine": machine(best_place()[1]), "versions": versions(), **settings, "methods": rows}
