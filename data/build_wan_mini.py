@@ -172,14 +172,14 @@ class TextTable:
         return hidden[inverse]
 
 
-def strided_rope(model, space_stride: int) -> None:
-    """RoPE buffers in full-grid positions: a token of a coarse grid sits at the middle of those it stands for."""
+def strided_rope(model, space_stride: int, time_stride: int = 1) -> None:
+    """RoPE buffers in full-grid positions: a token of a coarse grid sits at the middle of those it stands for, every so-manieth frame at its own."""
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
     rope = model.rope
     cos, sin = [], []
     middle = (space_stride - 1) / 2
-    axes = ((rope.t_dim, 1, 0.0), (rope.h_dim, space_stride, middle), (rope.w_dim, space_stride, middle))
+    axes = ((rope.t_dim, time_stride, 0.0), (rope.h_dim, space_stride, middle), (rope.w_dim, space_stride, middle))
     for dim, stride, offset in axes:
         position = torch.arange(rope.max_seq_len, dtype=torch.float64) * stride + offset
         c, s = get_1d_rotary_pos_embed(dim, position, use_real=True, repeat_interleave_real=True)
@@ -199,10 +199,11 @@ class Places(torch.nn.Module):
         self.hidden = None
         model.blocks[PLACES_BLOCK].register_forward_hook(lambda module, inputs, output: setattr(self, "hidden", output))
 
-    def loss(self, grid: tuple[int, int, int]) -> torch.Tensor:
-        """Mean squared error, 1.0 when nothing is known. grid: tokens (frames, height, width) of the last forward."""
-        order = torch.arange(1, self.K + 1)
-        waves = [2**0.5 * torch.cos(math.pi * order * (torch.arange(n)[:, None] + 0.5) / n) for n in grid]
+    def loss(self, grid: tuple[int, int, int], time_stride: int = 1) -> torch.Tensor:
+        """Mean squared error, 1.0 when nothing is known. grid: tokens (frames, height, width) of the last forward, of every `time_stride`th frame."""
+        order, sides = torch.arange(1, self.K + 1), ((grid[0] - 1) * time_stride + 1, *grid[1:])
+        waves = [2**0.5 * torch.cos(math.pi * order * (torch.arange(n)[:, None] + 0.5) / n) for n in sides]
+        waves[0] = waves[0][::time_stride]
         (t, h, w), k = grid, self.K
         target = torch.cat(
             [

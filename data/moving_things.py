@@ -55,7 +55,7 @@ LAYOUT = 3 + len(THINGS) + DRAWINGS  # channels of `Clip.layout`
 class Clip:
     """`frames` (T, 3, H, W) uint8, its caption, and the labels it was made from (indices into the lists above).
 
-    layout: (T, g, g, LAYOUT) fp32, what is seen where: the thing's cover, apparent motion in views a second frame (x, y), and cover ×
+    layout: (T, g, g, LAYOUT) fp32, what is seen where: the thing's cover, apparent motion in views an eighth of the clip (x, y), and cover ×
     one-hot of thing and drawing. None unless asked for.
     """
 
@@ -202,7 +202,7 @@ def _layout(cover, relative, scale, shift, thing, subject, picture, side) -> tor
     growth = torch.gradient(scale.log())[0].view(-1, 1, 1, 1)
     drift = torch.gradient(shift, dim=0)[0].view(-1, 1, 1, 2) / scale.view(-1, 1, 1, 1)
     own = torch.gradient(thing, dim=0)[0].view(-1, 1, 1, 2) / scale.view(-1, 1, 1, 1)
-    flow = -drift - growth * place + own * cover[..., None]
+    flow = (-drift - growth * place + own * cover[..., None]) * (frames - 1) / 8  # the same, however many frames show the clip
     one_hot = torch.zeros(len(THINGS) + DRAWINGS)
     one_hot[subject] = one_hot[len(THINGS) + picture] = 1.0
     return torch.cat([cover[..., None] * 2, flow * 10, cover[..., None] * one_hot * 3], -1).view(frames, side, side, LAYOUT)

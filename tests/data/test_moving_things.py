@@ -100,3 +100,32 @@ def test_training_goes_on_from_what_was_kept(tmp_path, monkeypatch):
     other.restore()
     assert all((p == 0.5).all() and (e == 0.5).all() for p, e in zip(other.params, other.ema))
     assert other.state == {"stage": 0, "step": 70, "clips": 2240, "warm": 70}
+
+
+@pytest.mark.parametrize("motion, camera", [(1, 2), (3, 4), (0, 3)])
+def test_five_frames_are_every_other_of_nine(motion, camera):
+    """What training on fewer frames sees is the same clip, at the same places, with the same layout."""
+    make = lambda frames: world.make_clip(2, 1, motion, camera, torch.Generator().manual_seed(5), frames, 48, layout=6)  # noqa: E731
+    few, all_ = make(5), make(9)
+    assert torch.equal(few.frames, all_.frames[::2])
+    assert torch.allclose(few.layout, all_.layout[::2], atol=1e-4)
+
+
+def test_a_token_of_every_other_frame_stands_where_it_does_among_all():
+    """RoPE and the read-out's targets are those of the frame's own number."""
+    mini = build.mini
+    model = build.parts.make_transformer()
+    mini.strided_rope(model, 2)
+    whole = model.rope.freqs_cos.clone()
+    mini.strided_rope(model, 2, 2)
+    t = model.rope.t_dim
+    assert torch.equal(model.rope.freqs_cos[:5, :t], whole[:9:2, :t]) and torch.equal(model.rope.freqs_cos[:, t:], whole[:, t:])
+    places = mini.Places(model)
+    torch.nn.init.zeros_(places.read.weight), torch.nn.init.zeros_(places.read.bias)
+    places.hidden = torch.randn(1, 9 * 4, 128)
+    nine = float(places.loss((9, 2, 2)).detach())
+    places.hidden = torch.randn(1, 5 * 4, 128)
+    order, i = torch.arange(1, places.K + 1), torch.arange(9)[::2, None]
+    of_time = (2 * torch.cos(torch.pi * order * (i + 0.5) / 9).square()).mean()
+    rest = 3 * nine - float((2 * torch.cos(torch.pi * order * (torch.arange(9)[:, None] + 0.5) / 9).square()).mean())
+    assert float(places.loss((5, 2, 2), 2).detach()) == pytest.approx((float(of_time) + rest) / 3, abs=1e-5)

@@ -48,6 +48,7 @@ class Recogniser(torch.nn.Module):
         self.stem = torch.nn.Sequential(
             torch.nn.Conv2d(3, STEM, 5, 2, 2), torch.nn.SiLU(), torch.nn.Conv2d(STEM, WIDTH, 3, 2, 1), torch.nn.SiLU(), torch.nn.Conv2d(WIDTH, WIDTH, 3, 1, 1)
         )
+        self.place = torch.nn.Conv2d(2, 2 * WIDTH, 1)  # a zoom is left on the left and right on the right: none, to a mean that knows no place
         self.blocks = torch.nn.ModuleList(Block(WIDTH) for _ in range(depth))
         self.where = torch.nn.Conv2d(WIDTH, 1, 1)
         self.norm = torch.nn.LayerNorm(2 * WIDTH)
@@ -61,15 +62,18 @@ class Recogniser(torch.nn.Module):
         if x.shape[-2:] != (SIDE, SIDE):
             x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
         x = self.stem(x * 2 - 1)
-        for block in self.blocks:
+        axis = torch.linspace(-1, 1, x.shape[-1], device=x.device)
+        place = torch.stack(torch.broadcast_tensors(axis, axis[:, None]))
+        scale, shift = self.place(place[None]).chunk(2, 1)
+        for number, block in enumerate(self.blocks):
             x = block(x, frames)
+            if number == 0:
+                x = x * (1 + scale) + shift
         x = F.silu(x)
         where = self.where(x)
         weight = where.flatten(1).softmax(1)
         thing = torch.einsum("np,ncp->nc", weight, x.flatten(2)).view(count, frames, -1).mean(1)
-        axis = torch.linspace(-1, 1, x.shape[-1], device=x.device)
-        place = torch.stack(torch.broadcast_tensors(axis, axis[:, None])).flatten(1)
-        centre = (weight @ place.T).view(count, frames, 2)
+        centre = (weight @ place.flatten(1).T).view(count, frames, 2)
         slope = torch.einsum("btc,t->bc", centre, torch.linspace(-1, 1, frames, device=x.device)) / frames
         seen = torch.cat([self.norm(torch.cat([thing, x.mean((2, 3)).view(count, frames, -1).mean(1)], 1)), 8 * slope], 1)
         hidden = F.silu(self.hidden(seen))
