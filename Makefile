@@ -28,7 +28,7 @@ data/shards/camera/index.json: | setup
 data/shards/demo/index.json: | setup
 	$(BIN)/python data/prepare.py --camera-motion 160 --seed 1 --split val=0.05 --model data/wan-mini --out data/shards/demo
 
-# First what is there already; then a student of the newcomer's own: a share of the dense forward's FLOPs, from 0.2 (make demo BUDGET=0.3).
+# First what is there already; then a student of the newcomer's own: a share of the dense forward's FLOPs, from 0.23 (make demo BUDGET=0.3).
 BUDGET ?= 0.24
 SHIPS   = data/students/usv_few_step
 YOURS   = outputs/demo/budget_$(BUDGET)

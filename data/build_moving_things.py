@@ -1,11 +1,11 @@
 """Train the embedded model of the world MovingThings from nothing. One command, resumable from its last minute:
 
-    python data/build_moving_things.py --out data/cache/moving-things/model       # hours on two cores, minutes on a GPU
+    python data/build_moving_things.py --compile                                  # hours on two cores, minutes on a GPU
     python data/build_moving_things.py --sheet sheet.png                          # look at what it draws now, at the stage's size
-    python data/build_moving_things.py --keep                                     # write what stands to data/moving-things, to be committed
+    python data/build_moving_things.py --keep                                     # write what stands to --out, to be committed
 
-Without a checkpoint in --work it goes on from data/moving-things/training.safetensors: the running average of an earlier machine's
-training, with a fresh optimiser.
+Without a checkpoint in --work it goes on from training.safetensors in --out: the running average of an earlier machine's training, with a
+fresh optimiser, in the latents of the codec that lies beside it.
 
 Curriculum: places on pure noise (data/build_wan_mini.py says why), half-size clips, then the full grid, each first in every other frame:
 what moves where shows in five frames of nine, for half of the work. Clips are drawn without end, a
@@ -62,7 +62,6 @@ LAYOUT_BLOCK, LAYOUT_WEIGHT, PLACES_WEIGHT = 4, 0.5, 0.1
 TEXT_LENGTH = 48
 FRESH, POOL, FIRST = 6, 8_192, 512  # new clips a batch of 32, clips kept, clips made before the first step
 TRAIN_SEED = 1
-KEPT = HERE / "moving-things" / "training.safetensors"
 
 
 def make_tokenizer():
@@ -84,6 +83,11 @@ def build_codec(folder: Path) -> None:
     vae = parts.make_vae(*parts.fit_pca(videos))
     parts.lap_decoder(vae, videos)
     mini.save_folder(folder, vae=vae, tokenizer=make_tokenizer(), scheduler=parts.make_scheduler())
+    write_settings(folder)
+
+
+def write_settings(folder: Path) -> None:
+    mini.write_settings(folder, TEXT_LENGTH, world="moving_things")
 
 
 def frames_of(stage: Stage) -> int:
@@ -141,7 +145,7 @@ class Training:
         from diffusers import AutoencoderKLWan
         from transformers import T5TokenizerFast
 
-        self.folder, self.work = folder, work
+        self.folder, self.work, self.kept = folder, work, folder / "training.safetensors"
         self.tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer")
         self.vae = AutoencoderKLWan.from_pretrained(folder / "vae")
         torch.manual_seed(0)
@@ -153,7 +157,7 @@ class Training:
         self.ema = [p.detach().clone() for p in self.params]
         self.state = {"stage": 0, "step": 0, "clips": 0, "seconds": 0.0}
         self.checkpoint = work / "teacher.pt"
-        if not self.checkpoint.exists() and KEPT.exists():
+        if not self.checkpoint.exists() and self.kept.exists():
             self.restore()
         if self.checkpoint.exists():
             saved = torch.load(self.checkpoint, weights_only=True)
@@ -168,16 +172,15 @@ class Training:
 
     def keep(self) -> None:
         """Write the running average in fp16, which needs a fifth of a checkpoint's room, and where it stands."""
-        KEPT.parent.mkdir(exist_ok=True)
-        save_file({name: e.half() for name, e in zip(self.named(), self.ema)}, KEPT, {"state": json.dumps(self.state)})
+        save_file({name: e.half() for name, e in zip(self.named(), self.ema)}, self.kept, {"state": json.dumps(self.state)})
 
     @torch.no_grad()
     def restore(self) -> None:
-        kept = load_file(KEPT)
+        kept = load_file(self.kept)
         for name, p, e in zip(self.named(), self.params, self.ema):
             p.copy_(kept[name])
             e.copy_(kept[name])
-        with safe_open(KEPT, "pt") as file:
+        with safe_open(self.kept, "pt") as file:
             self.state = json.loads(file.metadata()["state"])
         self.state["warm"] = self.state["step"]
 
@@ -293,28 +296,29 @@ def finish(training: Training) -> None:
             p.copy_(e)
     mini.strided_rope(training.model, 1)
     mini.save_folder(training.folder, transformer=training.model.eval(), text_encoder=training.encoder.eval())
-    mini.write_index(training.folder, TEXT_LENGTH)
+    mini.write_index(training.folder)
+    write_settings(training.folder)
+    training.kept.unlink(missing_ok=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE / "cache" / "moving-things", help="checkpoint and log")
-    parser.add_argument("--out", type=Path, help="the diffusers folder to write (default: WORK/model)")
+    parser.add_argument("--out", type=Path, default=HERE / "moving-things", help="the diffusers folder to write")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, to go on another time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: a fifth less time a step on CPU, a minute more at the start")
-    parser.add_argument("--keep", action="store_true", help="write what stands to data/moving-things and leave")
+    parser.add_argument("--keep", action="store_true", help="write what stands to --out and leave")
     parser.add_argument("--sheet", type=Path, help="draw a picture of what stands and leave")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
     args = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(args.threads)
-    out = args.out or args.work / "model"
     args.work.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * args.minutes
-    build_codec(out)
-    training = Training(out, args.work)
+    build_codec(args.out)
+    training = Training(args.out, args.work)
     if args.sheet:
         sheet(training, args.sheet, args.steps, args.guidance)
         return

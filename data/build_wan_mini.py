@@ -352,7 +352,14 @@ def run_stage(stage: Stage, modules, params, ema, state, tokenizer, out: Path, w
     log.close()
 
 
-def write_index(folder: Path, text_length: int = parts.TEXT_LENGTH) -> None:
+def write_settings(folder: Path, text_length: int = parts.TEXT_LENGTH, **more) -> None:
+    """usv.json: the sizes that the model is for, and what else is said of it."""
+    settings = {"max_sequence_length": text_length, "num_frames": parts.NUM_FRAMES, "height": parts.SIZE, "width": parts.SIZE}
+    settings |= {"fps": 8, "guidance_scale": 3.0, "num_inference_steps": 50}
+    (folder / "usv.json").write_text(json.dumps(settings | more) + "\n")
+
+
+def write_index(folder: Path) -> None:
     """model_index.json of a WanPipeline, written by the pipeline itself from the saved parts."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import T5TokenizerFast, UMT5EncoderModel
@@ -365,9 +372,7 @@ def write_index(folder: Path, text_length: int = parts.TEXT_LENGTH) -> None:
         transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
     )
     pipe.save_pretrained(folder)
-    settings = {"max_sequence_length": text_length, "num_frames": parts.NUM_FRAMES, "height": parts.SIZE, "width": parts.SIZE}
-    settings |= {"fps": 8, "guidance_scale": 3.0, "num_inference_steps": 50}
-    (folder / "usv.json").write_text(json.dumps(settings) + "\n")
+    write_settings(folder)
     for config in folder.glob("*/config.json"):  # diffusers writes where a part was loaded from
         content = json.loads(config.read_text())
         content.pop("_name_or_path", None)

@@ -84,12 +84,11 @@ def test_the_mean_of_a_caption_is_a_blur():
     assert detail(clips.mean(0)) < 0.5 * detail(clips)
 
 
-def test_training_goes_on_from_what_was_kept(tmp_path, monkeypatch):
+def test_training_goes_on_from_what_was_kept(tmp_path):
     """The average of all modules in fp16, where it stood, and a learning rate that warms up again."""
-    monkeypatch.setattr(build, "KEPT", tmp_path / "kept" / "training.safetensors")
-
     def training(value):
         made = build.Training.__new__(build.Training)
+        made.kept = tmp_path / "training.safetensors"
         made.modules = {"model": torch.nn.Linear(3, 2), "places": torch.nn.Linear(2, 1)}
         made.params = [p for m in made.modules.values() for p in m.parameters()]
         made.ema, made.state = [torch.full_like(p, value) for p in made.params], {"stage": 0, "step": 70, "clips": 2240}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 from tqdm import tqdm
 
 from usv.config import ModelConfig
@@ -20,7 +21,7 @@ from usv.evaluation.clips import FLOOR_SEED, REAL_CLIPS, asked_clips, real_clips
 from usv.evaluation.worlds import world_of
 from usv.metrics import coverage, features, frechet_distance, paired_difference
 from usv.metrics.summary import measure_videos
-from usv.sampling.generate import best_place, load_pipeline
+from usv.sampling.generate import best_place
 
 # metric -> whether high is good, and its claims in chains: each set is better than the next
 CLAIMS: dict[str, tuple[bool, list[tuple[str, ...]]]] = {
@@ -128,21 +129,21 @@ def table(report: dict) -> str:
 def calibration(model: ModelConfig, clips: int) -> dict:
     """The report of `python -m usv.evaluate --calibrate`: sets, claims and the metrics that are accepted."""
     keep_freed_memory()
-    pipe = load_pipeline(model.path, *best_place())
+    vae = AutoencoderKLWan.from_pretrained(model.path, subfolder="vae").to(best_place()[1]).eval()
     _, subjects, motions, labels = requests(model, clips)
     real, real_subjects = real_clips(model, REAL_CLIPS)
     result = calibrate(
         asked_clips(model, labels, FLOOR_SEED), subjects, motions, features(real), world_of(model).teller(real, real_subjects),
-        pipe.vae_scale_factor_spatial, lambda videos: round_trip(pipe, videos),
+        vae.config.scale_factor_spatial, lambda videos: round_trip(vae, videos),
         lambda count: asked_clips(model, labels, FLOOR_SEED + 1, count) if count else real.mean(0).expand(clips, -1, -1, -1, -1),
     )  # fmt: skip
     return {"clips": clips, **result, "accepted": accepted(result["claims"])}
 
 
 @torch.no_grad()
-def round_trip(pipe, videos: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+def round_trip(vae: AutoencoderKLWan, videos: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
     """Videos (B, T, 3, H, W) in [0, 1] through the codec and back."""
-    vae, out = pipe.vae, []
+    out = []
     for part in videos.split(batch_size):
         latents = vae.encode((part * 2 - 1).transpose(1, 2).to(vae.device, vae.dtype)).latent_dist.mode()
         out.append((vae.decode(latents, return_dict=False)[0].float().cpu() / 2 + 0.5).clamp(0, 1).transpose(1, 2))

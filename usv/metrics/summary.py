@@ -20,7 +20,7 @@ from usv.metrics.coverage import coverage
 from usv.metrics.fidelity import border_ratio, find_ffmpeg, flicker, psnr, ssim, vmaf
 from usv.metrics.frechet import MIN_CLIPS, bootstrap_ci, check_features, frechet_ci, frechet_distance
 from usv.metrics.motion import camera_motion, check_motions, classify_motion, flow_warp_error, optical_flow
-from usv.metrics.recogniser import Recogniser
+from usv.metrics.recogniser import Recogniser, told
 
 
 def _hits(predicted: list, wanted: list) -> torch.Tensor:
@@ -78,11 +78,11 @@ def measure_videos(
         "flicker": flicker(videos),
         "flow_warp_error": flow_warp_error(videos, flow),
     }
-    found = prototypes.recognise(videos) if learnt else {}
+    things, moved = told(prototypes, videos, flow) if learnt else (None, None)
     if subjects is not None:
-        each["subject_accuracy"] = _hits(found["subject"] if learnt else classify_subjects(frames, prototypes), subjects)
+        each["subject_accuracy"] = _hits(things if learnt else classify_subjects(frames, prototypes), subjects)
     if motions is not None:
-        each["motion_accuracy"] = _hits([*zip(found["motion"], found["camera"])] if learnt else classify_motion(camera_motion(flow=flow)), motions)
+        each["motion_accuracy"] = _hits(moved if learnt else classify_motion(camera_motion(flow=flow)), motions)
     return each, pool_features(frames)
 
 
