@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import videos
-from decoding import LONGEST_HOLD, TOLERANCE, Unusable, scan
+from decoding import LONGEST_HOLD, TOLERANCE, Unusable, median, scan
 from display import cover, has_alpha, look, shown_size, turn
 from tqdm import tqdm
 
@@ -43,7 +43,7 @@ class Look:
             found["blown up"] = factor
         if height * width < 0.6 * whole[0] * whole[1]:
             found["cropped"] = height * width / (whole[0] * whole[1])
-        if len(self.times) > 1 and 1 / float(np.median(np.diff(self.times))) < 0.95 * settings.fps:
+        if len(self.times) > 1 and 1 / median(self.times[1:] - self.times[:-1]) < 0.95 * settings.fps:
             found["slow"] = self.rate
         stills = sum(int(still(self, settings, at, count).sum()) for at, count in windows)
         if stills:
@@ -118,7 +118,7 @@ def windows(seen: Look, settings) -> tuple[list[list], str]:
     """
     times, step = seen.times, 1 / seen.rate
     length = seen.end - seen.start
-    gaps = np.diff(times)
+    gaps = times[1:] - times[:-1]
     # a stamp far off makes one hold that is longer than all the rest together
     longest = min(LONGEST_HOLD, max(5.0, 4 * (length - float(gaps.max(initial=0)))))
     void = np.flatnonzero(gaps > longest)

@@ -197,7 +197,7 @@ def _extend(plan: dict, settings: Settings, found: list[Source], skipped: list[d
             continue
         if left_out:
             skipped.append(skip(source.file, f"partly {left_out}"))
-        sources.append({**asdict(source), "start": look.start, "windows": windows, "sequential": look.sequential,
+        sources.append({**vars(source), "start": look.start, "windows": windows, "sequential": look.sequential,
                         "oddities": look.oddities(settings, windows)})  # fmt: skip
     if not plan["parts"] or len(sources) > 1:
         sources = assign_splits(sources, settings.split, settings.seed + len(plan["parts"]))

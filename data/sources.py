@@ -55,17 +55,16 @@ def find_videos(folder: Path, default_caption: str | None = None) -> tuple[list[
         folders.append(place)
         files += [place / name for name in names]
     length = len(str(folder)) + 1 if str(folder) != "." else 0
-    names = {path: str(path)[length:] for path in files}
-    by_name = {plain(name): path for path, name in names.items()}
+    by_name = {plain(str(path)[length:]): path for path in files}
     table = read_tables(folder, folders, set(by_name))
     skipped = [skip(name, reason) for name, reason in table.skipped]
     sources = []
     for path in sorted(files):
-        name = names[path]
+        name = str(path)[length:]
         row = table.rows.get(plain(name)) if table.rows else None
-        known = path.suffix.lower() in EXTENSIONS
-        if not known and row is None and not (path.suffix.lower() not in OTHERS and path.with_suffix(".txt").is_file()):
-            if path.suffix.lower() not in OTHERS:
+        kind = _suffix(name)
+        if kind not in EXTENSIONS and row is None and (kind in OTHERS or not path.with_suffix(".txt").is_file()):
+            if kind not in OTHERS:
                 skipped.append(skip(name, f"not a video: {path.suffix} is none of the extensions that are read; name the "
                                           "file in a table of captions to have it tried"))  # fmt: skip
             continue
@@ -85,6 +84,12 @@ def find_videos(folder: Path, default_caption: str | None = None) -> tuple[list[
     skipped += [skip(name, "missing: named by the captions, but no such video in the folder") for name in missing]
     skipped += _folders_of_frames(folder, folders, files)
     return sources, skipped
+
+
+def _suffix(name: str) -> str:
+    """Path(name).suffix.lower(), which takes longer than all else that is asked of a file's name."""
+    dot, begin = name.rfind("."), name.rfind(os.sep) + 1
+    return name[dot:].lower() if begin < dot < len(name) - 1 else ""
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -107,11 +112,14 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 def _folders_of_frames(folder: Path, folders: list[Path], files: list[Path]) -> list[dict]:
     """Folders of numbered pictures: listed, for nothing says at what rate they are to be shown."""
     found, inside = [], defaultdict(list)
-    for path in files:
+    kinds = {path: kind for path in files if (kind := _suffix(path.name)) in PICTURES or kind in EXTENSIONS}
+    if PICTURES.isdisjoint(kinds.values()):
+        return found
+    for path in kinds:
         inside[path.parent].append(path)
     for place in folders:
-        pictures = [p for p in inside[place] if p.suffix.lower() in PICTURES and p.stem[-1:].isdigit()]
-        if len(pictures) >= 3 and not any(p.suffix.lower() in EXTENSIONS for p in inside[place]):
+        pictures = [p for p in inside[place] if kinds[p] in PICTURES and p.stem[-1:].isdigit()]
+        if len(pictures) >= 3 and not any(kinds[p] in EXTENSIONS for p in inside[place]):
             name = place.relative_to(folder).as_posix()
             reason = f"not a video: a folder of {len(pictures)} pictures; make a video of it, e.g. ffmpeg -framerate 24 "
             found.append(skip(name, reason + f"-pattern_type glob -i '*{pictures[0].suffix}' clip.mp4"))

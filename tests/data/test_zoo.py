@@ -218,6 +218,33 @@ def test_frames_do_not_pile_up(files):
     assert count > 20 and alive < 6
 
 
+def test_the_first_picture_alone_says_what_all_pictures_say(files):
+    """A look that decodes one picture and lets FFmpeg decode none beside it, against one that reads on until a picture is due."""
+
+    def told(video, quickly):
+        try:
+            found = decoding._scan(video, quickly)
+        except decoding.BROKEN as error:
+            return decoding.reason_of(error)
+        if found is None:
+            return None
+        look = display.look(found.frame, found.sar, crop=found.crop)
+        return found.start, found.end, found.times.tolist(), found.rate, found.sequential, found.codec, look, found.frame.interlaced_frame, found.frame.pts
+
+    quick = 0
+    for path in sorted(files.iterdir()):
+        try:
+            with decoding.Video(path) as video:
+                whole = told(video, False)
+            with decoding.Video(path, for_a_look=True) as video:
+                alone = told(video, True)
+        except (decoding.Unusable, *decoding.BROKEN):
+            continue
+        assert alone is None or alone == whole, path.name
+        quick += alone is not None
+    assert quick > 60
+
+
 def test_our_own_videos_say_how_they_are_coloured(tmp_path):
     """infer.py's mp4: tagged BT.709, so that a player of any size shows the colours that were generated."""
     from usv.video import write_mp4
