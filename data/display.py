@@ -37,6 +37,8 @@ EXACT = "accurate_rnd+full_chroma_int+full_chroma_inp"
 SCALE = f"bilinear+{EXACT}"  # as torch's antialiased bilinear
 CONVERT = f"neighbor+{EXACT}"  # chroma as ffmpeg shows it where nobody asks for more: repeated
 REPEATED = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "gray")  # formats of which that is true
+HALVED = ("420", "422", "411", "410", "nv12", "p010")
+BESIDE = ":in_chroma_loc=left"  # where every codec since MPEG-2 puts chroma unless it says otherwise, and JPEG does not; FFmpeg's scaler takes it for between two columns
 FINE = 2.0  # pictures scaled down by less are made R'G'B' first; beyond, chroma has detail enough (10 ms at 1080p against 3)
 
 
@@ -233,7 +235,8 @@ def _graph(look: Look, size: tuple[int, int], alpha: bool, time_base) -> av.filt
         return _link([*chain, *convert, *crop, resize, "format=gbrap"])
     if h >= FINE * height:
         squared = [f"scale=w={square}:h=ih:flags=bicubic"] if square != look.width else []
-        return _link([*chain, *squared, *crop, f"{resize}:{colours}", "format=gbrp"])
+        place = "" if look.matrix == 0 or look.format.startswith("yuvj") or not any(kind in look.format for kind in HALVED) else BESIDE
+        return _link([*chain, *squared, *crop, f"{resize}:{colours}{place}", "format=gbrp"])
     convert = [f"scale=flags={CONVERT}:{colours}", "format=gbrp"]
     if look.matrix and (square != look.width or look.format not in REPEATED):
         keep = f"in_color_matrix={matrix}:out_color_matrix={matrix}"
