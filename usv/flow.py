@@ -72,6 +72,10 @@ class Share:
         """(world · B, …) -> this process's (B, …)."""
         return batch.chunk(self.world)[self.rank]
 
+    def part(self, number: int, count: int) -> Share:
+        """One of `count` equal runs of this process's rows: what is drawn for it is what the whole would have been given there."""
+        return Share(self.rank * count + number, self.world * count)
+
 
 def normal(shape: Sequence[int], generator: torch.Generator, share: Share = Share()) -> torch.Tensor:
     """Gaussian noise of `shape` (B, …): this process's rows of the global batch's noise, which every process draws."""

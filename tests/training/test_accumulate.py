@@ -6,7 +6,7 @@ import torch
 from usv.config import SettingError
 
 
-@pytest.mark.parametrize("policy, objective", [("gumbel", "velocity"), ("static", "consistency"), ("entropy", "velocity")])
+@pytest.mark.parametrize("policy, objective", [("gumbel", "velocity"), ("static", "consistency"), ("entropy", "velocity"), ("gumbel", "distribution")])
 def test_four_parts_of_one_equal_one_of_four(make, watched, tmp_path, policy, objective):
     """Losses, gradient norms, weights and the decided plan to rounding: 1e-5 of each."""
     runs = []
@@ -14,6 +14,9 @@ def test_four_parts_of_one_equal_one_of_four(make, watched, tmp_path, policy, ob
         config = make(tmp_path / str(parts), policy, steps=4)
         config.optim.batch_size, config.optim.accumulate, config.logger.videos = 4, parts, False
         config.objective.name, config.objective.student_timesteps = objective, [] if objective == "velocity" else [1000.0, 500.0]
+        if objective == "distribution":  # the critic's steps too, and the head's, and those before the student's first
+            d = config.objective
+            d.matching_weight, d.critic_updates, d.critic_warmup, d.adversarial_weight, d.critic_lr = 0.5, 2, 1, 0.1, 1e-4
         runs.append(watched(config))
     (whole, weights, record), (parted, same, other) = runs
     for step, (loss, norm) in whole.items():

@@ -65,31 +65,31 @@ class Critic:
     Args:
         model: (latents, timestep, text, **conditions) -> (velocity, stats), a trainable copy of the teacher.
         lr: of AdamW. flow_shift: of the noise levels it is trained and asked at.
-        share: which samples of a global batch this process has. average: takes parameters, makes their gradients the mean over
-            processes; every process then holds the same critic. autocast: context of the forward that `update` makes. A
+        average: takes parameters, makes their gradients the mean over
+            processes; every process then holds the same critic. autocast: context of the forwards that `learn` makes. A
             `model.active()` is in force wherever the model runs.
         head: tells clips from samples; None without the adversarial term. tap: the module of `model` whose input are the features.
         adversarial: a name in ADVERSARIAL. weight: of that term beside flow matching.
     """
 
     def __init__(
-        self, model, lr: float, flow_shift: float, share: flow.Share = flow.Share(), average: Callable = lambda parameters: None,
+        self, model, lr: float, flow_shift: float, average: Callable = lambda parameters: None,
         autocast: Callable = nullcontext, head: Head | None = None, tap: nn.Module | None = None,
         adversarial: str = "non_saturating", weight: float = 0.0,
     ):  # fmt: skip
-        self.model, self.flow_shift, self.share, self.average, self.autocast = model, flow_shift, share, average, autocast
+        self.model, self.flow_shift, self.average, self.autocast = model, flow_shift, average, autocast
         self.head, self.tap, self.weight = head, tap, weight
         self.head_loss, self.sample_loss = ADVERSARIAL[adversarial]
         self.active = getattr(model, "active", nullcontext)
         self.parameters = [*model.parameters(), *(head.parameters() if head is not None else ())]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
 
-    def sigma(self, count: int, generator: torch.Generator, device) -> torch.Tensor:
-        return flow.shift_sigma(flow.stratified_uniform(count, generator, self.share), self.flow_shift).clamp(LOW, HIGH).to(device)
+    def sigma(self, count: int, generator: torch.Generator, device, share: flow.Share = flow.Share()) -> torch.Tensor:
+        return flow.shift_sigma(flow.stratified_uniform(count, generator, share), self.flow_shift).clamp(LOW, HIGH).to(device)
 
-    def noised(self, x0: torch.Tensor, sigma: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def noised(self, x0: torch.Tensor, sigma: torch.Tensor, generator: torch.Generator, share: flow.Share = flow.Share()) -> tuple[torch.Tensor, torch.Tensor]:
         """x_t (B, …) of clips or samples, and the noise in it."""
-        noise = flow.normal(x0.shape, generator, self.share).to(x0.device)
+        noise = flow.normal(x0.shape, generator, share).to(x0.device)
         return flow.interpolate(x0, noise, sigma), noise
 
     @contextmanager
@@ -108,11 +108,15 @@ class Critic:
             velocity = self.model(x_t, 1000 * sigma, prompt.text, **prompt.conditions)[0]
         return velocity, self.head(seen[0])
 
-    def update(self, x0: torch.Tensor, prompt: Prompt, generator: torch.Generator, real: torch.Tensor | None = None) -> dict[str, float]:
-        """One step of flow matching on the student's samples x0 (B, …), and of the head on them and on clips real (B, …) of the same prompt."""
-        sigma = self.sigma(len(x0), generator, x0.device)
-        x_t, noise = self.noised(x0, sigma, generator)
-        self.optimizer.zero_grad(set_to_none=True)
+    def learn(
+        self, x0: torch.Tensor, prompt: Prompt, generator: torch.Generator, real: torch.Tensor | None = None, share: flow.Share = flow.Share(), parts: int = 1
+    ) -> dict[str, float]:  # fmt: skip
+        """Add the gradient of flow matching on the student's samples x0 (B, …), and of the head on them and on clips real (B, …) of the same prompt.
+
+        They are one of `parts` equal parts of a batch; share: which of the global batch.
+        """
+        sigma = self.sigma(len(x0), generator, x0.device, share)
+        x_t, noise = self.noised(x0, sigma, generator, share)
         values = {}
         with self.active():
             with self.autocast():
@@ -121,35 +125,39 @@ class Critic:
                     loss = 0.0
                 else:
                     velocity, fake = self.logits(x_t, sigma, prompt)
-                    told = self.head_loss(self.logits(self.noised(real, sigma, generator)[0], sigma, prompt)[1], fake)
+                    told = self.head_loss(self.logits(self.noised(real, sigma, generator, share)[0], sigma, prompt)[1], fake)
                     loss, values["loss/head"] = self.weight * told, told.item()
                 matching = velocity_loss(velocity, flow.velocity(x0, noise)).mean()
-            (matching + loss).backward()
+            ((matching + loss) / parts).backward()
+        return {"loss/critic": matching.item(), **values}
+
+    def step(self) -> None:
+        """One step along the gradients that were added, clipped, the mean over processes."""
         self.average([p for p in self.parameters if p.grad is not None])  # of its gates none has one: it is dense
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        return {"loss/critic": matching.item(), **values}
+        self.optimizer.zero_grad(set_to_none=True)
 
-    def loss(self, x0: torch.Tensor, prompt: Prompt, taught: Velocity, generator: torch.Generator) -> torch.Tensor:
-        """Distribution matching of the student's samples x0 (B, …), mean over the batch; taught: the teacher's guided velocity."""
+    def loss(self, x0: torch.Tensor, prompt: Prompt, taught: Velocity, generator: torch.Generator, share: flow.Share = flow.Share()) -> torch.Tensor:
+        """Distribution matching of the student's samples x0 (B, …), mean over the batch; taught: the teacher's guided velocity; share: of the global batch."""
         with torch.no_grad():
-            sigma = self.sigma(len(x0), generator, x0.device)
-            x_t, _ = self.noised(x0.detach(), sigma, generator)
+            sigma = self.sigma(len(x0), generator, x0.device, share)
+            x_t, _ = self.noised(x0.detach(), sigma, generator, share)
             wanted = taught(x_t, 1000 * sigma)
             with self.active():
                 theirs = self.model(x_t, 1000 * sigma, prompt.text, **prompt.conditions)[0]
             teacher_x0, critic_x0 = (flow.x0_from_velocity(x_t, v.float(), sigma) for v in (wanted, theirs))
         return distribution_matching_loss(x0, teacher_x0, critic_x0).mean()
 
-    def adversarial_loss(self, x0: torch.Tensor, prompt: Prompt, generator: torch.Generator) -> torch.Tensor:
+    def adversarial_loss(self, x0: torch.Tensor, prompt: Prompt, generator: torch.Generator, share: flow.Share = flow.Share()) -> torch.Tensor:
         """The head's opinion of the student's samples x0 (B, …), to be lowered by the student.
 
         The gradient in x0 is taken here, while the critic's weights are in force, and handed on; its graph is gone after that.
         """
-        sigma = self.sigma(len(x0), generator, x0.device)
+        sigma = self.sigma(len(x0), generator, x0.device, share)
         sample = x0.detach().requires_grad_(True)
         with self.active(), torch.enable_grad():
-            value = self.sample_loss(self.logits(self.noised(sample, sigma, generator)[0], sigma, prompt)[1])
+            value = self.sample_loss(self.logits(self.noised(sample, sigma, generator, share)[0], sigma, prompt)[1])
             (slope,) = torch.autograd.grad(value, sample)
         return value.detach() + ((x0 - x0.detach()) * slope).sum()
 
@@ -203,22 +211,28 @@ class DistributionObjective:
         total = s.base_weight * regressed
         values["loss/regression"] = regressed.item()
         if s.matching_weight:
-            judged = self.critic.loss(x0, clips.prompt, networks.taught(clips.prompt), generator)
+            judged = self.critic.loss(x0, clips.prompt, networks.taught(clips.prompt), generator, networks.share)
             total = total + s.matching_weight * judged
             values["loss/distribution"] = judged.item()
         if s.adversarial_weight:
-            told = self.critic.adversarial_loss(x0, clips.prompt, generator)
+            told = self.critic.adversarial_loss(x0, clips.prompt, generator, networks.share)
             total = total + s.adversarial_weight * told
             values["loss/adversarial"] = told.item()
         return total, values
 
     def update(self, networks: Networks, clips: Clips, generator: torch.Generator) -> dict[str, float]:
-        """The critic's steps, each on samples of its own."""
+        """The critic's steps, each on samples of its own; what is drawn for a step is drawn again for each of its parts."""
         values: dict[str, float] = {}
         for _ in range(self.settings.critic_updates):
-            with torch.no_grad(), self.critic.autocast():
-                x0 = self.samples(networks, clips, generator)
-            values = self.critic.update(x0, clips.prompt, generator, clips.latents)
+            drawn, seen = generator.get_state(), []
+            whole = networks.share.world
+            for part in networks.pieces(clips):
+                generator.set_state(drawn)
+                with torch.no_grad(), self.critic.autocast():
+                    x0 = self.samples(networks, part, generator)
+                seen.append(self.critic.learn(x0, part.prompt, generator, part.latents, networks.share, networks.share.world // whole))
+            self.critic.step()
+            values = {name: sum(part[name] for part in seen) / len(seen) for name in seen[0]}
         return values
 
     def reference(self, teacher: Velocity, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

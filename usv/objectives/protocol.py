@@ -8,7 +8,7 @@ through `Networks`. It names no optimiser of the student and no policy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,6 +65,9 @@ class Clips:
     latents: torch.Tensor
     prompt: Prompt
 
+    def __getitem__(self, rows) -> Clips:
+        return Clips(self.latents[rows], self.prompt[rows])
+
 
 @dataclass(frozen=True)
 class Point:
@@ -89,6 +92,9 @@ class Networks(Protocol):
     guide_timesteps: Sequence[float]  # of a guide of few steps, each of whose answers is where its flow ends; of others empty
     device: torch.device
     share: flow.Share
+
+    def pieces(self, clips: Clips) -> Iterator[Clips]:
+        """Clips in as many equal parts as are computed one after another (`optim.accumulate`); meanwhile `share` is the part's."""
 
     def taught(self, prompt: Prompt) -> Velocity:
         """The dense teacher's guided velocity."""

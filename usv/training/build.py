@@ -67,8 +67,6 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     student.sequence_group = ranks.sequence
     if isinstance(run.teacher, SparseTransformer):
         run.teacher.sequence_group = ranks.sequence
-    if config.optim.accumulate > 1 and run.objective.needs.critic:
-        raise SettingError(f"optim.accumulate: got {config.optim.accumulate}, accepted: 1 with an objective that trains a critic, which learns from all clips of a step at once")
     run.conditions = conditions_of(run, config)
     run.num_layers = student.num_layers
     latent_shape = _latent_shape(run.pipe, m)
@@ -195,7 +193,7 @@ def make_critic(run: Run, config: TrainConfig) -> Critic:
             transformer.enable_gradient_checkpointing()
     head = Head(transformer.proj_out.in_features).to(run.device) if o.adversarial_weight else None
     return Critic(
-        model, o.critic_lr, config.model.flow_shift, run.share, run.ranks.average_gradients, run.engine.autocast,
+        model, o.critic_lr, config.model.flow_shift, run.ranks.average_gradients, run.engine.autocast,
         head, transformer.proj_out, o.adversarial, o.adversarial_weight,
     )  # fmt: skip
 

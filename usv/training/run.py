@@ -131,7 +131,7 @@ class Run:
     @property
     def clips_a_step(self) -> int:
         """Clips of a step on this device."""
-        return self.config.optim.batch_size // self.share.world
+        return self.config.optim.batch_size // self.ranks.share.world
 
     def clips(self, batch: dict) -> Clips:
         """A batch of the data on this device."""
@@ -143,11 +143,24 @@ class Run:
 
     def parts(self, clips: Clips, point: Point) -> Iterator[tuple[Clips, Point]]:
         """A step's clips and its point in `optim.accumulate` equal parts."""
-        for begin in range(0, len(point.x), self.clips_at_once):
-            rows = slice(begin, begin + self.clips_at_once)
+        for rows in self._parts():
             of = {name: getattr(point, name)[rows] for name in ("x", "sigma", "prompt", "noise")}
             wanted = None if point.wanted is None else point.wanted[rows]
-            yield Clips(clips.latents[rows], clips.prompt[rows]), replace(point, **of, wanted=wanted)
+            yield clips[rows], replace(point, **of, wanted=wanted)
+
+    def pieces(self, clips: Clips) -> Iterator[Clips]:
+        """A step's clips in the same parts."""
+        return (clips[rows] for rows in self._parts())
+
+    def _parts(self) -> Iterator[slice]:
+        """The clips of each part of a step; while it is worked on, draws of the whole batch are sliced to it."""
+        whole, count = self.share, self.config.optim.accumulate
+        try:
+            for number in range(count):
+                self.share = whole.part(number, count)
+                yield slice(number * self.clips_at_once, (number + 1) * self.clips_at_once)
+        finally:
+            self.share = whole
 
     def record(self) -> Record:
         run = self
@@ -217,7 +230,7 @@ class Run:
                 here = torch.tensor([i for i, b in enumerate(bins) if b == bin], device=x.device, dtype=torch.long)
                 if len(here):
                     velocity[here] = self.sparse(prompt[here], lambda _: row)(x[here], t[here]).to(velocity)
-                elif self.share.world > 1:  # with weights spread over ranks all must run a forward if one does
+                elif self.ranks.share.world > 1:  # with weights spread over ranks all must run a forward if one does
                     self.sparse(prompt[:1], lambda _: row)(x[:1], t[:1])
             return velocity
 
