@@ -76,8 +76,9 @@ def check(settings: Settings) -> None:
     check_model(settings.model, settings.text, settings.max_sequence_length, settings.teacher is not None)
     for height, width in settings.buckets or ((settings.height, settings.width),):
         check_size(settings.model, height, width, settings.num_frames)
-    if settings.camera_motion and settings.height != settings.width:
-        raise ValueError(f"CameraMotion clips are square; got {settings.height} x {settings.width}")
+    if (settings.camera_motion or settings.moving_things) and settings.height != settings.width:
+        world = "CameraMotion" if settings.camera_motion else "MovingThings"
+        raise ValueError(f"{world} clips are square; got {settings.height} x {settings.width}")
     if not 0 < settings.fps <= MOST_FPS:
         raise ValueError(f"--fps {settings.fps:g}: above 0 and up to {MOST_FPS:g} is accepted")
     elsewhere = settings.engine == "ray" and settings.address  # this machine then encodes nothing
@@ -228,6 +229,7 @@ def parse_all(argv: list[str] | None = None) -> tuple[Settings, dict[str, bool]]
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--videos", type=Path, help="folder of videos, captioned by clip.txt or a table (data/README.md)")
     what.add_argument("--camera-motion", type=int, metavar="N", help="make N CameraMotion clips instead")
+    what.add_argument("--moving-things", type=int, metavar="N", help="or N of MovingThings, seed 3 and up: 1 and 2 are its teacher's and its codec's")
     parser.add_argument("--caption", help="caption of videos that have none")
     parser.add_argument("--buckets", nargs="+", default=[], metavar="HxW", help="sizes, e.g. 480x832 832x480: each clip goes "
                         "into the nearest, in a folder of its own below --out")  # fmt: skip
@@ -251,7 +253,7 @@ def parse_all(argv: list[str] | None = None) -> tuple[Settings, dict[str, bool]]
     if sizes and (args["height"] or args["width"]):
         parser.error("--buckets gives the sizes; leave out --height and --width")
     args["buckets"] = tuple(dict.fromkeys(sizes))
-    return Settings(**common(parser, args, ("camera_motion",))), how
+    return Settings(**common(parser, args, ("camera_motion", "moving_things"))), how
 
 
 def main(argv: list[str] | None = None) -> int:

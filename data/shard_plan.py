@@ -40,7 +40,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a folder of shards is made from. Exactly one of `videos`, `camera_motion` and `teacher` is set."""
+    """What a folder of shards is made from. Exactly one of `videos`, `camera_motion`, `moving_things` and `teacher` is set."""
 
     model: Path
     out: Path
@@ -51,8 +51,9 @@ class Settings:
     max_sequence_length: int
     videos: Path | None = None
     camera_motion: int | None = None
+    moving_things: int | None = None
     caption: str | None = None  # for videos without one
-    seed: int = 0  # of CameraMotion and of the split
+    seed: int = 0  # of the drawn clips and of the split
     split: dict[str, float] = field(default_factory=dict)
     shard_size: int = 64
     text: bool = True
@@ -69,6 +70,8 @@ class Settings:
     def content(self) -> dict:
         """The part that decides what stands in the shards, for comparison with a plan made earlier."""
         free = ("out", "model", "videos", "workers", "device", "engine", "address", "teacher")  # videos and prompts are compared one by one
+        if self.moving_things is None:  # a folder that was begun before there was the world does not name it
+            free += ("moving_things",)
         kept = {name: value for name, value in asdict(self).items() if name not in free}
         kept["teacher"] = None if self.teacher is None else self.teacher.content(self.model)
         given = given_frames(self.model) or None  # a folder that was begun before there was the question has none
@@ -166,10 +169,9 @@ def _seen(settings: Settings, source: Source, before: dict | None = None) -> dic
 
 def make_plan(settings: Settings, looks: dict | None = None) -> dict:
     """Sources with their split and windows, in order, the files that cannot be used, and all files seen."""
-    if settings.camera_motion:
-        sources = [{"windows": [[0.0, 1]]} for _ in range(settings.camera_motion)]
-        return {"sources": assign_splits(sources, settings.split, settings.seed), "skipped": [],
-                "parts": [settings.camera_motion]}  # fmt: skip
+    if drawn := settings.camera_motion or settings.moving_things:
+        sources = [{"windows": [[0.0, 1]]} for _ in range(drawn)]
+        return {"sources": assign_splits(sources, settings.split, settings.seed), "skipped": [], "parts": [drawn]}
     if settings.teacher:
         sources = assign_splits(_prompt_sources(settings.teacher.prompts, settings), settings.split, settings.seed)
         return {"sources": sources, "skipped": [], "parts": [len(sources)]}

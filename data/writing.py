@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import groupby
 
 import camera_motion
+import moving_things
 import shards
 import torch
 import videos
@@ -88,11 +89,12 @@ def samples(job: Job, skipped: list[dict]) -> Iterator[tuple[str, dict[str, torc
 def clips(job: Job, skipped: list[dict]) -> Iterator[tuple[int, torch.Tensor, dict]]:
     """(number, frames (T, 3, H, W) uint8, caption and labels) of one shard."""
     settings, plan = _worker["settings"], _worker["plan"]
-    if settings.camera_motion:
+    if settings.camera_motion or settings.moving_things:
+        world, name, said = (camera_motion, "camera-motion", ("subject", "motion")) if settings.camera_motion else (moving_things, "moving-things", ("subject", "place", "motion", "camera"))
         for number, _, _ in job.clips:
-            clip = camera_motion.sample_clip(number, settings.seed, settings.num_frames, settings.height)
-            labels = {"subject": clip.subject, "motion": clip.motion}
-            source = {"source": f"camera-motion seed {settings.seed}", "clip": number}
+            clip = world.sample_clip(number, settings.seed, settings.num_frames, settings.height)
+            labels = {label: getattr(clip, label) for label in said}
+            source = {"source": f"{name} seed {settings.seed}", "clip": number}
             _worker["done"](1)
             yield number, clip.frames, {"caption": clip.caption, **labels, **source}
         return

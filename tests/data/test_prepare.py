@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "data"))
 
 import camera_motion  # noqa: E402
 import display  # noqa: E402
+import moving_things  # noqa: E402
 import prepare  # noqa: E402
 import shards  # noqa: E402
 import videos  # noqa: E402
@@ -91,6 +92,19 @@ def bytes_of(folder):
 
 def skipped_of(folder):
     return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+
+
+def test_clips_of_moving_things_carry_all_their_labels(model, tmp_path):
+    """None of a held-out triple; a folder of another world does not change what it says it is made from."""
+    wanted = settings(model, tmp_path / "out", moving_things=3, seed=3)
+    prepare.run(wanted)
+    for number, (_, _, info) in enumerate(samples_of(tmp_path / "out")):
+        clip = moving_things.sample_clip(number, 3, FRAMES, SIZE)
+        assert (info["caption"], info["subject"], info["place"], info["motion"], info["camera"]) == (clip.caption, clip.subject, clip.place, clip.motion, clip.camera)
+        assert not moving_things.held_out(info["subject"], info["motion"], info["camera"]) and info["source"] == "moving-things seed 3"
+    assert "moving_things" in wanted.content() and "moving_things" not in settings(model, tmp_path, camera_motion=3).content()
+    with pytest.raises(ValueError, match="MovingThings clips are square; got 32 x 48"):
+        prepare.run(replace(wanted, width=48))
 
 
 def test_round_trip_is_the_pipelines(model, tmp_path):
