@@ -229,7 +229,7 @@ def parse_all(argv: list[str] | None = None) -> tuple[Settings, dict[str, bool]]
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--videos", type=Path, help="folder of videos, captioned by clip.txt or a table (data/README.md)")
     what.add_argument("--camera-motion", type=int, metavar="N", help="make N CameraMotion clips instead")
-    what.add_argument("--moving-things", type=int, metavar="N", help="or N of MovingThings, seed 3 and up: 1 and 2 are its teacher's and its codec's")
+    what.add_argument("--moving-things", type=int, metavar="N", help="or N of MovingThings; --seed 7 to 20 are free, others are its teacher's or the metrics'")
     parser.add_argument("--caption", help="caption of videos that have none")
     parser.add_argument("--buckets", nargs="+", default=[], metavar="HxW", help="sizes, e.g. 480x832 832x480: each clip goes "
                         "into the nearest, in a folder of its own below --out")  # fmt: skip
