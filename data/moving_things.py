@@ -3,8 +3,8 @@
     world point of pixel x at time t   c(t) + s(t) · x,   x in [-1, 1]^2        the camera pans (c) or zooms (s)
     frame_t(x)                         place(anchor + point) under thing((point − p(t)) / r), p(t) moves or stands still
 
-A caption leaves open which of a thing's six pictures (three drawings, mirrored or not) is seen, where, how large, and which part of
-the place: the mean of all clips of a caption is a blur, so a model has to decide before it can draw. Half of the clips are easy
+A caption leaves open which of a thing's six pictures (three drawings, mirrored or not) is seen, where (on a grid), how large (of two), and
+which part of the place: the mean of all clips of a caption is a blur, so a model has to decide before it can draw. Half of the clips are easy
 (either the thing or the camera moves), half are hard (both may). One triple (thing, motion, camera) in eight is never trained on.
 """
 
@@ -47,7 +47,10 @@ CAMERAS = {
 OPENINGS = ("", "", "", "a video of ", "a clip in which ", "we see how ")
 DRAWINGS, DRAWING = 3, 64  # drawings a thing, and their side in px
 PLACE_SIDE, PLACE_BLUR = 192, 2.0  # px of a place's short side, and how far it is out of focus
-TRAVEL, PAN, ZOOM = 0.45, 0.45, math.log(1.35)  # half views over half a clip; log scale
+# Half views over half a clip, and log scale: at 96 px and nine frames things and pans move by whole 4 px, a patch of the codec, a frame.
+# A small transformer draws what stands in few places within its tokens, and learns in a day; how to draw at any place it does not.
+TRAVEL, PAN, ZOOM = 1 / 3, 1 / 3, math.log(1.35)
+PLACES_APART, RADII = 1 / 6, (0.375, 0.46)  # half views between a thing's places at mid-clip, and its sizes
 LAYOUT = 3 + len(THINGS) + DRAWINGS  # channels of `Clip.layout`
 
 
@@ -134,9 +137,17 @@ def labels_of(text: str) -> tuple[int, int, int, int]:
     )
 
 
-def paths(motion: int, camera: int, travel: float, num_frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _on_grid(low: float, high: float, draw: float) -> float:
+    """One of the grid's places from low to high; where there is none, the nearest to their middle."""
+    first, last = math.ceil(low / PLACES_APART - 1e-6), math.floor(high / PLACES_APART + 1e-6)
+    if first > last:
+        return round((low + high) / 2 / PLACES_APART) * PLACES_APART
+    return min(first + int(draw * (last - first + 1)), last) * PLACES_APART
+
+
+def paths(motion: int, camera: int, num_frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The thing's (T, 2) and the camera's (T, 2) shift in half views (x right, y down), and the camera's (T,) log scale."""
-    u = torch.linspace(-1, 1, num_frames) * travel
+    u = torch.linspace(-1, 1, num_frames)
     thing, shift, log_scale = torch.zeros(num_frames, 2), torch.zeros(num_frames, 2), torch.zeros(num_frames)
     if motion in (1, 2):
         thing[:, 0] = u * TRAVEL * (-1 if motion == 1 else 1)
@@ -154,20 +165,20 @@ def make_clip(subject, place_, motion, camera, generator, num_frames=9, size=96,
 
     layout: side of the token grid that `Clip.layout` is made for. words: say it in one of training's wordings.
     """
-    r = torch.rand(10, generator=generator).tolist()
-    thing, shift, log_scale = paths(motion, camera, 0.85 + 0.15 * r[0], num_frames)
-    scale, radius = log_scale.exp(), 0.36 + 0.12 * r[1]
+    size_, right, down, view, *where, drawing, mirror = torch.rand(8, generator=generator).tolist()
+    thing, shift, log_scale = paths(motion, camera, num_frames)
+    scale, radius = log_scale.exp(), RADII[size_ < 0.5]
     # where at mid-clip, such that the thing's centre stays within 0.62 of the view
     relative = (thing - shift) / scale[:, None]
     low, high = (-0.62 - relative).amax(0), (0.62 - relative).amin(0)
-    position = torch.stack([low[i] + (high[i] - low[i]) * r[2 + i] if low[i] < high[i] else (low[i] + high[i]) / 2 for i in range(2)])
+    position = torch.tensor([_on_grid(float(low[i]), float(high[i]), draw) for i, draw in enumerate((right, down))])
     path = position + thing
     # the place: a view half of 0.52 to 0.62 of the short side, anywhere that leaves room for the camera
     photo = place(place_)
     height, width = photo.shape[1:]
-    half = (0.40 + 0.06 * r[4]) * PLACE_SIDE / (1 + PAN) * 1.2
+    half = (0.40 + 0.06 * view) * PLACE_SIDE / (1 + PAN) * 1.2
     room = torch.tensor([width / 2 - half * (1 + PAN), height / 2 - half * 1.05]).clamp_min(0)
-    anchor = torch.tensor([width / 2, height / 2]) + room * (2 * torch.tensor(r[5:7]) - 1)
+    anchor = torch.tensor([width / 2, height / 2]) + room * (2 * torch.tensor(where) - 1)
     double = 2 * size
     theta = torch.zeros(num_frames, 2, 3)
     middle = torch.tensor([width / 2, height / 2])
@@ -176,11 +187,9 @@ def make_clip(subject, place_, motion, camera, generator, num_frames=9, size=96,
     grid = F.affine_grid(theta, [num_frames, 3, double, double], align_corners=False)
     back = F.grid_sample(photo.expand(num_frames, -1, -1, -1), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     # the thing over it
-    picture = min(int(r[7] * DRAWINGS), DRAWINGS - 1)
-    mirrored = -1.0 if r[8] < 0.5 else 1.0
-    tilt = (r[9] - 0.5) * 0.3
-    turn = torch.tensor([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]]) / radius
-    turn[0] *= mirrored
+    picture = min(int(drawing * DRAWINGS), DRAWINGS - 1)
+    mirrored = -1.0 if mirror < 0.5 else 1.0
+    turn = torch.tensor([[mirrored, 0.0], [0.0, 1.0]]) / radius
     theta = torch.zeros(num_frames, 2, 3)
     theta[:, :, :2] = turn * scale[:, None, None]
     theta[:, :, 2] = (shift - path) @ turn.T

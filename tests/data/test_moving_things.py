@@ -128,3 +128,16 @@ def test_a_token_of_every_other_frame_stands_where_it_does_among_all():
     of_time = (2 * torch.cos(torch.pi * order * (i + 0.5) / 9).square()).mean()
     rest = 3 * nine - float((2 * torch.cos(torch.pi * order * (torch.arange(9)[:, None] + 0.5) / 9).square()).mean())
     assert float(places.loss((5, 2, 2), 2).detach()) == pytest.approx((float(of_time) + rest) / 3, abs=1e-5)
+
+
+def test_things_stand_on_a_grid_and_move_by_whole_patches():
+    """At 96 px a thing's picture in one frame is that of the frame before, 4 px on; two sizes, several places."""
+    for motion, camera in ((2, 0), (4, 1), (0, 2)):
+        places = set()
+        for seed in range(12):
+            cover = world.make_clip(8, 3, motion, camera, torch.Generator().manual_seed(seed), 9, 96, layout=96).layout[..., 0]
+            first, last = cover[3], cover[5]
+            (dx, dy) = {(2, 0): (8, 0), (4, 1): (8, 8), (0, 2): (-8, 0)}[(motion, camera)]
+            assert torch.allclose(last, first.roll((dy, dx), (0, 1)), atol=2e-3), (motion, camera, seed)
+            places.add((round(float(centre(cover[4:5, ..., None])[0, 0]), 2), round(float(cover[4].sum()), 0)))
+        assert len(places) > 5
