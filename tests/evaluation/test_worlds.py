@@ -1,6 +1,7 @@
 """Each world asks, makes and tells the same labels; and what learnt to recognise MovingThings' is held to clips it never saw."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,3 +78,11 @@ def test_labels_by_recogniser_are_hits_of_both_motions(monkeypatch):
     monkeypatch.setattr("usv.metrics.summary.told", lambda *a: ([0, 1, 2], [(0, 3), (1, 4), (2, None)]))
     each, _ = measure_videos(torch.rand(3, 9, 3, 48, 48), [0, 1, 3], [(0, 3), (1, 0), (2, 0)], prototypes=Recogniser(12))
     assert each["subject_accuracy"].tolist() == [1, 1, 0] and each["motion_accuracy"].tolist() == [1, 0, 0]
+
+
+def test_what_ships_tells_clips_it_never_saw(things):
+    """At twice the size it was trained at, held-out triples among them."""
+    model = replace(things, height=96, width=96)
+    asked = requests(model, 48)
+    each, _ = measure_videos(asked_clips(model, asked.labels, FLOOR_SEED), asked.subjects, asked.motions, prototypes=world_of(model).teller(None, []))
+    assert each["subject_accuracy"].mean() > 0.95 and each["motion_accuracy"].mean() > 0.9
