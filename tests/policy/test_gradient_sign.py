@@ -1,39 +1,23 @@
 """Are the gates' gradients real? On the embedded model, against differences of the loss itself."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from embedded import clips, wan_mini
 
 from usv import flow
-from usv.models.forward import Probe, SparseTransformer
+from usv.models.forward import Probe
 from usv.objectives.regression import velocity_loss
 from usv.objectives.velocity import guided_velocity
-from usv.sampling.generate import load_pipeline
-from usv.sparse.grid import Tile
 from usv.sparse.plan import Rung
 
-ROOT = Path(__file__).resolve().parents[2]
 CASES, CLIPS = 24, 1
 
 
 @pytest.fixture(scope="module")
 def world():
-    """The teacher, a student that is already sparse, real clips' latents, and the guided velocities to reach."""
-    import sys
-
-    sys.path.insert(0, str(ROOT / "data"))
-    import camera_motion
-
-    pipe = load_pipeline(str(ROOT / "data" / "wan-mini"))
-    model = SparseTransformer(pipe.transformer, Tile(3, 4, 4)).eval().requires_grad_(False)
-    clips = [camera_motion.sample_clip(i * 37, 11) for i in range(CLIPS)]
-    video = torch.stack([c.frames for c in clips]).transpose(1, 2).float() / 127.5 - 1
-    std = torch.tensor(pipe.vae.config.latents_std).view(1, -1, 1, 1, 1)
-    with torch.no_grad():
-        x0 = pipe.vae.encode(video).latent_dist.mode() / std
-        text, empty = pipe.encode_prompt([c.caption for c in clips], "", True, max_sequence_length=16)
-    return model, x0, text, empty[0]
+    """The teacher, real clips' latents, and the embeddings of their captions."""
+    pipe, model = wan_mini()
+    return model, *clips(pipe, CLIPS)
 
 
 def case(number, world):

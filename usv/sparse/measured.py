@@ -82,13 +82,20 @@ def read_costs(path: str | Path, wanted: Mapping | None = None) -> MeasuredCosts
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CostsError(f"costs: {path} is not of the format {FORMAT!r}; write it with python -m usv.bench costs")
     what = record.get("what", {})
+    if not isinstance(what, dict):
+        raise CostsError(f"costs: {path} does not say what was measured; measure again with python -m usv.bench costs")
     for name, value in (wanted or {}).items():
         if what.get(name) != value:
             raise CostsError(f"costs: {path} was measured for {name} = {what.get(name)!r}, here it is {value!r}; measure again with python -m usv.bench costs")
+    return costs_of(record, path)
+
+
+def costs_of(record: Mapping, path: str | Path = "the record") -> MeasuredCosts:
+    """The costs of a record of `usv.bench costs`. CostsError, naming `path`, where a rung is missing or no number."""
     try:
         found = {(row["density"], row["merged"]): float(row["extra_seconds"]) for row in record["rungs"]}
         switch = tuple(float(record["switch_seconds"].get(str(fraction), 0.0 if fraction == 0 else math.nan)) for fraction in MERGE_LADDER)
-        dense, layers = float(record["dense_seconds"]), int(what["num_layers"])
+        dense, layers = float(record["dense_seconds"]), int(record["what"]["num_layers"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CostsError(f"costs: {path} lacks or garbles {error}; measure again with python -m usv.bench costs") from None
     keys = [(DENSITY_LADDER[rung.density], MERGE_LADDER[rung.merge]) for rung in RUNGS]

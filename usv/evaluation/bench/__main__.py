@@ -73,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--size", help="HEIGHTxWIDTHxFRAMES of the videos, e.g. 480x832x81; default: ModelConfig's")
     sub.add_argument("--seconds", type=float, default=90.0, help="begin no round that would end later")
     sub.add_argument("--batch-size", type=int, default=1)
+    sub.add_argument("--check", type=int, default=0, help="also run so many random plans, and say how well the file predicts their seconds")
+    sub.add_argument("--clock", choices=costs.CLOCKS, default="wall", help="cpu: of this process, beside others; takes --threads 1")
     sub = command("wan-1.3b", block.__doc__.splitlines()[0], 5, model=False, plans=False)
     sub.add_argument("--grid", type=int, nargs=3, default=block.GRID, help="tokens along t, h, w")
     sub.add_argument("--minutes", type=float, default=6.0, help="begin no repetition that would end later")
@@ -99,7 +101,7 @@ def run(args) -> tuple[dict, str]:
         return report, denoise.table(report)
     if args.command == "costs":
         sides, inputs = pipeline_sides(pipe, model, {}, [], [], args.batch_size)
-        report = costs.bench(sides[0].model, inputs, (model.height, model.width, model.num_frames), args.seconds, args.repeats)
+        report = costs.bench(sides[0].model, inputs, (model.height, model.width, model.num_frames), args.seconds, args.repeats, args.clock, args.check)
         return report, costs.table(report)
     sides, inputs = pipeline_sides(pipe, model, checkpoints, args.density, args.merge, args.batch_size)
     if args.command == "train":

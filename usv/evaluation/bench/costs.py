@@ -9,17 +9,31 @@ tell them apart. The least of all rounds counts: whoever else computes on the ma
 
 from __future__ import annotations
 
+import random
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
+
+from usv.config import SettingError
 from usv.evaluation.bench.measure import environment, quantiles, timed
 from usv.evaluation.bench.sides import TIMESTEP, Inputs, Side
 from usv.models.forward import SparseTransformer
 from usv.sampling.budget import shape_of
-from usv.sparse.measured import FORMAT, device_name
+from usv.sampling.generate import now
+from usv.sparse.measured import FORMAT, costs_of, device_name
 from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung
 
 SWITCH_AT = 2  # rung of the density ladder at which switching is measured
+CLOCKS = {"wall": now, "cpu": time.process_time}
+
+
+def clock_of(name: str) -> Callable[[], float]:
+    """Seconds of the wall, or of this process's work, which others on the machine do not lengthen. SettingError."""
+    if name == "cpu" and (torch.cuda.is_available() or torch.get_num_threads() > 1):
+        raise SettingError(f"--clock: got cpu on {device_name()}, accepted: wall; cpu with --threads 1 where there is no GPU")
+    return CLOCKS[name]
 
 
 def rows_of(layers: int) -> dict[tuple, tuple[Rung, ...]]:
@@ -31,31 +45,35 @@ def rows_of(layers: int) -> dict[tuple, tuple[Rung, ...]]:
     return rows
 
 
-def bench(model: SparseTransformer, inputs: Inputs, size: Sequence[int], seconds: float = 90.0, most: int = 30) -> dict:
+def bench(model: SparseTransformer, inputs: Inputs, size: Sequence[int], seconds: float = 90.0, most: int = 30, clock: str = "wall", plans: int = 0) -> dict:
     """The file's record: rounds of all rows until `seconds` are over, `most` at most, after one that is not counted.
 
-    size: (height, width, num_frames) of the videos.
+    size: (height, width, num_frames) of the videos. clock: of `CLOCKS`, what is measured; `seconds` are always those of the wall. plans: so
+    many random ones run in the same rounds, against which the record is held (`checked`).
     """
+    watch = clock_of(clock)
     layers, begun = model.num_layers, time.perf_counter()
-    rows = rows_of(layers)
+    rows, drawn = rows_of(layers), random_rows(layers, plans)
+    rows |= {("plan", number): row for number, row in enumerate(drawn)}
     sides = {key: Side(str(key), model, (TIMESTEP,), (row,)) for key, row in rows.items()}
     samples: dict[tuple, list[float]] = {key: [] for key in rows}
     lasted, rounds = 0.0, 0
     while rounds <= most and (rounds < 2 or time.perf_counter() - begun + lasted < seconds):
         start = time.perf_counter()
         for key, side in sides.items():
-            taken = timed(lambda side=side: inputs.run(side))
+            taken = timed(lambda side=side: inputs.run(side), watch)
             if rounds:
                 samples[key].append(taken)
         lasted, rounds = time.perf_counter() - start, rounds + 1
-    extra, switch = solve({key: min(values) for key, values in samples.items()}, layers)
+    least = {key: min(values) for key, values in samples.items()}
+    extra, switch = solve(least, layers)
     what = {
         "device": device_name(), "dtype": str(inputs.latents.dtype).removeprefix("torch."), "num_layers": layers, "transformer": shape_of(model),
         "tile": [model.tile.t, model.tile.h, model.tile.w], "cell": list(model.tile.cell), "height": size[0], "width": size[1], "num_frames": size[2],
         "batch_size": len(inputs.latents), "text_length": inputs.text.shape[1],
     }  # fmt: skip
-    return {
-        "format": FORMAT, "what": what, "rounds": rounds - 1, "measured_in_seconds": round(time.perf_counter() - begun, 1),
+    record = {
+        "format": FORMAT, "what": what, "clock": clock, "rounds": rounds - 1, "measured_in_seconds": round(time.perf_counter() - begun, 1),
         "dense_seconds": min(samples["all", Rung()]), "dense_quantiles": quantiles(samples["all", Rung()]),
         "rungs": [
             {
@@ -67,6 +85,9 @@ def bench(model: SparseTransformer, inputs: Inputs, size: Sequence[int], seconds
         "switch_seconds": {str(MERGE_LADDER[merge]): value for merge, value in switch.items()},
         "environment": environment(),
     }  # fmt: skip
+    if plans:
+        record["check"] = checked(record, drawn, [least["plan", number] for number in range(plans)])
+    return record
 
 
 def solve(least: dict[tuple, float], layers: int) -> tuple[dict[Rung, float], dict[int, float]]:
@@ -82,6 +103,26 @@ def solve(least: dict[tuple, float], layers: int) -> tuple[dict[Rung, float], di
     return extra, switch
 
 
+def random_rows(layers: int, count: int, seed: int = 0) -> list[tuple[Rung, ...]]:
+    """Rows of rungs drawn evenly, layer by layer: more switches than any plan that is learned."""
+    draw = random.Random(seed)
+    return [tuple(draw.choice(RUNGS) for _ in range(layers)) for _ in range(count)]
+
+
+def checked(record: dict, rows: Sequence[Sequence[Rung]], least: Sequence[float]) -> dict:
+    """Predicted against measured seconds of rows, as shares of the dense forward's.
+
+    least: seconds of each row, of the same rounds as the record's. Returns {"rows": [{"predicted", "measured", "error"}], "worst", "median"},
+    errors relative to what was measured.
+    """
+    costs, found = costs_of(record), []
+    for row, seconds in zip(rows, least, strict=True):
+        predicted, share = costs.row_seconds(row) / costs.dense, seconds / costs.dense
+        found.append({"predicted": predicted, "measured": share, "error": predicted / share - 1})
+    errors = [abs(one["error"]) for one in found]
+    return {"rows": found, "worst": max(errors), "median": statistics.median(errors)}
+
+
 def table(report: dict) -> str:
     """Ratios of whole forwards to the dense one."""
     dense, what = report["dense_seconds"], report["what"]
@@ -93,4 +134,6 @@ def table(report: dict) -> str:
         found = [row["forward_seconds"] / dense for row in report["rungs"] if row["merged"] == merged]
         switch = report["switch_seconds"].get(str(merged))
         lines.append(f"{f'{merged:.0%} merged':26}" + "".join(f"{share:8.3f}" for share in found) + ("" if switch is None else f"{switch / dense:10.4f}"))
+    if held := report.get("check"):
+        lines.append(f"{len(held['rows'])} random plans: predicted seconds are off by {held['median']:.1%} (median), {held['worst']:.1%} (worst)")
     return "\n".join(lines)
