@@ -22,7 +22,7 @@ FLOORS = {
 }  # fmt: skip
 ROOF = 7
 PROGRAM = ROOF + 1
-COMMANDS = {"bench", "compare_patterns", "compare_policies", "damages", "decoder", "evaluate", "export", "oracle", "oracle_inputs", "peers", "report", "studio"}  # python -m usv.NAME
+COMMANDS = {"bench", "compare_budgets", "compare_patterns", "compare_policies", "damages", "decoder", "evaluate", "export", "oracle", "oracle_inputs", "peers", "report", "studio"}  # python -m usv.NAME
 RUNTIME = {"accelerate", "deepspeed", "hydra", "trackio", "wandb"}
 RUNTIME_FLOOR = FLOORS["training"]
 SOURCES = sorted([*(ROOT / "usv").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "train.py", ROOT / "infer.py"])

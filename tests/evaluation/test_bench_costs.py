@@ -1,6 +1,7 @@
 """python -m usv.bench costs: what is solved for, and that its file is what policies and enable read."""
 
 import json
+import time
 
 import pytest
 import tiny
@@ -13,8 +14,8 @@ from usv.models.forward import SparseTransformer
 from usv.sampling.budget import measured_for
 from usv.sampling.checkpoint import Student
 from usv.sparse.grid import Tile
-from usv.sparse.measured import CostsError, read_costs
-from usv.sparse.plan import MERGE_LADDER, RUNGS, Rung, SparsityPlan
+from usv.sparse.measured import CostsError, costs_of, read_costs
+from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, SparsityPlan
 
 
 @pytest.mark.parametrize("layers", [2, 5, 8])
@@ -37,7 +38,8 @@ def test_layers_and_switches_are_told_apart(layers):
 def test_a_file_is_of_its_machine_and_model(tmp_path, monkeypatch):
     model = SparseTransformer(tiny.make_transformer(), Tile(*tiny.TILE)).eval()
     inputs = Inputs.random((16, tiny.FRAMES, 8, 8), 1, tiny.TEXT, 64, next(model.parameters()))
-    report = costs.bench(model, inputs, (tiny.SIZE, tiny.SIZE, tiny.FRAMES), seconds=0.0)
+    report = costs.bench(model, inputs, (tiny.SIZE, tiny.SIZE, tiny.FRAMES), seconds=0.0, plans=2)
+    assert len(report["check"]["rows"]) == 2 and "2 random plans: predicted seconds are off by" in costs.table(report)
     (tmp_path / "costs.json").write_text(json.dumps(report))
     assert report["rounds"] == 1 and len(report["rungs"]) == len(RUNGS) and report["what"]["device"] in costs.table(report)
     plan = SparsityPlan((1000.0,), ((Rung(2, 1), Rung(2, 1)),))
@@ -53,6 +55,28 @@ def test_a_file_is_of_its_machine_and_model(tmp_path, monkeypatch):
         with pytest.raises(CostsError, match=f"measured for {next(iter(change))} = "):
             measured_for(tmp_path / "other.json", student, 2)
     assert read_costs(tmp_path / "costs.json").num_layers == 2
+
+
+def test_a_prediction_is_held_against_what_was_measured():
+    """Seconds made of a layer's own and switches are predicted without error; a row twice as slow as that is off by a half."""
+    extra, switch, layers = {rung: -0.001 * i for i, rung in enumerate(RUNGS)}, {1: 0.03, 2: 0.02, 3: 0.01}, 4
+    rungs = [{"density": DENSITY_LADDER[r.density], "merged": MERGE_LADDER[r.merge], "extra_seconds": extra[r]} for r in RUNGS]
+    record = {"what": {"num_layers": layers}, "dense_seconds": 1.0, "rungs": rungs, "switch_seconds": {str(MERGE_LADDER[m]): s for m, s in switch.items()}}
+    rows = costs.random_rows(layers, 20)
+    assert len({*rows}) == 20 and {len(row) for row in rows} == {layers} and rows == costs.random_rows(layers, 20)
+    exact = [costs_of(record).row_seconds(row) for row in rows]
+    assert costs.checked(record, rows, exact)["worst"] == pytest.approx(0, abs=1e-12)
+    off = costs.checked(record, rows, [2 * exact[0], *exact[1:]])
+    assert off["worst"] == pytest.approx(0.5) and off["median"] == pytest.approx(0, abs=1e-12) and off["rows"][0]["error"] == pytest.approx(-0.5)
+
+
+def test_seconds_of_the_process_are_those_of_one_thread(monkeypatch):
+    monkeypatch.setattr(costs.torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SettingError, match="--clock: got cpu on .*accepted: wall; cpu with --threads 1"):
+        costs.clock_of("cpu")
+    monkeypatch.setattr(costs.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(costs.torch.cuda, "is_available", lambda: False)
+    assert costs.clock_of("cpu") is time.process_time
 
 
 def test_sizes_are_read_or_refused():

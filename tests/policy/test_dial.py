@@ -2,12 +2,11 @@
 
 import json
 import math
-import time
 
 import numpy as np
 import pytest
 import torch
-from policy_cases import COSTS, EDGES, LAYERS, known, seeded
+from policy_cases import COSTS, EDGES, LAYERS, known, least_seconds, seeded
 
 from usv.policy.baselines import CalibrationPolicy, HandRulePolicy
 from usv.policy.dial import BudgetError, Dial, carried, dial_of, plan_for
@@ -131,15 +130,12 @@ def test_large_tables_are_decoded_at_once_and_almost_exactly():
     damage = size * (1 - np.array(COSTS)) ** 2 / np.array(COSTS) + 0.01 * rng.random((50, 30, len(RUNGS)))
     damage[..., 0] = 0.0
     dial = Dial(timestep_bins(50, 3.0), damage, np.array(COSTS), np.ones(len(RUNGS)), 1.0, (0.1, 1.0))
-    dial.plan(0.3)
-    begun = time.process_time()
-    plan = dial.plan(0.2)
-    lasted = time.process_time() - begun
+    plan, lasted = dial.plan(0.2), least_seconds(lambda: dial.plan(0.2))
     value = sum(damage[b, i, RUNGS.index(r)] for b, row in enumerate(plan.rungs) for i, r in enumerate(row))
     prices = np.linspace(0, 40, 2000)
     bound = max(float((damage + p * np.array(COSTS)).min(-1).sum() - p * 0.2 * 1500) for p in prices)  # of any plan at this budget
     assert cost_of(plan) <= 0.2 + 1e-9 and bound <= value <= bound + 0.01 * abs(bound)
-    assert lasted < 0.2, f"{1000 * lasted:.0f} ms"
+    assert lasted < 0.05, f"{1000 * lasted:.0f} ms"
 
 
 def cost_of(plan):

@@ -91,7 +91,14 @@ def test_what_cannot_have_a_budget_says_so(pipe, folders):
 def test_infer_refuses_before_it_loads(folders, tmp_path):
     sys.path.insert(0, str(tiny.ROOT))
     import infer
-    from usv.config import InferConfig, SettingError
+    from usv.config import InferConfig, SettingError, check_overrides
 
     with pytest.raises(SettingError, match="budget: got one without ckpt"):
         infer.run(InferConfig(prompt="a cat", budget=0.3, output_dir=str(tmp_path / "out")))
+    for budget in (0, 2, math.nan):
+        with pytest.raises(SettingError, match="^budget: got .*accepted: "):
+            infer.run(InferConfig(prompt="a cat", ckpt=str(folders[0] / "dial"), budget=budget, output_dir=str(tmp_path / "out")))
+    with pytest.raises(SettingError, match="^budget=fast: got a word, accepted: a number$"):
+        check_overrides(["budget=fast"], InferConfig, {})
+    check_overrides(["budget=null", "budget=0.3", "ckpt=fast", "budget=${speedup}"], InferConfig, {})
+    assert not (tmp_path / "out").exists()

@@ -25,6 +25,7 @@ def content_of(latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     pooled = text.float().mean(1).cpu()
     pooled = torch.nn.functional.layer_norm(pooled, pooled.shape[-1:]) @ _projection(pooled.shape[-1])
     x = latents.float()
-    size = x.square().flatten(1).mean(1).sqrt().clamp_min(1e-6)
-    along = [x.diff(dim=d).square().flatten(1).mean(1).sqrt() / size if x.shape[d] > 1 else torch.zeros_like(size) for d in (2, 4)]
+    root_mean_square = lambda y: torch.linalg.vector_norm(y.flatten(1), dim=1) / y[0].numel() ** 0.5  # noqa: E731
+    size = root_mean_square(x).clamp_min(1e-6)
+    along = [root_mean_square(x.diff(dim=d)) / size if x.shape[d] > 1 else torch.zeros_like(size) for d in (2, 4)]
     return torch.cat([pooled, torch.stack([size.log(), *along], -1).cpu()], -1)

@@ -69,6 +69,7 @@ class GumbelPolicy:
         self.exchange = torch.zeros(2)  # of all rungs of a rollout: damage to the loss, to the samples
         self.target, self.price = 1.0, 0.0
         self._estimate: Estimate | None = None
+        self._told: tuple[torch.Tensor, torch.Tensor] | None = None  # what the network said of a mean input, when the estimate was made
         self._gates: Gates | None = None
 
     # ---- damages -----------------------------------------------------------------------------------------------------
@@ -79,7 +80,8 @@ class GumbelPolicy:
             if self.network is None or not self.network.ready:
                 self._estimate = self.table.estimate()
             else:
-                self._estimate = self.table.estimate(*self.network.predict(self.network.typical_input()))
+                self._told = self.network.predict(self.network.typical_input())
+                self._estimate = self.table.estimate(*self._told)
         return self._estimate
 
     def rung_damage(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,8 +208,8 @@ class GumbelPolicy:
 
     def network_row(self, bin: int, content: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Damage of every rung at an input, (layers, 6) and (layers, 4): the estimate, moved as the network says the input moves it."""
-        here, there = (self.network.predict(x, [bin])[0] for x in (content.mean(0), self.network.typical_input()))
-        moved = self.estimate().mean[bin : bin + 1] + here - there
+        rows = slice(bin, bin + 1)
+        moved = self.estimate().mean[rows] + self.network.predict(content.mean(0), [bin])[0] - self._told[0][rows]
         return tuple(axis[0] for axis in Estimate(moved, moved).rungs())
 
     def _probes(self, bin: int, rungs: tuple[Rung, ...], generator: torch.Generator) -> tuple[ProbeRequest, ...]:

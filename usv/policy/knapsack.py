@@ -61,10 +61,9 @@ def by_price(values: np.ndarray, costs: np.ndarray, budget: float, jump: np.ndar
     values, costs: (rows, cells, choices), -inf forbids. jump: (rows,) value of leaving a row out, whose choices are then -1.
     The caller has made sure that the cheapest choices meet the budget.
     """
-    forbidden = ~np.isfinite(values)
 
     def at(price: float) -> tuple[np.ndarray, float]:
-        worth = np.where(forbidden, -np.inf, values - price * costs)
+        worth = values - price * costs  # -inf stays
         chosen = worth.argmax(-1)
         if jump is not None:
             best = np.take_along_axis(worth, chosen[..., None], -1)[..., 0].sum(1)
@@ -78,7 +77,8 @@ def by_price(values: np.ndarray, costs: np.ndarray, budget: float, jump: np.ndar
         while spent > budget and high < 1e30:
             low, high = high, 4 * high
             chosen, spent = at(high)
-        for _ in range(60):
+        # to a billionth of the price; what cells change their choice within that is found by filling up
+        for _ in range(30):
             middle = (low + high) / 2
             tried, cost = at(middle)
             if cost <= budget:
