@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, is_dataclass
+from types import NoneType
+from typing import get_args, get_type_hints
 
+NUMBER_WORDS = ("null", "nan", "inf", "true", "false")  # that a number may be given as; what they mean is checked later
 MOST_TILE = 4096  # tokens of a tile: a block's scores, quadratic in them, must fit a device
 
 
@@ -101,3 +104,14 @@ def out_of_range(config) -> str | None:
         if (accepted := problem_of(name, value)) is not None:
             return f"{name}: got {value}, accepted: {accepted}"
     return None
+
+
+def number_keys(schema: type, prefix: str = "") -> set[str]:
+    """The dotted keys whose values are numbers, or numbers or null."""
+    found = set()
+    for name, kind in get_type_hints(schema).items():
+        if is_dataclass(kind):
+            found |= number_keys(kind, f"{prefix}{name}.")
+        elif {kind, *get_args(kind)} - {NoneType} <= {int, float, int | None, float | None}:
+            found.add(prefix + name)
+    return found

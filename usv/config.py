@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from usv.bounds import out_of_range
-
-WORDS = ("null", "nan", "inf", "true", "false")  # that a number may be given as; what they mean is checked later
+from usv.bounds import NUMBER_WORDS, number_keys, out_of_range
 
 
 class SettingError(ValueError):
@@ -301,17 +298,6 @@ def keys_of(schema: type) -> list[str]:
     return _flatten(OmegaConf.to_container(OmegaConf.structured(schema)))
 
 
-def numbers_of(schema: type, prefix: str = "") -> set[str]:
-    """The dotted keys whose values are numbers, or numbers or null."""
-    found = set()
-    for name, kind in get_type_hints(schema).items():
-        if is_dataclass(kind):
-            found |= numbers_of(kind, f"{prefix}{name}.")
-        elif {kind, *get_args(kind)} - {NoneType} <= {int, float, int | None, float | None}:
-            found.add(prefix + name)
-    return found
-
-
 def _flatten(tree: dict, prefix: str = "") -> list[str]:
     keys = []
     for name, value in tree.items():
@@ -323,7 +309,7 @@ def _flatten(tree: dict, prefix: str = "") -> list[str]:
 
 def check_overrides(arguments: list[str], schema: type, groups: dict[str, list[str]]) -> None:
     """Refuse `key=value` arguments whose key or group choice does not exist, naming the nearest that does."""
-    keys, numbers = keys_of(schema), numbers_of(schema)
+    keys, numbers = keys_of(schema), number_keys(schema)
     for argument in arguments:
         if "=" not in argument or argument.startswith(("-", "hydra.", "hydra/")):
             continue
@@ -343,7 +329,7 @@ def check_overrides(arguments: list[str], schema: type, groups: dict[str, list[s
         if key not in keys:
             nearest = difflib.get_close_matches(key, [*keys, *groups], 1, 0.0)
             raise SettingError(f"{argument}: there is no setting {key!r}; did you mean {nearest[0]!r}? See conf/ for all")
-        if value.isalpha() and value.lower() not in WORDS and key in numbers:
+        if value.isalpha() and value.lower() not in NUMBER_WORDS and key in numbers:
             raise SettingError(f"{argument}: got a word, accepted: a number")
 
 

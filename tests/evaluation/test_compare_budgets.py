@@ -59,7 +59,7 @@ def test_rivals_have_the_cost_and_the_hand_rule_stays_away_where_it_cannot(folde
     "words, says",
     [
         (["--budgets", "0.5"], "BudgetError: budget: got 0.5, accepted: 0.6 to 0.95"),
-        (["--clips", "500"], "--clips: got 500, accepted: at most the held-out clips"),
+        (["--clips", "500"], "DataError: .* samples of split 'val' make no batch of 500"),
         (["--budgets", "2"], "--budgets: got 2.0, accepted: "),
     ],
 )  # fmt: skip

@@ -113,8 +113,8 @@ def test_the_page_answers_over_http_and_on_this_machine_only(address):
     assert other.count("<svg") == 2 and other != plan
     for budget in (0.1, 1.0):
         assert f"budget: got {budget:g}, accepted: 0.6 to 0.95" in client.predict(budget, api_name="/plan")
-        assert "accepted: 0.6 to 0.95" in client.predict(PROMPT, budget, 0, False, api_name="/make")[2]["value"]
-    assert "&lt;b&gt;" not in clips and "prompt: got nothing" in client.predict("", 0.6, 0, False, api_name="/make")[2]["value"]
+        assert "accepted: 0.6 to 0.95" in client.predict(PROMPT, budget, 0, False, api_name="/make")[2]
+    assert "&lt;b&gt;" not in clips and "prompt: got nothing" in client.predict("", 0.6, 0, False, api_name="/make")[2]
 
 
 @pytest.mark.skipif(browser.PATH is None, reason="no Chromium on this machine: apt-get install chromium")
@@ -137,7 +137,7 @@ def test_a_browser_plays_both_clips(address, tmp_path):
         wait(page, f"document.querySelector('#plan').innerHTML != {before!r} && document.querySelectorAll('#plan svg').length == 2")
         page.run(SET_BUDGET.format(0.1))
         wait(page, "document.querySelector('#plan').textContent.includes('accepted: 0.6 to 0.95')")
-        elsewhere = [line for line in page.complaints() if not line.startswith(address)]
+        elsewhere = [line for line in page.complaints() if not line.startswith(address) and "'canceled': True" not in line]  # the page was left for another
         assert elsewhere == []
     finally:
         page.close()

@@ -45,7 +45,7 @@ Errors = Callable[[int, tuple[Rung, ...] | None, slice], np.ndarray]  # (bin, ru
 def errors_of(judge: Judge) -> Errors:
     @torch.no_grad()
     def errors(bin: int, row, clips: slice) -> np.ndarray:
-        x_t, sigma, text, wanted, weight, _ = (value[clips] if isinstance(value, torch.Tensor) else value for value in judge.points[bin])
+        x_t, sigma, text, wanted, weight, _ = (value[clips] if value.ndim else value for value in judge.points[bin])
         velocity, _ = judge.model(x_t, 1000 * sigma, text, row)
         return (weight * velocity_loss(velocity, wanted)).double().numpy()
 
