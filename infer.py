@@ -40,6 +40,7 @@ from usv.sampling.decoder import load_decoder
 from usv.sampling.generate import Generation, best_place, check_images, generated, load_pipeline, prompts_of, summed
 from usv.sampling.patterns import calls_report, transformers_of
 from usv.sampling.ranks import Crew, join
+from usv.sampling.shared_pattern import share_pattern
 from usv.training import dry_run_inference
 from usv.training.build import prepare_folder
 from usv.training.run import commit
@@ -107,8 +108,8 @@ def run(config: InferConfig) -> dict:
     asked = {name: getattr(config, name) for name in ("budget", "speedup", "costs") if getattr(config, name) is not None}
     if asked and config.ckpt is None:
         raise SettingError(f"{next(iter(asked))}: got one without ckpt, accepted: with ckpt=FOLDER of a student that carries damages")
-    if config.sequence_parallel > 1 and (config.ckpt is None or pattern is not None or config.compare):
-        raise SettingError(f"sequence_parallel: got {config.sequence_parallel}, accepted: 1, or with a student alone (ckpt=FOLDER, no attention=, no compare); others spread prompts over processes")
+    if config.sequence_parallel > 1 and ((config.ckpt is None) == (pattern is None) or config.compare):
+        raise SettingError(f"sequence_parallel: got {config.sequence_parallel}, accepted: 1, or with a student or a pattern alone (one of ckpt=FOLDER and attention=, no compare); others spread prompts over processes")
     crew = join(config.sequence_parallel)
     try:
         return make(config, prompts, images, pattern, options, asked, crew)
@@ -140,6 +141,8 @@ def make(config: InferConfig, prompts: list[str], images: list[Image.Image], pat
                 transformer._planned.group = crew.sequence
         elif name == pattern:
             usv.enable(pipe, attention=pattern, impl=config.attention.impl, **options)
+            if crew.sequence is not None:
+                share_pattern(pipe, crew.sequence)
         steps = config.num_inference_steps or (pipe._usv.student.sampling.get("num_inference_steps") if name == "student" else None)
         with tqdm(total=len(mine_texts), desc=name, unit="video", disable=not crew.first) as bar:
             for batch in generated(pipe, config.model, mine_texts, mine_seeds, config.batch_size, steps, progress=bar, images=images, decoder=None if name == "dense" and sparse else decoder):

@@ -283,7 +283,7 @@ class InferConfig:
     speedup: float | None = None  # or of the dense forward over the student's, with `costs`
     costs: str | None = None  # a file of python -m usv.bench costs, of this machine
     compare: bool = False
-    sequence_parallel: int = 1  # processes of torchrun that share each video; the others spread the prompts
+    sequence_parallel: int = 1  # processes of torchrun that share each video, a student's or a pattern's; the others spread the prompts
     offload: str = "none"  # what is on the GPU: none: all | model: the network at work | group: its layers in turn
     vae_tiling: bool = False  # decode in tiles of 256 pixels
     dry_run: bool = False  # print the memory it will need, load nothing, make nothing

@@ -13,7 +13,7 @@ from processes import started
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from usv.config import InferConfig, ModelConfig, SettingError
+from usv.config import AttentionConfig, InferConfig, ModelConfig, SettingError
 from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import Student, save_student
 from usv.sampling.ranks import Crew, join
@@ -61,8 +61,7 @@ def settings(tiny_wan, tmp_path_factory):
     return InferConfig(model=about, ckpt=str(folder / "student"), prompts=str(folder / "prompts.txt"), output_dir=str(folder / "one"), batch_size=2)
 
 
-@pytest.fixture(scope="module")
-def alone(settings):
+def by_one(settings: InferConfig) -> tuple[dict, dict]:
     """({video's name: frames}, infer.json) of one process, this one."""
     import infer
 
@@ -73,8 +72,13 @@ def alone(settings):
     return videos, json.loads((folder / "infer.json").read_text())
 
 
-def facts(report: dict) -> dict:
-    return {key: value for key, value in report["methods"]["student"].items() if "seconds" not in key}
+@pytest.fixture(scope="module")
+def alone(settings):
+    return by_one(settings)
+
+
+def facts(report: dict, method: str = "student") -> dict:
+    return {key: value for key, value in report["methods"][method].items() if "seconds" not in key}
 
 
 @pytest.mark.parametrize("sharing", [1, 2])
@@ -90,6 +94,18 @@ def test_two_processes_make_the_videos_of_one(settings, alone, sharing, tmp_path
     assert (tmp_path / "two" / "contact_sheet.png").is_file()
 
 
+def test_a_pattern_is_shared_as_a_student_is(settings, tmp_path):
+    pattern = AttentionConfig(pattern="tile_top_k", options={"density": 0.5, "tile": [1, 2, 2], "dense_steps": 0.0, "dense_layers": 0.0})
+    settings = InferConfig(**{**vars(settings), "ckpt": None, "attention": pattern, "output_dir": str(tmp_path / "one")})
+    one, report = by_one(settings)
+    videos, together = run(settings, 2, sequence_parallel=2, output_dir=str(tmp_path / "two"))
+    assert videos.keys() == one.keys() and len(videos) == len(PROMPTS)
+    assert all(torch.allclose(frames, one[name], rtol=0, atol=1e-4) for name, (_, frames) in videos.items())
+    mine, theirs = facts(together, "tile_top_k"), facts(report, "tile_top_k")
+    assert mine.pop("attention_calls") == theirs.pop("attention_calls") and together["processes"] == 2
+    assert mine == pytest.approx(theirs, abs=2e-4) and theirs["density"] < 0.6
+
+
 def test_every_video_is_made_once():
     for world, sharing, count, size in ((1, 1, 5, 2), (2, 1, 5, 2), (4, 2, 9, 4), (3, 1, 2, 1)):
         crews = [Crew(rank, world, rank // sharing, world // sharing) for rank in range(world)]
@@ -102,8 +118,10 @@ def test_what_does_not_divide_is_refused(settings, monkeypatch):
         join(2)
     import infer
 
-    with pytest.raises(SettingError, match="sequence_parallel: got 2, accepted: 1, or with a student alone"):
-        infer.run(InferConfig(model=settings.model, prompt="a cat", sequence_parallel=2, output_dir=settings.output_dir))
+    several = {"model": settings.model, "prompt": "a cat", "sequence_parallel": 2, "output_dir": settings.output_dir}
+    for more in ({}, {"ckpt": settings.ckpt, "compare": True}, {"ckpt": settings.ckpt, "attention": AttentionConfig(pattern="svg2")}):
+        with pytest.raises(SettingError, match="sequence_parallel: got 2, accepted: 1, or with a student or a pattern alone"):
+            infer.run(InferConfig(**several, **more))
 
 
 class Gathered(Crew):

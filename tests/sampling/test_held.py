@@ -3,6 +3,7 @@
 import copy
 
 import accelerate
+import lora_files
 import pytest
 import tiny
 import torch
@@ -13,6 +14,7 @@ from diffusers import (
     WanTransformer3DModel,
     WanVideoToVideoPipeline,
 )
+from safetensors.torch import load_file
 
 import usv
 from usv.models.forward import SparseTransformer
@@ -145,6 +147,28 @@ def test_repeated_blocks_compile(pipe, folder):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames
 
 
+def test_budgets_and_scales_of_a_style_compile_nothing_anew(pipe, folder):
+    """A graph for each kind of layer, dense, sparse and merged, whatever the plans and however much of a style: two recompilations in all."""
+    usv.enable(pipe, folder)
+    pipe.load_lora_weights(lora_files.diffusers(lora_files.style(pipe.transformer)), adapter_name="style")
+    rows = (PLAN.rungs, ((Rung(2, 1), Rung(1, 2)), (Rung(2, 0), Rung())), ((Rung(1, 1), Rung(2, 2)), (Rung(2, 1), Rung(1, 0))))
+    runs = [(SparsityPlan(PLAN.edges, row), 1.0) for row in rows] + [(PLAN, 0.5), (PLAN, 0.25)]
+
+    def video(plan, scale):
+        pipe.transformer._planned.plan = plan
+        pipe.set_adapters("style", scale)
+        return latents(pipe)
+
+    wanted = [video(*run) for run in runs]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for number, run in enumerate(runs):
+        assert (video(*run) - wanted[number]).abs().max() <= 1e-4 * wanted[number].abs().max(), number
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 and not torch._dynamo.utils.counters["graph_break"], number
+    assert all(float((a - b).abs().max()) > 1e-3 for i, a in enumerate(wanted) for b in wanted[:i])
+
+
 def test_a_compiled_transformer_gets_a_student(pipe, folder, caplog):
     wanted = latents(usv.enable(pipe, folder))
     usv.disable(pipe)
@@ -202,6 +226,10 @@ def test_what_is_saved_is_the_base(pipe, folder, tmp_path):
     assert torch.allclose(latents(again), dense, atol=1e-5) and torch.equal(latents(pipe), wanted)
     with pytest.raises(CheckpointError, match="save_pretrained: got a student .* accepted: python -m usv.export"):
         pipe.transformer.save_pretrained(tmp_path / "transformer")
+    pipe.transformer.to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "half")
+    kinds = [{value.dtype for value in load_file(file).values()} for file in (tmp_path / "half" / "transformer").glob("*.safetensors")]
+    assert kinds == [{torch.bfloat16}] and latents(pipe).isfinite().all(), "as a stock pipeline saves what was asked of it"
 
 
 def test_what_cannot_work_is_refused_by_name(pipe, folder):

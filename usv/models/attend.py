@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,12 @@ from usv.sparse.grid import TileLayout
 from usv.sparse.joint import Text, dense_attention, with_beside
 from usv.sparse.plan import LayerPlan, merged_tokens
 from usv.sparse.sequence_parallel import Shards, gather, gather_heads, lengths_of, own_heads, to_heads, to_tokens
+
+
+def any_size(x: Tensor, *dims: int) -> Tensor:
+    """The tensor, of which a compiler is told that these sizes differ from call to call."""
+    torch._dynamo.maybe_mark_dynamic(x, dims)
+    return x
 
 
 @lru_cache(maxsize=64)
@@ -36,6 +43,9 @@ def shard_lengths(layout: TileLayout, fraction: float, size: int) -> tuple[int, 
     return lengths_of(merge_layout(layout, fraction).kept_sizes if fraction else layout.sizes, size)
 
 
+Dense = Callable[[Tensor, Tensor, Tensor, Text | None], Tensor]  # q, k, v (B, H, ·, D) of all tokens, in the order of the run
+
+
 @dataclass
 class Attend:
     """One call of a block's self-attention.
@@ -45,10 +55,12 @@ class Attend:
         layout: tiles of the whole grid. plan: None is dense. gate: makes the coarse branch's weight of `hidden`.
         merge_map: where the call is on merged tokens, which. shards: where processes share the sample, how.
         fine: in place of selection and fine branch (`usv.patterns.planned`). impl: how the kernel runs.
+        dense: (q, k, v, text) -> the shape of q, in place of dense attention where plan is None.
         beside: tokens of the call behind those of the grid that are of none; dense, as text is.
         stats: of the call, when it was made under a plan.
         starts, sizes, largest: the blocks, and a bound on their sizes; of the plan and the layout, worked out here so that a compiled
             block finds them done.
+    bounds: (num_kept, largest, 0), empty: both numbers as sizes, which a compiled block need not be compiled anew for.
     """
 
     rotary: Any
@@ -64,6 +76,8 @@ class Attend:
     sizes: Tensor | None = None
     largest: int = 0
     beside: int = 0
+    dense: Dense | None = None
+    bounds: Tensor | None = None
 
     def __post_init__(self):
         if self.plan is not None and self.plan.merged_fraction:
@@ -71,6 +85,8 @@ class Attend:
             self.starts, self.sizes, self.largest = whole.kept_starts, whole.kept_sizes, whole.kept_max
         elif self.plan is not None:
             self.starts, self.sizes, self.largest = self.layout.starts, self.layout.sizes, largest_tile(self.layout)
+        if self.plan is not None:
+            self.bounds = any_size(torch.empty(self.plan.num_kept, self.largest, 0), 0, 1)
 
     @property
     def positions(self) -> Tensor | None:
@@ -115,8 +131,9 @@ class Attend:
 
     def _attention(self, q, k, v, gate, bias, text: Text | None) -> Tensor:
         if self.plan is None:
-            return dense_attention(q, k, v, text)
-        options = (self.plan.num_kept, gate, bias, self.impl, self.fine, self.largest, self.plan.mass, text)
+            return (self.dense or dense_attention)(q, k, v, text)
+        num_kept, largest = self.bounds.shape[:2] if torch.compiler.is_compiling() else (self.plan.num_kept, self.largest)
+        options = (num_kept, gate, bias, self.impl, self.fine, largest, self.plan.mass, text)
         out, self.stats = sparse_attention(q, k, v, self.starts, self.sizes, *options)
         return out
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from usv.models.attend import Attend
+from usv.models.attend import Attend, Dense, any_size
 from usv.models.families import family_of
 from usv.models.protocol import Blocks, Family
 from usv.models.tokens import Tokens
@@ -97,7 +97,8 @@ def _bound(cls: type, args: tuple, kwargs: dict) -> dict[str, Any]:
 class Run:
     """One forward: what all its layers share, and the statistics that they leave.
 
-    rungs: one for each layer. probes: by layer. fine: by layer, or None. before: where tokens beside the grid stand (`Family.beside`).
+    rungs: one for each layer. probes: by layer. fine: by layer, or None. dense: by layer, what attends in place of dense attention, or None.
+    before: where tokens beside the grid stand (`Family.beside`).
     """
 
     family: Family
@@ -112,6 +113,7 @@ class Run:
     group: SequenceGroup | None
     before: bool | None
     checkpointing: bool
+    dense: Sequence[Dense] | None = None
     stats: dict[int, AttentionStats] = field(default_factory=dict)
     _ordered: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -225,14 +227,16 @@ def _run_block(run: Run, index: int, tokens: Tokens, call: dict, plan: LayerPlan
     """diffusers' block on the tokens as they are, its self-attention diffusers' own where it is dense and whole."""
     blocks, block = run.layers[index]
     call, attend = {**call, blocks.video: tokens.states()}, None
-    if plan is not None or tokens.shards is not None:
-        fine = None if run.fine is None else run.fine[index]
+    if plan is not None or tokens.shards is not None or run.dense is not None:
+        fine, dense = (None if of is None else of[index] for of in (run.fine, run.dense))
         beside = 0 if tokens.beside is None else tokens.beside.shape[1]
-        attend = Attend(call[blocks.carrier], tokens.layout, plan, run.gates[index], tokens.merge_map, tokens.shards, fine, run.impl, beside=beside)
+        attend = Attend(call[blocks.carrier], tokens.layout, plan, run.gates[index], tokens.merge_map, tokens.shards, fine, run.impl, beside=beside, dense=dense)
         call[blocks.carrier] = attend
     if tokens.merge_map is not None:
         for name, dim in _rows(blocks, call):
-            call[name] = _each(lambda x, dim=dim: tokens.kept_rows(x, dim), call[name])
+            call[name] = _each(lambda x, dim=dim: any_size(tokens.kept_rows(x, dim), dim), call[name])
+        for each in (call[blocks.video], tokens.merge_map.kept_index, tokens.merge_map.sizes):
+            any_size(each, 1)
     out, others = block(**call), {}
     if len(blocks.returns) > 1:
         others = dict(zip(blocks.returns, out, strict=True))
@@ -241,10 +245,10 @@ def _run_block(run: Run, index: int, tokens: Tokens, call: dict, plan: LayerPlan
 
 
 @uncompiled
-def run_forward(transformer, gates, tile: Tile, arguments, rungs=None, probes=None, impl="auto", fine=None, group=None):
+def run_forward(transformer, gates, tile: Tile, arguments, rungs=None, probes=None, impl="auto", fine=None, group=None, dense=None):
     """The transformer's own forward under a plan: what it returns, and the statistics of the sparse layers.
 
-    gates: the coarse gate of each layer. arguments: of the forward, by name. The others: see `SparseTransformer.run`.
+    gates: the coarse gate of each layer. arguments: of the forward, by name. dense: see `Run`. The others: see `SparseTransformer.run`.
     """
     family = family_of(transformer)
     rungs = (Rung(),) * len(gates) if rungs is None else tuple(rungs)
@@ -255,6 +259,7 @@ def run_forward(transformer, gates, tile: Tile, arguments, rungs=None, probes=No
     run = Run(
         family, family.layers(transformer), gates, family.grid(transformer, arguments), tile, rungs, probes or {}, impl, fine, group,
         family.beside(transformer, arguments), torch.is_grad_enabled() and getattr(transformer, "gradient_checkpointing", False),
+        dense,
     )  # fmt: skip
     view = View(transformer, {"gradient_checkpointing": False, **run.lists(), **family.view(transformer, run)})
     cls = next(cls for cls in type(transformer).__mro__ if cls in family.transformers)

@@ -243,3 +243,11 @@ def own_weights(transformer: torch.nn.Module) -> None:
         base = layer.get_base_layer()
         for name, parameter in base.named_parameters(recurse=False):
             setattr(base, name, copy.deepcopy(parameter))  # of whatever kind it is
+
+
+def scales_as_tensors(transformer: torch.nn.Module) -> None:
+    """The scales of a transformer's adapters as 0-d tensors, so that compiled blocks take another scale without being compiled anew."""
+    for layer in _tuned(transformer).values() if adapters_of(transformer) else ():
+        for name, scale in layer.scaling.items():
+            if not torch.is_tensor(scale):
+                layer.scaling[name] = torch.tensor(float(scale), device=layer.get_base_layer().weight.device)

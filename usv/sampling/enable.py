@@ -102,6 +102,18 @@ class Enabled:
         """The only one, or that for high noise."""
         return self.students[0]
 
+    def brought_along(self, pipe: DiffusionPipeline, place: str, moved: bool = True) -> torch.nn.Module:
+        """The pipeline's own transformer in the dtype, and where `moved` on the device, that were asked of the student since: they hold for it, too."""
+        original, held = self.originals[place], getattr(pipe, place)
+        dtype, device = self.kinds[place]
+        if held.dtype != dtype:
+            bare(original).to(held.dtype)
+        if moved and held.device not in (device, torch.device("meta")):
+            bare(original).to(held.device)
+            device = held.device
+        self.kinds[place] = (held.dtype, device)
+        return original
+
 
 EXPERTS = ("high", "low")  # as a pipeline of two orders them
 # pipelines that cannot run the steps of a few-step student, and why
@@ -287,14 +299,8 @@ def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
         return disable_pattern(pipe)
     with offload_kept(pipe):
         pipe.__class__ = state.original_class
-        for place, original in state.originals.items():
-            held = getattr(pipe, place)
-            setattr(pipe, place, original)
-            dtype, device = state.kinds[place]
-            if held.dtype != dtype:  # what was asked of the pipeline since holds for what it gets back
-                bare(original).to(held.dtype)
-            if held.device not in (device, torch.device("meta")):
-                bare(original).to(held.device)
+        for place in state.originals:
+            setattr(pipe, place, state.brought_along(pipe, place))
         pipe.scheduler = state.scheduler
         set_fused(pipe, state.fused)
         del pipe._usv

@@ -60,7 +60,9 @@ NEAR = 4.0  # of 1000: timesteps in bf16 are that coarse
 @uncompiled
 def _forward(self, *args, **kwargs):
     begun, planned = time.perf_counter(), self._planned
-    arguments = dict(_signature(type(self)).bind(*args, **kwargs).arguments)
+    if self._compiled_call_impl is not None or any(block._compiled_call_impl is not None for _, block in family_of(self).layers(self)):
+        lora.scales_as_tensors(self)
+    arguments = dict(signature_of(type(self)).bind(*args, **kwargs).arguments)
     if planned.text_length is not None:
         arguments["encoder_hidden_states"] = fit_text(arguments["encoder_hidden_states"], planned.text_length)
     timestep = torch.as_tensor(arguments["timestep"])
@@ -115,7 +117,7 @@ METHODS = {
 
 
 @lru_cache(maxsize=32)
-def _signature(base: type) -> inspect.Signature:
+def signature_of(base: type) -> inspect.Signature:
     """Of a transformer's forward, without self."""
     signature = inspect.signature(base.forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])

@@ -57,11 +57,11 @@ def student_pipeline(base: type, sampling: dict, guidance: Mapping[str, float]) 
         """The pipeline as it is without the student; `usv.export` writes one with it."""
         logger.warning("usv: save_pretrained writes the pipeline without its student; python -m usv.export writes it with")
         state = self._usv
-        held = {place: getattr(self, place) for place in state.originals}
+        held, originals = {place: getattr(self, place) for place in state.originals}, {place: state.brought_along(self, place, moved=False) for place in state.originals}
         scheduler, kind = self.scheduler, type(self)
         try:
             self.__class__ = state.original_class
-            for place, original in state.originals.items():
+            for place, original in originals.items():
                 setattr(self, place, original)
             self.scheduler = state.scheduler
             return self.save_pretrained(*args, **kwargs)

@@ -31,7 +31,8 @@ class Attached:
     """A transformer under a pattern. It refers to no pipeline and holds no closures, so a deep copy of the transformer has a
     copy of this whose `undo` is its own.
 
-    called: what the pipeline calls, the transformer or its compiled wrapper. record: see `attach`.
+    called: what the pipeline calls, the transformer or its compiled wrapper. record: see `attach`. shared: whether processes share
+    the forward (`usv.sampling.shared_pattern`), which then runs by other means than the processors.
     """
 
     transformer: nn.Module
@@ -41,6 +42,7 @@ class Attached:
     run: PatternRun
     record: object
     handles: list = field(default_factory=list)
+    shared: bool = False
     begun: float = 0.0
 
     @torch.compiler.disable  # it looks at the scheduler and at the clock
@@ -48,7 +50,7 @@ class Attached:
         """Notes the grid and the step of a forward."""
         self.begun = time.perf_counter()
         family = family_of(self.transformer)
-        ours = all(isinstance(attention.processor, Processor) for attention in self.attentions)
+        ours = self.shared or all(isinstance(attention.processor, Processor) for attention in self.attentions)
         require(ours, "attention processors", "ones that were set after the pattern was enabled",
                 "the pattern's own; usv.enable again after fuse_qkv_projections or set_attn_processor")  # fmt: skip
         check_parallel(self.transformer)
