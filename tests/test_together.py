@@ -29,6 +29,11 @@ def test_every_row_is_there_and_has_been_run():
             assert cell.startswith(("same (", "refused: ", "*before* ")) or row.needs == "bitsandbytes" and cell.startswith("not run: "), cell
 
 
+def test_the_routers_figures_are_those_that_were_measured():
+    section = together.router_section()
+    assert section in "\n".join(PAGE) + "\n" and bool(section) == any("A router on Wan-mini" in line for line in PAGE), "python tests/together.py > docs/together.md"
+
+
 def test_a_wrong_cell_fails(bench):
     """Something done to a pipeline that a student does not see."""
     def warp(pipe):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -33,6 +34,7 @@ SAMPLING = {"height": tiny.SIZE, "width": tiny.SIZE, "num_frames": tiny.FRAMES, 
 STEPS = [1000.0, 400.0]
 WHOLE = SparsityPlan(timestep_bins(2, 3.0), ((Rung(), Rung()),) * 2)
 SPARSE = SparsityPlan(timestep_bins(2, 3.0), ((Rung(1, 0), Rung(2, 2)), (Rung(), Rung(1, 1))))
+ROUTER = tiny.ROOT / "data" / "results" / "router_wan_mini.json"  # of tests/router.py
 REFUSALS = (CheckpointError, ValueError, NotImplementedError)
 
 
@@ -185,9 +187,39 @@ Anything else is an error of the command. `tests/test_together.py` runs the rows
 italics compile or need a package that CI has not, or repeat another test.
 
 `usv.disable` gives back what there was: the pipeline's own transformer with the adapters that it had before `usv.enable`. What was fused and
-unloaded since, stays with the student. Several processes: `torchrun infer.py` ([scaling](scaling.md)), tested in `tests/sampling/test_crew.py`.
+unloaded since, stays with the student. Several processes: `torchrun infer.py` ([scaling](scaling.md)), tested in `tests/sampling/test_crew.py`. Compiled blocks
+(`pipe.transformer.compile_repeated_blocks(fullgraph=True)` after `enable`) are a graph for each kind of layer, dense, sparse and merged; another budget or another scale of a LoRA compiles nothing anew.
+A student's folder and file know the base it was trained from: another model of the same shapes is refused in a line.
 
 """
+
+
+def router_section() -> str:
+    """What a router loses and keeps on Wan-mini, from the results of tests/router.py; nothing where there are none."""
+    if not ROUTER.is_file():
+        return ""
+    report = json.loads(ROUTER.read_text())
+    error, about = report["error"], report["plan"]
+    lines = [
+        "", "## A router on Wan-mini", "",
+        f"Only gates and policy trained (`experiment=usv_router`, {about['steps'][0]} steps), beside all weights trained on the same plan (density {about['density']:.2f}, {about['merged']:.0%} merged) from there, "
+        f"{about['steps'][1]} steps towards the same velocities. Held-out error ‖student − teacher‖² / ‖teacher‖² of {report['clips']} clips in every timestep bin "
+        f"([figures](../data/results/router_wan_mini.json), `{report['command']}`):", "",
+        "| | error |", "|---|---|",
+        f"| the plan, nothing trained | {error['untrained']:.4f} |", f"| router | {error['router']:.4f} |", f"| all weights | {error['full']:.4f} |",
+    ]  # fmt: skip
+    if report["int8_over_fp32"] is not None:
+        lines += [f"| the router's gates on an int8 copy of the base | {error['router_int8']:.4f} |", f"| the int8 copy, dense | {error['dense_int8']:.4f} |"]
+    lines += ["", f"Router over all weights: {report['router_over_full']:.2f} (aim: 1.3)." + ("" if report["int8_over_fp32"] is None else f" On int8 over fp32: {report['int8_over_fp32']:.3f} (aim: 1.05).")]
+    if "style" not in report:
+        return "\n".join([*lines, "", "A style beside it was not measured in this run."]) + "\n"
+    names = {"router": "router", "full": "all weights", "few_step": "few-step student"}
+    lines += ["", "What a style (a LoRA of rank 8 that makes clips sepia, trained on the base) changes in the velocity, beside what it changes in the dense model's at the same points:", "", "| | cosine | length |", "|---|---|---|"]
+    lines += [f"| {names[name]} | {row['cosine']:.3f} | {row['length']:.2f} |" for name, row in report["style"].items()]
+    if "style_videos" in report:
+        lines += ["", f"and in {report['videos']} videos: how much of the colours lies beside sepia's without it and with it, and how near the styled video is to the other one made sepia:", "", "| | steps | off tint | styled | PSNR |", "|---|---|---|---|---|"]
+        lines += [f"| {names.get(name, name)} | {row['steps']} | {row['off_tint']:.3f} | {row['off_tint_styled']:.3f} | {row['psnr_to_sepia_of_unstyled']:.1f} |" for name, row in report["style_videos"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def page(bench: Bench, rows: tuple[Row, ...] = ROWS) -> str:
@@ -197,7 +229,7 @@ def page(bench: Bench, rows: tuple[Row, ...] = ROWS) -> str:
     for row in rows:
         cells = [missing(row) or cell(bench, row, column) for column in COLUMNS]
         lines.append(line(row, cells))
-    return TEXT.format(packages=packages) + "\n".join(lines) + "\n"
+    return TEXT.format(packages=packages) + "\n".join(lines) + "\n" + router_section()
 
 
 def line(row: Row, cells: list[str]) -> str:
