@@ -34,7 +34,8 @@ STYLE = """
   display: flex; align-items: center; justify-content: center; color: var(--soft); text-align: center; }
 .usv video { width: 100%; height: 100%; display: block; object-fit: contain; }
 .usv table { width: 100%; border-collapse: collapse; margin: 12px 0 0; font-variant-numeric: tabular-nums; }
-.usv th, .usv td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--line); color: var(--ink); } .usv th:first-child { text-align: left; }
+.usv th, .usv td { text-align: right; padding: 5px 8px; border: 0 !important; border-bottom: 1px solid var(--line) !important; color: var(--ink); font-size: 14px; }
+.usv td { white-space: nowrap; } .usv th:first-child { text-align: left; }
 .usv thead th { color: var(--soft); font-weight: 500; } .usv .best { color: var(--accent); font-weight: 700; }
 .usv .plot { border: 1px solid var(--line); border-radius: 10px; padding: 10px; } .usv h4 { margin: 0 0 4px; font-size: 14px; font-weight: 600; }
 .usv svg { width: 100%; height: auto; display: block; } .usv svg text { font: 15px system-ui, sans-serif; fill: var(--ink); }
@@ -124,7 +125,7 @@ def head(stage: Stage) -> str:
 def clips(shape: str, fps: int, dense: Take | None = None, student: Take | None = None) -> str:
     """Both clips, or what stands in their place."""
     figures_ = "".join(
-        f'<figure><figcaption>{name}</figcaption><div class="frame" style="--shape: {shape}">{"" if made is None else video(made, fps, name)}</div></figure>'
+        f'<figure><figcaption>{name}</figcaption><div class="frame" style="--shape: {shape}">{"not made yet" if made is None else video(made, fps, name)}</div></figure>'
         for name, made in (("Dense", dense), ("Student", student))
     )
     return f'<div class="usv usv-clips">{figures_}</div>'
