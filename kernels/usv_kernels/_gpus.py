@@ -32,10 +32,12 @@ class Gpu:
     registers: int = 512
     granule: int = 8
     fp8: bool = False  # multiplies e4m3 natively
+    int8: bool = True  # and int8, in the units that multiply bf16
 
 
 def _nvidia(arch: int, unit: str, shared: int, warps: int, fp8: bool = True) -> Gpu:
-    return Gpu(f"sm_{arch}", unit, shared * KIB, (shared + 1) * KIB, warps, fp8=fp8)
+    # On Blackwell's data centre parts Triton multiplies int8 by mma.sync, beside the units.
+    return Gpu(f"sm_{arch}", unit, shared * KIB, (shared + 1) * KIB, warps, fp8=fp8, int8=unit != "tcgen05")
 
 
 def _cdna(name: str, shared: int = 64, fp8: bool = False) -> Gpu:

@@ -25,14 +25,16 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Largest query and key block the host knows (0: none), i.e. one tile a block, two tiles a block, and twice the nested loop.
 LAYOUTS = {"tile 64": 64, "tile 128": 128, "tile 512": 512, "clusters": 0}
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # of a tile of queries and keys
-LIKE = {"proxy_dkv": "dkv"}  # whose tile another takes
+# Forwards of rounded products: qk_dtype and pv_dtype. Compiled where the GPU multiplies them natively.
+LOWER = {"forward int8": (torch.int8, None), "forward fp8": (torch.float8_e4m3fn, None), "forward fp8 pv": (torch.float8_e4m3fn, torch.float8_e4m3fn)}
+LIKE = {"proxy_dkv": "dkv"} | dict.fromkeys(LOWER, "forward")  # whose tile another takes
 
 
 def kernels():
     """Name -> Triton function, imported here because triton is slow to import and may be absent."""
     from .block_sparse_attention import triton_backward, triton_forward
 
-    return {"forward": triton_forward.forward_kernel, "dq": triton_backward.dq_kernel, "dkv": triton_backward.dkv_kernel,
+    return dict.fromkeys(("forward", *LOWER), triton_forward.forward_kernel) | {"dq": triton_backward.dq_kernel, "dkv": triton_backward.dkv_kernel,
             "proxy_dkv": triton_backward.proxy_dkv_kernel, "delta": triton_backward.delta_kernel, "gate_sum": triton_backward.gate_sum_kernel}  # fmt: skip
 
 
@@ -53,6 +55,8 @@ def launch(name: str, dim: int, dtype: torch.dtype, layout: str, extras: bool, p
     means = (means, means, torch.zeros(batch, heads, 2)) if proxy else None
     if name == "forward":
         launches.forward(q, k, v, lists, bias, gate, 1.0, *bounds, means)
+    elif name in LOWER:
+        launches.forward_low_precision(q, k, v, lists, bias, gate, 1.0, *bounds, *LOWER[name])
     elif name == "delta":
         launches._delta(grad, grad, torch.zeros(batch, heads, length) if extras else None)
     else:
@@ -91,6 +95,12 @@ def attention_row(name: str, dim: int, dtype: torch.dtype, layout: str, extras: 
     }  # fmt: skip
 
 
+def lower(target: str) -> list[str]:
+    """Of `LOWER` what the GPU multiplies."""
+    native = {torch.int8: GPUS[target].int8, torch.float8_e4m3fn: GPUS[target].fp8, None: True}
+    return [name for name, dtypes in LOWER.items() if all(native[dtype] for dtype in dtypes)]
+
+
 def variants(half: bool):
     """(name, D, dtype, layout, extras, proxy, target). half: what CI compiles; most of the smallest target of every kind of matrix
     instruction, least of siblings, which share their tiles with the target before them."""
@@ -104,6 +114,8 @@ def variants(half: bool):
                 if target in ONE_A_UNIT:
                     yield (name, 64, bf16, "tile 64", True, False, target)
                     yield (name, 128, bf16, "tile 64", False, name != "dkv", target)
+            if target in ONE_A_UNIT:
+                yield from ((name, 128, bf16, "tile 64", False, False, target) for name in lower(target))
             continue
         for name in main:
             for dim in (64, 128):
@@ -114,6 +126,7 @@ def variants(half: bool):
                 yield from ((name, dim, bf16, layout, True, False, target) for layout in ("tile 64", "tile 128", "clusters"))
             if name != "dkv":
                 yield from ((name, 128, bf16, layout, False, True, target) for layout in ("tile 64", "clusters"))
+        yield from ((name, dim, bf16, layout, False, False, target) for name in lower(target) for dim, layout in ((64, "tile 64"), (128, "tile 64"), (128, "clusters")))
         yield ("proxy_dkv", 128, bf16, "tile 64", False, True, target)
         yield from ((name, 128, bf16, "tile 64", True, False, target) for name in ("delta", "gate_sum"))
 

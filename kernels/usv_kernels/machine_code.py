@@ -13,7 +13,7 @@ REGISTERS, SHARED_RESERVED = 65536, 1024  # of an NVIDIA multiprocessor; bytes t
 TENSOR_COLUMNS = 512  # of Blackwell's tensor memory, a multiprocessor
 # Kinds of instructions, SASS and CDNA 3 assembly; the first that matches counts.
 MIX = {
-    "mma": r"HGMMA|HMMA|IMMA|QMMA|UTC\w*MMA|v_mfma|v_wmma",
+    "mma": r"[HIQ]G?MMA|UTC\w*MMA|v_mfma|v_wmma",
     "exp": r"MUFU|v_exp",
     "fp32": r"FFMA|FMUL|FADD|FMNMX|FSEL|v_(pk_)?(fma|fmac|mul|add|sub|max)\w*_f32|v_cndmask",
     "shared": r"LDS|STS|LDSM|LDTM|STTM|ds_",
@@ -112,7 +112,7 @@ def figures(compiled, gpu: Gpu) -> dict:
     programs = programs_per_sm(found["registers"], shared, warps, gpu, columns)
     loop = found.pop("loop")
     kind, work = matrix_work(loop, warps)
-    if count := sum(n for name, n in loop.items() if name.startswith("UTCHMMA")):
+    if count := sum(n for name, n in loop.items() if re.match("UTC[HIQ]MMA", name)):
         kind, work = "tcgen05", tcgen05_work(compiled.asm["ptx"], count)
     return {"target": gpu.name, "unit": kind, "matrix_work": work, "inner_loop": mix(loop), "shared_bytes": shared, "shared_limit": gpu.shared, "tensor_columns": columns, "programs_per_sm": programs,
             "warps_per_sm": programs * warps, **found}  # fmt: skip
@@ -138,7 +138,7 @@ def amd_figures(compiled) -> dict:
 
 
 # Rows, columns and depth in the name of a matrix instruction; HMMA writes 16816 for 16 x 8 x 16.
-SHAPES = {"wgmma": r"HGMMA\.(\d+)x(\d+)x(\d+)", "mma.sync": r"[HIQ]MMA\.(16)(8)(\d+)", "mfma": r"v_mfma_[fi]32_(\d+)x(\d+)x(\d+)",
+SHAPES = {"wgmma": r"[HIQ]GMMA\.(\d+)x(\d+)x(\d+)", "mma.sync": r"[HIQ]MMA\.(16)(8)(\d+)", "mfma": r"v_mfma_[fi]32_(\d+)x(\d+)x(\d+)",
           "wmma": r"v_wmma_[fi]32_(\d+)x(\d+)x(\d+)"}  # fmt: skip
 
 

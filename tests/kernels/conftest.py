@@ -18,6 +18,8 @@ def _products_of_hardware() -> None:
     plain_convert = interpreter._convert_float
 
     def exact(handle):
+        if handle.dtype.scalar.name == "fp8e4nv":
+            return torch.from_numpy(np.array(handle.data).view(np.uint8)).view(torch.float8_e4m3fn).double().numpy()
         if handle.dtype.scalar.name != "bf16":
             return handle.data.astype(np.float64)
         bits = np.ascontiguousarray(handle.data).view(np.uint16).astype(np.uint32) << 16
@@ -28,6 +30,8 @@ def _products_of_hardware() -> None:
         return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     def convert(data, source, target, rounding):
+        if (source.name, target.name) == ("fp32", "fp8e4nv"):
+            return torch.from_numpy(np.array(data, dtype=np.float32)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         if (source.name, target.name) != ("fp32", "bf16"):
             return plain_convert(data, source, target, rounding)
         exact = torch.from_numpy(np.array(data, dtype=np.float32))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import GPU, NAMES, Case, assert_close, assert_same_bits, dense, eager_errors, make_case, run
 from usv_kernels import BlockProxy, BlockSelection, block_proxy, block_sparse_attention
-from usv_kernels.block_sparse_attention import operator
+from usv_kernels.block_sparse_attention import cpu_plan, operator
 
 IMPLS = ("reference", "cpu", "triton")
 LAYOUTS = {
@@ -145,6 +145,19 @@ def test_logits_that_exp_alone_cannot_hold(impl):
     proxy = make_proxy(case, torch.float32)
     proxy.sizes[:] = torch.tensor([1e-38, 1.0, 1e38], dtype=torch.float64)
     assert_proxied(run_with(case, proxy, impl), case, proxy, torch.float32)
+
+
+@pytest.mark.parametrize("uniform", (True, False))
+@pytest.mark.parametrize("qk_scale", (1.0, 16.0))
+@pytest.mark.parametrize(("q_sizes", "kv_sizes"), [([16] * 7, [16] * 6), ([16] * 6 + [9], [16] * 5 + [7]), ([16, 9, 16, 1, 16], [16, 7, 16])])
+def test_runs_of_a_head_on_the_cpu(monkeypatch, q_sizes, kv_sizes, qk_scale, uniform):
+    """Several batches of a run meet the proxies in one product, several runs are a head's: of tiles, with a partial one, and of neither."""
+    for name, value in (("BATCH_ELEMENTS", 1), ("RUN_ROWS", 48), ("PIECE_ELEMENTS", 16 * 32)):
+        monkeypatch.setattr(cpu_plan, name, value)
+    mask = torch.rand(2, 2, len(q_sizes), len(kv_sizes), generator=torch.Generator().manual_seed(4)).argsort(-1) < 2 if uniform else None
+    case = make_case(q_sizes, kv_sizes, mask=mask, qk_scale=qk_scale, gate=not uniform, bias_heads=0 if uniform else 2)
+    proxy = make_proxy(case, torch.float32)
+    assert_proxied(run_with(case, proxy, "cpu"), case, proxy, torch.float32)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

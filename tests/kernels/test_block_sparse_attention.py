@@ -96,6 +96,23 @@ def test_long_lists_in_pieces_on_the_cpu(monkeypatch, layout, qk_scale, dtype):
     assert max(narrow) <= 32
 
 
+@pytest.mark.parametrize("rows", (1, 16, 40, 1000))
+def test_runs_of_batches_on_the_cpu(monkeypatch, batches, rows):
+    """Batches that are converted and written together have at most `RUN_ROWS` rows, or one batch: the same bits however many."""
+    batches(1)
+    results, longest = [], []
+    for most in (16, rows):
+        monkeypatch.setattr(cpu_plan, "RUN_ROWS", most)
+        for mask in (torch.ones(2, 2, 5, 4, dtype=torch.bool), None):
+            results.append(run(make_case([16] * 5, [16] * 4, mask=mask, bias_heads=2), "cpu"))
+    query_rows = cpu_plan.query_rows
+    monkeypatch.setattr(cpu, "query_rows", lambda *a: longest.append(query_rows(*a).shape[0]) or query_rows(*a))
+    run(make_case([16] * 5, [16] * 4, mask=torch.ones(2, 2, 5, 4, dtype=torch.bool)), "cpu")
+    assert max(longest) == max(1, min(rows // 16, 5))
+    for first, second in zip(results[:2], results[2:], strict=True):
+        assert_same_bits(first, second)
+
+
 def rows_of_two(num_q: int, num_kv: int, uniform: bool) -> torch.Tensor:
     """A mask (2, 3, M, N) with two random blocks a row, and more in some rows unless uniform."""
     order = torch.rand(2, 3, num_q, num_kv, generator=torch.Generator().manual_seed(2)).argsort(-1)

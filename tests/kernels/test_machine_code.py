@@ -83,3 +83,18 @@ def test_work_of_matrix_instructions():
     step = "\ttcgen05.mma.cta_group::1.kind::f16 [ %r2 + 0 ], [ %r5 + 0 ], %rd1, %r9, %p1;\n"
     ptx = f"\tmov.b32 \t%r9, {n | m};\n" + step + "$L__BB0_1:\n" + 2 * step + "\t@%p2 bra \t$L__BB0_1;\n" + 3 * step
     assert tcgen05_work(ptx, 2) == 2 * 64 * 128 * 16 and tcgen05_work(ptx, 4) == 0
+
+
+def test_products_of_eight_bits():
+    """Names as disassembled; QK^T of 64 x 64 x 128 in 8 bits and PV in 16, in four warps."""
+    loops = {
+        "mma.sync": {"IMMA.16832.S8.S8.SAT": 32, "HMMA.16816.F32.BF16": 64},
+        "wgmma": {"QGMMA.64x64x32.F32.E4M3.E4M3": 4, "HGMMA.64x128x16.F32.BF16": 4},
+        "mfma": {"v_mfma_i32_16x16x64_i8": 8, "v_mfma_f32_16x16x32_bf16": 16},
+        "wmma": {"v_wmma_i32_16x16x16_iu8": 32, "v_wmma_f32_16x16x16_bf16": 32},
+    }
+    for kind, names in loops.items():
+        assert matrix_work(Counter(names), 4) == (kind, 2 * 64 * 64 * 128)
+        assert mix(Counter(names))["mma"] == sum(names.values())
+    assert matrix_work(Counter({"IGMMA.64x64x32.S8.S8": 4}), 4) == ("wgmma", 64 * 64 * 128)
+    assert mix(Counter({"UTCQMMA": 4, "UTCHMMA": 4})) == {"mma": 8, "total": 8}

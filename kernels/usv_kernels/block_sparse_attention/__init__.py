@@ -15,6 +15,7 @@ from torch import Tensor
 from .._checks import check_attention, check_values, looks_at_values, require
 from ..selection import BlockSelection
 from . import operator, reference
+from .low_precision import check_low_precision
 from .proxy import BlockProxy as BlockProxy
 from .proxy import block_proxy as block_proxy
 from .proxy import check_proxy, log_sizes
@@ -35,6 +36,8 @@ def block_sparse_attention(
     impl: str = "auto",
     debug: bool = False,
     proxy: BlockProxy | None = None,
+    qk_dtype: torch.dtype | None = None,
+    pv_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every query block over the key blocks it lists.
 
@@ -54,6 +57,10 @@ def block_sparse_attention(
             (B, H, N, D) and sizes, as `block_proxy` makes them; differentiable. None drops those blocks. key_bias and
             block_gate do not touch it: a bias belongs into its means and sizes. Query rows outside every block have none.
             Not for "flex" and "flex_compiled".
+        qk_dtype: None for exact products, or torch.int8 or torch.float8_e4m3fn for rounded q and k: q with a scale a query block, k less
+            the mean key of its head, a scale a key (`low_precision`). Forward only, without proxies. "cpu": int8 where the CPU has
+            VNNI; "triton": what the GPU multiplies natively (`_gpus`). lse is that of the keys themselves, to the same rounding.
+        pv_dtype: None, or with a qk_dtype torch.float8_e4m3fn for rounded probabilities and v, a scale a channel; not on a CPU.
 
     Returns:
         out: (B, H, Sq, D) in q's dtype. lse: (B, H, Sq), natural log, fp32 (fp64 for fp64 input). Both are
@@ -77,8 +84,10 @@ def block_sparse_attention(
     if impl == "auto":
         impl = "cpu" if q.device.type == "cpu" else "triton"
         _announce(q.device.type, impl)
+    if qk_dtype is not None or pv_dtype is not None:
+        check_low_precision(qk_dtype, pv_dtype, impl, (q, k, v, key_bias, block_gate), proxy)
     if impl == "reference":
-        return reference.attend(q, k, v, selection, key_bias, block_gate, scale, proxy)
+        return reference.attend(q, k, v, selection, key_bias, block_gate, scale, proxy, qk_dtype, pv_dtype)
     if impl in ("flex", "flex_compiled"):
         from . import flex
 
@@ -88,6 +97,8 @@ def block_sparse_attention(
         require(key_bias is None and block_gate is None, "impl", "'flex_compiled' with a bias or gates", "impl='flex', or neither")
         return flex.attend_compiled(q, k, v, selection, scale)
     require(impl == "triton" or q.device.type == "cpu", "impl", f"'cpu' with tensors on {q.device}", "tensors on the CPU")
+    if qk_dtype is not None:
+        return operator.attend_low_precision(q, k, v, selection, key_bias, block_gate, scale, impl, qk_dtype, pv_dtype)
     return operator.attend(q, k, v, selection, key_bias, block_gate, scale, impl, proxy)
 
 

@@ -17,6 +17,8 @@ BATCH_ELEMENTS = 1 << 17
 # Longest run of query rows in one work item; longer blocks are split, and long lists are walked in pieces, which bounds the score matrix.
 MAX_ROWS = 256
 PIECE_ELEMENTS = 1 << 18
+# Query rows whose batches are converted, divided and written together, and meet a head's proxies in one product.
+RUN_ROWS = 512
 # Padding a batch may cost this factor in token pairs, or this many pairs a batch: about what its calls cost anyway.
 PADDING_FACTOR, PADDING_PAIRS = 1.15, 100_000
 # Heads are summed apart where one has work for so many batches: the last of each, which is not full, then costs little.
@@ -155,17 +157,25 @@ def _plan_tokens(lists, counts, selection_tensors, q_len: int, kv_len: int, apar
 
 
 @dataclass
+class Rows:
+    """Query rows of work items that follow each other."""
+
+    index: Tensor | slice  # units of the query side: (n,) tiles or (n * p,) tokens
+    invalid: Tensor | None  # (n, p) padding rows
+    shape: tuple[int, int]  # n, p
+
+
+@dataclass
 class Batch:
     """Indices of one batch of work items; None where a mask or a gather is not needed."""
 
     lists: Tensor  # (n,) which lists
-    q_index: Tensor | slice  # units of the query side: (n,) tiles or (n * p,) tokens
+    rows: Rows
     kv_index: Tensor  # (n * units,) what to gather of `cpu._key_units`
     kv_unit: int  # tokens of a unit: kv_tile, or 1 where a partial tile is listed
     sum_index: Tensor  # (n * tiles,) the tiles listed, where dK and dV are summed
     slot: Tensor | None  # (n, L) slot of each token, None in tile mode
     invalid: Tensor | None  # (n, L) padding tokens
-    q_invalid: Tensor | None  # (n, p) padding rows
     shape: tuple[int, int, int]  # n, p, L
     slots: int  # c
     first_slot: int = 0  # of a piece of the lists, in tile mode
@@ -217,8 +227,21 @@ def pieces(b: Batch, tile: int) -> Iterator[Batch]:
         yield replace(b, kv_index=cut(b.kv_index), sum_index=cut(b.sum_index), slot=slot, invalid=invalid, shape=(n, p, end - begin), **slots)
 
 
+def batch_runs(layout: Layout, part: Part) -> Iterator[list]:
+    """Batches of a part that follow each other, with at most `RUN_ROWS` query rows together; those of other layouts than tiles, whose
+    rows are padded to each other's, one by one."""
+    most, run = RUN_ROWS // layout.q_tile if layout.q_start is None else 0, []
+    for first, last in part.batches:
+        if run and last - run[0][0] > most:
+            yield run
+            run = []
+        run.append((first, last))
+    if run:
+        yield run
+
+
 def make_batch(layout: Layout, first: int, last: int) -> Batch:
-    lists, n = layout.row_list[first:last], last - first
+    lists, n, rows = layout.row_list[first:last], last - first, query_rows(layout, first, last)
     if slots := layout.uniform:
         index, unused = layout.lists[first:last], None
     else:
@@ -231,31 +254,31 @@ def make_batch(layout: Layout, first: int, last: int) -> Batch:
     if layout.q_start is not None:
         size = layout.kv_size[index] if unused is None else torch.where(unused, 0, layout.kv_size[index])
         token, slot, invalid = _runs(layout.kv_start[index], size)
-        query, _, q_invalid = _runs(layout.q_start[first:last, None], layout.q_size[first:last, None])
-        shape = (n, query.shape[1], token.shape[1])
-        invalid, q_invalid = (x if bool(x.any()) else None for x in (invalid, q_invalid))
+        shape = (n, rows.shape[1], token.shape[1])
         token = token.reshape(-1)
-        return Batch(lists, query.reshape(-1), token, 1, token, slot, invalid, q_invalid, shape, slots)
-    q_index, q_invalid = _query_rows(layout, first, last)
+        return Batch(lists, rows, token, 1, token, slot, invalid if bool(invalid.any()) else None, shape, slots)
     tile = layout.kv_tile
     shape = (n, layout.q_tile, slots * tile)
     invalid = None if unused is None else unused.repeat_interleave(tile, 1)
     if layout.partial is not None and layout.partial[lists.numpy()].any():
         token, tail = (x.reshape(n, -1) for x in _tokens(index, tile, layout.kv_len, layout.num_kv))
         invalid = tail if invalid is None else invalid | tail
-        return Batch(lists, q_index, token.reshape(-1), 1, index.reshape(-1), None, invalid, q_invalid, shape, slots)
+        return Batch(lists, rows, token.reshape(-1), 1, index.reshape(-1), None, invalid, shape, slots)
     index = index.reshape(-1)
     gathered = index if layout.kv_first is None else layout.kv_first[index]
-    return Batch(lists, q_index, gathered, tile, index, None, invalid, q_invalid, shape, slots)
+    return Batch(lists, rows, gathered, tile, index, None, invalid, shape, slots)
 
 
-def _query_rows(layout: Layout, first: int, last: int) -> tuple[Tensor | slice, Tensor | None]:
-    """Units of the query tiles of items first to last, and their padding rows; tile mode."""
-    tile, length, count = layout.q_tile, layout.q_len, layout.num_q
+def query_rows(layout: Layout, first: int, last: int) -> Rows:
+    """Query rows of items first to last, which end with their head or lie within it."""
+    tile, length, count, n = layout.q_tile, layout.q_len, layout.num_q, last - first
+    if layout.q_start is not None:
+        query, _, invalid = _runs(layout.q_start[first:last, None], layout.q_size[first:last, None])
+        return Rows(query.reshape(-1), invalid if bool(invalid.any()) else None, (n, query.shape[1]))
     if length % tile == 0:
-        return slice(first, last) if layout.uniform else layout.row_list[first:last], None
+        return Rows(slice(first, last) if layout.uniform else layout.row_list[first:last], None, (n, tile))
     if layout.uniform and last % count:  # a batch that does not end with its head is within it, without the partial tile
         start = first // count * length + first % count * tile
-        return slice(start, start + (last - first) * tile), None
+        return Rows(slice(start, start + n * tile), None, (n, tile))
     token, invalid = _tokens(layout.row_list[first:last], tile, length, count)
-    return token.reshape(-1), invalid if bool(invalid.any()) else None
+    return Rows(token.reshape(-1), invalid if bool(invalid.any()) else None, (n, tile))

@@ -32,6 +32,10 @@ def forward_op(
 
 @forward_op.register_fake
 def _(q, k, v, *rest):
+    return _forward_fake(q)
+
+
+def _forward_fake(q: Tensor) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
@@ -87,3 +91,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias:
     """The op with a BlockSelection taken apart. proxy: keys, values and log sizes (B, H, N)."""
     return forward_op(q, k, v, key_bias, block_gate, *selection.tensors(), selection.q_max, selection.kv_max, scale, impl,
                       *(proxy or (None,) * 3))  # fmt: skip
+
+
+@torch.library.custom_op("usv_kernels::block_sparse_attention_low_precision", mutates_args=())
+def low_precision_op(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, block_gate: Tensor | None, kv_num_blocks: Tensor,
+    kv_indices: Tensor, q_starts: Tensor, q_sizes: Tensor, kv_starts: Tensor, kv_sizes: Tensor, q_max: int,
+    kv_max: int, scale: float, impl: str, qk_dtype: torch.dtype, pv_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A forward with rounded products; it has no backward."""
+    selection = (kv_num_blocks, kv_indices, q_starts, q_sizes, kv_starts, kv_sizes)
+    inputs = (q, k, v, selection, key_bias, block_gate, scale, q_max, kv_max)
+    if impl == "cpu":
+        return _implementation(impl).forward(*inputs, qk_dtype=qk_dtype)
+    return _implementation(impl).forward_low_precision(*inputs, qk_dtype, pv_dtype)
+
+
+@low_precision_op.register_fake
+def _(q, k, v, *rest):
+    return _forward_fake(q)
+
+
+def attend_low_precision(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias: Tensor | None, block_gate: Tensor | None,
+                         scale: float, impl: str, qk_dtype: torch.dtype, pv_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attend` with rounded products, without gradients."""
+    return low_precision_op(q, k, v, key_bias, block_gate, *selection.tensors(), selection.q_max, selection.kv_max, scale, impl, qk_dtype, pv_dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..selection import BlockSelection
+from .low_precision import FP8_TOP, add_mean_key, as_float, low_inputs
 
 
 def token_blocks(starts: Tensor, sizes: Tensor, length: int) -> Tensor:
@@ -35,9 +36,10 @@ def pair_logits(selection: BlockSelection, block_gate: Tensor | None, dtype: tor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias: Tensor | None,
-           block_gate: Tensor | None, scale: float, proxy: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+           block_gate: Tensor | None, scale: float, proxy: tuple[Tensor, ...] | None = None, qk_dtype: torch.dtype | None = None,
+           pv_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Same arguments and results as the public function, but a proxy's log sizes (B, H, N); half precision is computed in fp32,
-    fp64 in fp64."""
+    fp64 in fp64, and low precision has the roundings of `low_precision` alone."""
     batch, heads, q_len, _ = q.shape
     kv_len = k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -48,8 +50,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias:
     bias = rows.gather(3, kv_block.unsqueeze(2).expand(-1, -1, q_len, -1))
     if key_bias is not None:
         bias = bias + key_bias.to(dtype).unsqueeze(2)
-    s = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale + bias
-    values = v.to(dtype)
+    low = None if qk_dtype is None else low_inputs(q.to(dtype), k.to(dtype), v.to(dtype), selection.tensors(), qk_dtype, pv_dtype)
+    queries, keys = (q.to(dtype), k.to(dtype)) if low is None else (as_float(low.q), as_float(low.k))
+    s = queries @ keys.transpose(-1, -2) * scale + bias
+    values = v.to(dtype) if pv_dtype is None else as_float(low.v)
     if proxy is not None:
         proxy_keys, proxy_values, log_size = (x.to(dtype) for x in proxy)
         closed = torch.nn.functional.pad(selection.to_mask(), (0, 0, 0, 1), value=True)  # the last row: of tokens outside every block
@@ -65,6 +69,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias:
     total = p.sum(-1, keepdim=True)
     empty = total == 0
     safe = torch.where(empty, 1.0, total)
+    if pv_dtype is not None:
+        p = (p * FP8_TOP).to(pv_dtype).to(dtype) / FP8_TOP
     out = (p / safe) @ values
     lse = torch.where(empty, float("-inf"), top + safe.log()).squeeze(-1)
+    lse = lse if low is None else add_mean_key(lse, q, low.mean, scale)
     return out.to(q.dtype), lse

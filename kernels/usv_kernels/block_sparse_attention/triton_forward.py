@@ -10,6 +10,9 @@ A head may be walked in two parts of its channels: D of the first, DP its power 
 An accumulator of 64 rows and 128 channels is otherwise split over its channels on GPUs that multiply from registers: row maxima,
 sums and P then cross warps through shared memory. Two of 64 x 64 are split over rows, and 96 channels are 64 and 32, not 128.
 
+Low precision (`low_precision`): with LOW_QK q and k are int8 or e4m3, and what multiplies their product is the scale of the query block
+times those of the keys, one vector as `column` is; with LOW_PV v is e4m3 and so is P, times 448, while the sum of P stays fp32.
+
 Letters: S tokens, M query blocks, N key blocks, K slots; BM, BN rows and columns of a tile.
 """
 
@@ -18,6 +21,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+FP8_TOP = tl.constexpr(448.0)  # the largest number of e4m3
 
 
 @triton.jit
@@ -48,10 +52,10 @@ def load_parts(base, stride, start, count, ROWS: tl.constexpr, D: tl.constexpr, 
 
 @triton.jit
 def inner(a, a1, b, b1, D1: tl.constexpr):
-    """a b^T over both parts, fp32."""
+    """a b^T over both parts, fp32; of int8 int32."""
     product = tl.dot(a, tl.trans(b), input_precision="ieee")
     if D1 > 0:
-        product = tl.dot(a1, tl.trans(b1), product, input_precision="ieee")
+        product = tl.dot(a1, tl.trans(b1), product, input_precision="ieee", out_dtype=product.dtype)
     return product
 
 
@@ -99,34 +103,52 @@ def proxy_column(bias_base, listed_base, first, N, BN: tl.constexpr):
 
 
 @triton.jit
-def attend_tile(acc, acc1, top, total, q, q1, k_base, v_base, k_stride, v_stride, column, start, count, scale,
-                BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, D1: tl.constexpr):  # fmt: skip
+def attend_tile(acc, acc1, top, total, q, q1, k_base, v_base, k_stride, v_stride, column, start, count, scale, k_scale_base,
+                BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, D1: tl.constexpr, LOW_QK: tl.constexpr = False,
+                LOW_PV: tl.constexpr = False):  # fmt: skip
     """One step of the online softmax over the `count` keys from `start` on, at most BN of them."""
     k, k1 = load_parts(k_base, k_stride, start, count, BN, D, DP, D1)
-    s = inner(q, q1, k, k1, D1) * scale + column[None, :]
+    if LOW_QK:
+        key = tl.arange(0, BN)
+        factor = tl.load(k_scale_base + start + key, mask=key < count, other=0.0) * scale
+        s = inner(q, q1, k, k1, D1).to(tl.float32) * factor[None, :] + column[None, :]
+    else:
+        s = inner(q, q1, k, k1, D1) * scale + column[None, :]
     new_top = tl.maximum(top, tl.max(s, 1))
     # While a row has met no key its maximum is -inf; subtracting 0 instead keeps exp(-inf) = 0 and no NaN.
     safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2((s - safe_top[:, None]) * LOG2E)
     shrink = tl.exp2((top - safe_top) * LOG2E)
+    total = total * shrink + tl.sum(p, 1)
+    if LOW_PV:
+        p = p * FP8_TOP
     v, v1 = load_parts(v_base, v_stride, start, count, BN, D, DP, D1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     if D1 > 0:
         acc1 = tl.dot(p.to(v.dtype), v1, acc1 * shrink[:, None], input_precision="ieee")
-    return acc, acc1, new_top, total * shrink + tl.sum(p, 1)
+    return acc, acc1, new_top, total
 
 
-@triton.jit(do_not_specialize=["H", "M", "N", "K", "q_len", "table_stride", "kv_layout_stride", "bias_stride_b", "bias_stride_h", "scale"])
+@triton.jit
+def channel_scales(base, D: tl.constexpr, DP: tl.constexpr):
+    """[1, DP] fp32 scales of the channels of fp8 values, over what P was multiplied by."""
+    channel = tl.arange(0, DP)
+    return tl.load(base + channel, mask=channel < D, other=0.0)[None, :] / FP8_TOP
+
+
+@triton.jit(do_not_specialize=["H", "M", "N", "K", "q_len", "kv_len", "table_stride", "kv_layout_stride", "bias_stride_b", "bias_stride_h", "scale"])
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bias_ptr, gate_ptr, proxy_k_ptr, proxy_v_ptr, proxy_bias_ptr, listed_ptr, counts_ptr,
-    lists_ptr, kv_starts_ptr, kv_sizes_ptr, tile_block_ptr, tile_start_ptr, tile_rows_ptr, scale, H, M, N, K, q_len, table_stride,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, gate_ptr, proxy_k_ptr, proxy_v_ptr, proxy_bias_ptr, listed_ptr, counts_ptr,
+    lists_ptr, kv_starts_ptr, kv_sizes_ptr, tile_block_ptr, tile_start_ptr, tile_rows_ptr, scale, H, M, N, K, q_len, kv_len, table_stride,
     kv_layout_stride, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     out_stride_b, out_stride_h, out_stride_s, bias_stride_b, bias_stride_h,
     HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_PROXY: tl.constexpr, KV_TILES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, D1: tl.constexpr,
+    LOW_QK: tl.constexpr = False, LOW_PV: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (query tiles, B * H). KV_TILES: tiles of BN tokens in a key block, where the host knows it; 0: any size.
-    Proxies: (B, H, N, D + D1) keys and values, (B, H, N) fp32 log sizes, listed (B, H, M, N) bytes."""
+    Proxies: (B, H, N, D + D1) keys and values, (B, H, N) fp32 log sizes, listed (B, H, M, N) bytes. Scales, fp32: of queries (B, H, q_len),
+    equal within a block, of keys (B, H, kv_len), of the channels of v (B, H, D + D1)."""
     tile = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     batch, head = bh // H, bh % H
@@ -146,6 +168,10 @@ def forward_kernel(
     bias_base = k_ptr
     if HAS_BIAS:
         bias_base = bias_ptr + batch * bias_stride_b + head * bias_stride_h
+    k_scale_base = k_ptr
+    if LOW_QK:
+        k_scale_base = k_scale_ptr + bh * kv_len
+        scale = scale * tl.load(q_scale_ptr + bh * q_len + start_q)
 
     acc, acc1 = accumulator(BM, DP), accumulator(BM, D1)
     top = tl.full([BM], float("-inf"), tl.float32)
@@ -159,7 +185,7 @@ def forward_kernel(
             for offset in range(0, size, BN):
                 column = column_bias(bias_base, gate, start, offset, size, HAS_BIAS, BN)
                 acc, acc1, top, total = attend_tile(acc, acc1, top, total, q, q1, k_base, v_base, k_stride_s, v_stride_s, column,
-                                                    start + offset, size - offset, scale, BN, D, DP, D1)  # fmt: skip
+                                                    start + offset, size - offset, scale, k_scale_base, BN, D, DP, D1, LOW_QK, LOW_PV)  # fmt: skip
     else:
         # The block of the next step is looked up one step ahead: its two dependent loads hide behind the products.
         start, size = listed_block(list_ptr, starts_ptr, sizes_ptr, 0, count)
@@ -171,17 +197,22 @@ def forward_kernel(
             offset = step % KV_TILES * BN
             column = column_bias(bias_base, gate, start, offset, size, HAS_BIAS, BN)
             acc, acc1, top, total = attend_tile(acc, acc1, top, total, q, q1, k_base, v_base, k_stride_s, v_stride_s, column,
-                                                start + offset, size - offset, scale, BN, D, DP, D1)  # fmt: skip
+                                                start + offset, size - offset, scale, k_scale_base, BN, D, DP, D1, LOW_QK, LOW_PV)  # fmt: skip
             start, size = next_start, next_size
     if HAS_PROXY:
         proxy_k, proxy_v = proxy_k_ptr + bh * N * (D + D1), proxy_v_ptr + bh * N * (D + D1)
         for first in range(0, N, BN):
             column = proxy_column(proxy_bias_ptr + bh * N, listed_ptr + block * N, first, N, BN)
             acc, acc1, top, total = attend_tile(acc, acc1, top, total, q, q1, proxy_k, proxy_v, D + D1, D + D1, column, first,
-                                                N - first, scale, BN, D, DP, D1)  # fmt: skip
+                                                N - first, scale, k_scale_base, BN, D, DP, D1)  # fmt: skip
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
+    if LOW_PV:
+        v_scale_base = v_scale_ptr + bh * (D + D1)
+        acc = acc * channel_scales(v_scale_base, D, DP)
+        if D1 > 0:
+            acc1 = acc1 * channel_scales(v_scale_base + D, D1, D1)
     out_base = out_ptr + batch * out_stride_b + head * out_stride_h
     store_rows(out_base, out_stride_s, start_q, rows, acc / total[:, None], BM, D, DP)
     if D1 > 0:

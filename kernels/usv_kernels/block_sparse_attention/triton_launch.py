@@ -14,6 +14,7 @@ from .._device import on_its_device
 from .._gpus import INSTEAD, gpu_of
 from .._impl import runs_on
 from ..selection import inverted_lists
+from .low_precision import add_mean_key, low_inputs
 from .tiles import Config, config, tiles_per_block
 from .triton_backward import delta_kernel, dkv_kernel, dq_kernel, gate_sum_kernel, proxy_dkv_kernel
 from .triton_forward import forward_kernel
@@ -110,29 +111,57 @@ def _contiguous_lists(selection_tensors):
 
 
 @on_its_device
-def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0, kv_max: int = 0, proxy=None):
-    """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) fp32. proxy: keys, values, log sizes (B, H, N)."""
+def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0, kv_max: int = 0, proxy=None, low=None):
+    """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) fp32. proxy: keys, values, log sizes (B, H, N). low: what `low_precision` made
+    of q, k and v; lse is then that of smoothed keys."""
     _check(q)
     counts, lists, q_starts, q_sizes, kv_starts, kv_sizes = _contiguous_lists(selection_tensors)
-    q, k, v = _rows(q), _rows(k), _rows(v)
     batch, heads, q_len, _ = q.shape
     # Rows of no block are written by nobody: out 0, lse -inf.
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
     if q.numel() == 0 or q_starts.numel() == 0 or kv_starts.numel() == 0:
         return out, lse
-    cfg = config("forward", q.shape[-1], q.dtype, q_max, kv_max, gpu_of(q), proxy is not None)
+    scales = (None,) * 3
+    if low is not None:
+        q, k, v = low.q.values, low.k.values, low.v.values
+        scales = (low.q.scales.contiguous(), low.k.scales.contiguous(), low.v.scales if low.v.scales is None else low.v.scales.contiguous())
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    cfg = config("forward", q.shape[-1], out.dtype, q_max, kv_max, gpu_of(q), proxy is not None)
     block, start, rows, _ = tile_table(q_starts, q_sizes, cfg.BM, q_max, q_len)
     bias, *bias_strides = _bias(key_bias, heads)
     gate = None if block_gate is None else block_gate.float().contiguous()
     _launch(
-        forward_kernel, "forward", q, cfg, (block.shape[1], batch * heads), q, k, v, out, lse, bias, gate,
+        forward_kernel, "forward", q, cfg, (block.shape[1], batch * heads), q, k, v, out, lse, *scales, bias, gate,
         *_proxy_arguments(proxy, counts, lists), counts, lists, kv_starts, kv_sizes, block, start, rows, scale, heads, lists.shape[2],
-        kv_starts.shape[-1], lists.shape[3], q_len, block.shape[1] if len(block) > 1 else 0, _layout_stride(kv_starts),
+        kv_starts.shape[-1], lists.shape[3], q_len, k.shape[2], block.shape[1] if len(block) > 1 else 0, _layout_stride(kv_starts),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *bias_strides, HAS_BIAS=bias is not None,
         HAS_GATE=gate is not None, HAS_PROXY=proxy is not None, KV_TILES=tiles_per_block(kv_max, cfg.BN),
+        LOW_QK=low is not None, LOW_PV=scales[2] is not None,
     )  # fmt: skip
     return out, lse
+
+
+def forward_low_precision(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int, kv_max: int, qk_dtype: torch.dtype,
+                          pv_dtype: torch.dtype | None = None):  # fmt: skip
+    """The same with products of int8 or e4m3.
+
+    Raises ValueError: a GPU that does not multiply them natively.
+    """
+    _check(q)
+    gpu = gpu_of(q)
+    for name, dtype in (("qk_dtype", qk_dtype), ("pv_dtype", pv_dtype)):
+        native = dtype is None or (gpu.int8 if dtype == torch.int8 else gpu.fp8)
+        require(native, name, f"{dtype} on {gpu.name}, which does not multiply it natively", f"one of {multiplied(gpu)}")
+    low = low_inputs(q, k, v, selection_tensors, qk_dtype, pv_dtype)
+    out, lse = forward(q, k, v, selection_tensors, key_bias, block_gate, scale, q_max, kv_max, low=low)
+    return out, add_mean_key(lse, q, low.mean, scale)
+
+
+def multiplied(gpu) -> str:
+    """The dtypes of `qk_dtype` and `pv_dtype` that a GPU multiplies."""
+    names = [str(dtype) for dtype, native in ((torch.int8, gpu.int8), (torch.float8_e4m3fn, gpu.fp8)) if native]
+    return ", ".join(["None", *names]) + " there (int8 not as pv_dtype)"
 
 
 @on_its_device
