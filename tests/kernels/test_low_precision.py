@@ -14,6 +14,7 @@ import pytest
 import torch
 import usv_kernels
 from attention_cases import GPU, dense, dense_logits, eager_errors, make_case
+from companion_checks import assert_compiles
 from usv_kernels import block_proxy, block_sparse_attention
 from usv_kernels.block_sparse_attention import cpu, cpu_plan, low_precision, operator
 
@@ -189,6 +190,16 @@ def test_registration():
     q, k, v = (x.float() for x in case.tensors[:3])
     arguments = (q, k, v, None, None, *case.selection.tensors(), 16, 16, 0.3, "cpu", INT8, None)
     torch.library.opcheck(operator.low_precision_op, arguments)
+
+
+def test_it_compiles():
+    case = make_case([16, 16], [16, 16], bias_heads=0, gate=False)
+    q, k, v = (x.float() for x in case.tensors[:3])
+
+    def attend_int8(q, k, v):
+        return block_sparse_attention(q, k, v, case.selection, impl="cpu", qk_dtype=INT8)
+
+    assert_compiles(attend_int8, q, k, v)
 
 
 CODE = """

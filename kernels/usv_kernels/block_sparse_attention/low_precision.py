@@ -109,6 +109,7 @@ def check_low_precision(qk_dtype, pv_dtype, impl: str, tensors: tuple, proxy) ->
         require(multiplies_int8(), "qk_dtype", "torch.int8 on a CPU without VNNI", "qk_dtype=None, which is faster there")
 
 
+@torch.compiler.assume_constant_result
 def multiplies_int8() -> bool:
     """Whether this CPU has VNNI; without it torch's int8 product is a loop."""
     return getattr(torch.cpu, "_is_vnni_supported", lambda: False)()

@@ -142,6 +142,7 @@ def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_ma
     return out, lse
 
 
+@on_its_device
 def forward_low_precision(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int, kv_max: int, qk_dtype: torch.dtype,
                           pv_dtype: torch.dtype | None = None):  # fmt: skip
     """The same with products of int8 or e4m3.
