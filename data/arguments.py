@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from encoder import model_defaults
+from shards import place
 
 MOST_FPS = 1000.0  # frames a second that may be asked for
 
@@ -14,7 +15,7 @@ MOST_FPS = 1000.0  # frames a second that may be asked for
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Model, folder, sizes, splits, and how the work is shared."""
     parser.add_argument("--model", type=Path, required=True, help="diffusers folder of a Wan-format model")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--out", required=True, help="folder for the shards, or the URL of one in a store that fsspec reaches, e.g. s3://bucket/mine")
     for name in ("height", "width", "num-frames", "max-sequence-length"):
         parser.add_argument(f"--{name}", type=int, help="default: usv.json of the model, else Wan's 480 x 832 x 81, 512")
     parser.add_argument("--fps", type=float, help="frames a second that clips have; default 8 for Wan-mini, 16 for Wan")
@@ -39,6 +40,10 @@ def common(parser: argparse.ArgumentParser, args: dict, counts: tuple[str, ...] 
             parser.error(f"--{name.replace('_', '-')} {args[name]}: a number above 0 is accepted")
     if args["fps"] is not None and args["fps"] > MOST_FPS:
         parser.error(f"--fps {args['fps']:g}: above 0 and up to {MOST_FPS:g} is accepted")
+    try:
+        args["out"] = place(args["out"])
+    except ValueError as error:
+        parser.error(f"--out {error}")
     args["workers"] = args["workers"] or (0 if args["engine"] == "ray" else 1)
     defaults = model_defaults(args["model"])
     given = {name: value if value is not None else defaults.get(name) for name, value in args.items()}

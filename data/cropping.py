@@ -48,7 +48,7 @@ def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _mov(file: BinaryIO, number: int) -> Crop:
-    data = _moov(file)
+    data = moov(file)
     if b"clap" not in data:
         return WHOLE
     at, end = [(a, e) for kind, a, e in _boxes(data, 0, len(data)) if kind == b"trak"][number]
@@ -65,7 +65,8 @@ def _mov(file: BinaryIO, number: int) -> Crop:
     return _sound(tuple(floor(x + 0.5) for x in (across + right, along + down, across - right, along - down)), width, height)
 
 
-def _moov(file: BinaryIO) -> bytes:
+def moov(file: BinaryIO) -> bytes:
+    """The index of a mov or mp4, b"" where there is none."""
     while len(header := file.read(16)) >= 8:
         size, kind = struct.unpack(">I4s", header[:8])
         length = 8

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from cropping import WHOLE, Crop, hidden
+from cropping import WHOLE, Crop, hidden, moov
 
 TOLERANCE = 1e-3  # seconds by which two time stamps may differ and still mean the same moment
 MAX_PIXELS = 8192 * 8192  # a stored picture may have: twice 8K; a decoder holds up to 17 of them
@@ -38,7 +38,23 @@ def reason_of(error: Exception) -> str:
     """Why a file or clip is left out. FileNotFoundError goes on: a lost disk must stop the run, not empty the shards."""
     if isinstance(error, FileNotFoundError):
         raise error
-    return str(error) if isinstance(error, Unusable) else f"corrupt: {type(error).__name__}: {_first_line(error)}"
+    if isinstance(error, Unusable):
+        return str(error)
+    # what the system says, without its number and the path, which stands beside it
+    said = getattr(error, "strerror", None) or _first_line(error)
+    return f"corrupt: {type(error).__name__}: {said}"
+
+
+def _unreadable(path: Path) -> str:
+    """Why FFmpeg finds nothing in a file, as far as its first bytes say; "" where they do not."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+        file.seek(0)
+        if not head:
+            return "corrupt: it is empty, 0 bytes; copy it again"
+        if head[4:8] in (b"ftyp", b"mdat", b"wide", b"free", b"skip") and b"trak" not in moov(file):
+            return "corrupt: it has no index (moov), as a recording that was interrupted or a copy that was cut off; record or copy it again"
+    return ""
 
 
 def _first_line(error: Exception) -> str:
@@ -248,9 +264,11 @@ class _Trust:
     """Which pictures a damaged stream has spoilt: all that were decoded between a complaint and the next key picture.
 
     FFmpeg hands out what it could make of damaged data; what it says is the log, and flags on packets and frames.
+    listening: to the log, which is FFmpeg's own and of all threads: where several read files, each would print what the others cause.
     """
 
-    def __init__(self, video: Video):
+    def __init__(self, video: Video, listening: bool = True):
+        self.listening = listening
         self.video, self.decoder, self.codec = video, video.decoder, video.stream.codec_context.name
         self.first_key: int | None = None
         self.started, self.keys_are_clean = False, True
@@ -287,6 +305,11 @@ class _Trust:
 
     def _decode(self, packet) -> tuple[list[av.VideoFrame], str]:
         complaint = ""
+        if not self.listening:
+            try:
+                return self.decoder.decode(packet), ""
+            except av.FFmpegError:
+                return [], ""
         av.logging.set_skip_repeated(False)
         av.logging.set_level(av.logging.INFO)
         try:
@@ -357,6 +380,8 @@ def scan(path: Path) -> Scan:
                     continue
                 if found := _scan(video, quickly):
                     return found
+    except av.error.InvalidDataError as error:
+        raise Unusable(_unreadable(path) or reason_of(error)) from None
     except BROKEN as error:
         raise Unusable(reason_of(error)) from None
     raise Unusable("corrupt: it holds no picture that can be decoded")
@@ -365,7 +390,7 @@ def scan(path: Path) -> Scan:
 def _scan(video: Video, first_alone: bool) -> Scan | None:
     """None where no picture comes out. first_alone: where the film begins with a key picture, that is decoded and nothing else."""
     base, step = float(video.stream.time_base or 1 / video.rate), 1 / video.rate
-    trust, stamps, first = _Trust(video), _Stamps(1), None
+    trust, stamps, first = _Trust(video, listening=False), _Stamps(1), None
     seen: list[tuple[int, int]] = []
     count, with_pts, sought = 0, True, True
 

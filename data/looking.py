@@ -266,4 +266,5 @@ def contact_sheet(plan: dict, settings, path: Path, clips: int = 12, pictures: i
         for column, index in enumerate(np.linspace(0, len(frames) - 1, pictures).round().astype(int)):
             picture = Image.fromarray(frames[index].permute(1, 2, 0).numpy()).resize((width, height))
             sheet.paste(picture, (column * width, top + label))
-    sheet.save(path)
+    with path.open("wb") as file:
+        sheet.save(file, "PNG")

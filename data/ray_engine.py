@@ -7,9 +7,7 @@ appears by one rename, and the one it was at goes to another.
 
 from __future__ import annotations
 
-import os
 import pickle
-import socket
 import sys
 from collections import Counter, deque
 from collections.abc import Callable
@@ -19,8 +17,9 @@ from pathlib import Path
 import shards
 from shard_plan import Job, Settings
 
+from usv.cluster import connect
+
 TRIES = 3  # of a shard whose worker died
-STORE = 200 << 20  # bytes of the object store of a cluster started here; nothing but the plan goes through it
 POLL = 1.0  # seconds between two looks at the progress
 
 
@@ -56,43 +55,12 @@ class Writer:
         return self.writing.write_job(Job(*job))
 
 
-def connect(settings: Settings) -> int:
-    """Join the cluster of --address, or start one on this machine; returns for how many workers there is room.
-
-    ValueError where ray is not installed, no cluster answers, or it has no GPU for --device cuda.
-    """
-    try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 else: on a machine with other work two workers got a second of CPU a minute
-        import ray
-    except ImportError:
-        raise ValueError('--engine ray: the package ray is not installed; pip install "usv[ray]", or leave --engine out') from None
-    host, _, port = (settings.address or "").rpartition(":")
-    if host and port.isdecimal() and "://" not in host:  # ray itself asks for minutes
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise ValueError(f"--engine ray --address {settings.address}: no cluster answers ({error}); see `ray status`, or leave --engine out") from None
-    own = {} if settings.address else {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": settings.workers or None}
-    try:
-        ray.init(address=settings.address, log_to_driver=False, logging_level="error", **own)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f" --address {settings.address}: no cluster" if settings.address else ": no Ray"
-        raise ValueError(f"--engine ray{where} answers ({str(error).splitlines()[0][:200]}); see `ray status`, or leave --engine out") from None
-    kind = "GPU" if settings.device.startswith("cuda") else "CPU"
-    room = int(ray.cluster_resources().get(kind, 0))
-    if not room:
-        ray.shutdown()
-        raise ValueError(f"--engine ray --device {settings.device}: the cluster has no {kind}")
-    return min(room, settings.workers or room)
-
-
 def write_on_ray(settings: Settings, plan: dict, todo: list[Job], advance: Callable[[int], None], done: Callable[[tuple], None]) -> None:
     """Write the missing shards. advance: told of clips as they are made; done: of every shard.
 
     RuntimeError when workers die again and again over one shard, else what a worker's job raises.
     """
-    room = connect(settings)
+    room = connect(settings.address, settings.workers, settings.device.startswith("cuda"))
     import ray
 
     try:
@@ -113,7 +81,8 @@ class _Crew:
         actor = ray.remote(Writer).options(num_cpus=1, num_gpus=int(cuda), max_concurrency=2)  # the second thread answers `done`
         path = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker knows the repository only once `path` is set
-        places = {name: getattr(settings, name).absolute() for name in ("out", "model", "videos") if getattr(settings, name) is not None}
+        given = {name: getattr(settings, name) for name in ("out", "model", "videos")}
+        places = {name: place.absolute() for name, place in given.items() if place is not None and shards.is_local(place)}
         packed = ray.put(pickle.dumps((replace(settings, **places), plan)))
         self.hire = lambda: actor.remote(path, packed, None if cuda else 1)
         self.size, self.shown, self.finished = size, 0, 0

@@ -1,6 +1,7 @@
 """Shards: tar files of samples `<key>.safetensors` (latents, text) and `<key>.json` (caption and labels).
 
-A shard is written beside its name and renamed when complete, so whatever stands under its name is whole. webdataset
+A shard is written beside its name and renamed when complete, so whatever stands under its name is whole; so in a local folder and in any
+store that fsspec reaches (`place`). webdataset
 reads them as they are; the last member, `__shard__`, which webdataset passes over, is the report of what was left out
 and why: samples and report become visible in one rename.
 """
@@ -12,27 +13,63 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import load, save
+
+from usv.training.remote import masked
 
 REPORT = "__shard__"  # webdataset skips members named __like_this__
 TEMPORARY = ".*.tmp"  # glob of what a killed writer leaves behind
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file or none: a temporary name, flushed to disk, then a rename."""
+def place(name: str | Path) -> Path:
+    """A folder as pathlib has it: a local one, or of a URL (s3://…, gs://…, memory://…) a `UPath`. ValueError where that cannot be had."""
+    if "://" not in str(name):
+        return Path(name)
+    try:
+        from upath import UPath
+    except ImportError:
+        raise ValueError(f'{masked(name)}: a store needs the package universal_pathlib; pip install "usv[store]", or name a local folder') from None
+    try:
+        found = UPath(str(name))
+        found.fs.ls  # noqa: B018 - made here: its own package may be missing
+        return found
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{masked(name)}: {error}") from None
+
+
+def is_local(path: Path) -> bool:
+    return isinstance(path, os.PathLike) and type(path).__module__.startswith("pathlib")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name, by a rename, when everything is in it, and is none otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if is_local(path):
+                os.fsync(file.fileno())
+        if is_local(path):
+            os.replace(temporary, path)
+        else:
+            path.fs.mv(temporary.path, path.path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file or none: a temporary name, flushed to disk, then a rename."""
+    with whole(path) as file:
+        file.write(data)
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, torch.Tensor], dict]], report=None) -> int:
@@ -44,24 +81,15 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, torch.Tensor]
 
     Raises OSError as the file system does (disk full, read-only); the name then holds what it held before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
-    try:
-        with open(temporary, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                for key, tensors, info in samples:
-                    tensors = {name: value.contiguous() for name, value in tensors.items()}
-                    _add(tar, f"{key}.safetensors", save(tensors))
-                    _add(tar, f"{key}.json", _json(info))
-                    count += 1
-                if report is not None:
-                    _add(tar, REPORT, _json(report))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for key, tensors, info in samples:
+            tensors = {name: value.contiguous() for name, value in tensors.items()}
+            _add(tar, f"{key}.safetensors", save(tensors))
+            _add(tar, f"{key}.json", _json(info))
+            count += 1
+        if report is not None:
+            _add(tar, REPORT, _json(report))
     return count
 
 
@@ -79,7 +107,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def read_shard(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor], dict]]:
     """Yield the (key, tensors, info) samples of one shard in order."""
     tensors: dict = {}
-    with tarfile.open(path, "r:") as tar:
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if member.name == REPORT:
                 continue
@@ -93,6 +121,6 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor], dict]
 
 def read_report(path: Path):
     """The report that write_shard was given, None where it was given none. Reads headers only."""
-    with tarfile.open(path, "r:") as tar:
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         last = tar.getmembers()[-1:]
         return json.loads(tar.extractfile(last[0]).read()) if last and last[0].name == REPORT else None

@@ -78,10 +78,10 @@ def test_two_workers_and_a_killed_one_give_the_same_bytes(local, tiny_wan, tmp_p
     assert not list(out.glob(".*.tmp")) and not workers()
 
 
-def test_no_cluster_is_one_line(tiny_wan, tmp_path):
+def test_no_cluster_is_one_line():
     pytest.importorskip("ray", reason="the package ray is optional")
     with pytest.raises(ValueError, match="^--engine ray --address 127.0.0.1:1: no cluster answers"):
-        ray_engine.connect(settings(tiny_wan, tmp_path, engine="ray", address="127.0.0.1:1"))
+        ray_engine.connect("127.0.0.1:1", None, False)
 
 
 def test_without_the_package_it_is_said(tiny_wan, tmp_path, monkeypatch):

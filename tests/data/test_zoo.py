@@ -5,6 +5,7 @@ import random
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -18,6 +19,7 @@ sys.path[:0] = [str(ROOT / "data"), str(Path(__file__).parent)]
 
 import decoding  # noqa: E402
 import display  # noqa: E402
+import looking  # noqa: E402
 import videos  # noqa: E402
 import zoo  # noqa: E402
 
@@ -202,6 +204,19 @@ def test_what_is_no_film_is_said(files, tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "MAX_PIXELS", 10_000)  # a picture of 32k x 32k is never decoded
     with pytest.raises(decoding.Unusable, match="too large: 160 x 120"):
         decoding.scan(files / "plain.mp4")
+
+
+def test_a_look_says_why_a_file_cannot_be_opened_and_nothing_else(files, tmp_path, caplog):
+    """Several at once: FFmpeg's log is one for all threads, and its words on one file are nothing to be shown beside another."""
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "cut_off.mp4").write_bytes((files / "long.mp4").read_bytes()[:20_000])
+    (tmp_path / "notes.mp4").write_text("not a film")
+    found = [SimpleNamespace(file=name) for name in ("empty.mp4", "cut_off.mp4", "notes.mp4", *(str(path) for path in sorted(files.iterdir())))]
+    looks = looking.look_at(found, SimpleNamespace(videos=tmp_path, scenes=False), progress=False)
+    assert looks["empty.mp4"].reason == "corrupt: it is empty, 0 bytes; copy it again"
+    assert "no index (moov)" in looks["cut_off.mp4"].reason
+    assert looks["notes.mp4"].reason == "corrupt: InvalidDataError: Invalid data found when processing input"
+    assert not [record.getMessage() for record in caplog.records if record.name.startswith("libav")]
 
 
 def test_frames_do_not_pile_up(files):

@@ -1,13 +1,14 @@
 """A user's own prompts and shards: judged without labels, beside real clips, with intervals paired by prompt; and shown by the report."""
 
 import json
+import os
 import sys
 
 import pytest
 import tiny
 import torch
 
-from usv.evaluation import evaluate, judge, own
+from usv.evaluation import evaluate, judge, on_ray, own
 from usv.evaluation.report.inputs import gather
 from usv.evaluation.report.page import page, usable
 from usv.metrics import frechet
@@ -111,3 +112,33 @@ def test_wrong_input_is_one_line(mine, tiny_wan, monkeypatch, words, said):
     with pytest.raises(SystemExit) as caught:
         command(monkeypatch, ["--model", tiny_wan, *words])
     assert str(caught.value.code).startswith(said.format(mine)) and "\n" not in caught.value.code
+
+
+@pytest.mark.timeout(900)
+def test_workers_of_ray_give_the_rows_of_one_process(mine, tiny_wan, monkeypatch):
+    """Two actors, each with half of the clips; what they measure of the videos is what one process measures. One that dies ends the run in a line."""
+    pytest.importorskip("ray", reason="the package ray is optional")
+    asked = ["--model", tiny_wan, "--ckpt", f"mine={mine / 'student'}", "--prompts", mine / "prompts.txt", "--clips", 4, "--steps", 2, "--batch-size", 2, "--out"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command(monkeypatch, [*asked, mine / "one.json"])
+    command(monkeypatch, [*asked, mine / "two.json", "--engine", "ray", "--workers", 2])
+    one, two = (json.loads((mine / name).read_text())["methods"] for name in ("one.json", "two.json"))
+    for name, row in one.items():
+        for key in ("forwards", "subject_consistency", "flicker", "flow_warp_error"):
+            assert row[key] == pytest.approx(two[name][key], rel=1e-6), (name, key)
+    original = on_ray.pickle.dumps
+    monkeypatch.setattr(on_ray.pickle, "dumps", lambda arguments: original((Ends(),)))
+    with pytest.raises(SystemExit, match="RuntimeError: --engine ray: a worker died"):
+        command(monkeypatch, [*asked, mine / "none.json", "--engine", "ray", "--workers", 2])
+
+
+class Ends:
+    """Arguments that end the process they are unpacked in."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_options_of_ray_alone_are_refused_elsewhere(mine, tiny_wan, monkeypatch):
+    with pytest.raises(SystemExit, match="SettingError: --workers: got 2 with --engine local, accepted: with --engine ray"):
+        command(monkeypatch, ["--model", tiny_wan, "--ckpt", mine / "student", "--workers", 2])

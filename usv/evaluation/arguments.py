@@ -11,7 +11,7 @@ from usv.files import check_folder, check_output
 
 COUNT, SOME, SHARE, BETWEEN = Range(1, 1_000_000), Range(1, 1000), Range(0, 1), Range(0, 1, above=True, below=True)
 RANGES = {
-    "clips": COUNT, "batch_size": COUNT, "repeats": COUNT, "seeds": COUNT, "jobs": SOME, "threads": Range(1, 65_536), "minutes": Range(0, 1e6, above=True),
+    "clips": COUNT, "batch_size": COUNT, "repeats": COUNT, "seeds": COUNT, "jobs": SOME, "workers": SOME, "threads": Range(1, 65_536), "minutes": Range(0, 1e6, above=True),
     "steps": Range(1, 1_000_000), "num_inference_steps": SOME, "guidance": Range(0, 1000), "guidance_scale": Range(0, 1000), "flow_shift": Range(0, 1000, above=True), "height": Range(1, 16_384),
     "width": Range(1, 16_384), "num_frames": Range(1, 100_000), "max_sequence_length": Range(1, 65_536), "tile": Range(1, MOST_TILE), "grid": Range(1, 4096),
     "layers": SOME, "density": Range(0, 1, above=True), "fixed_density": BETWEEN, "densities": BETWEEN, "merge": Range(0, 1, below=True),

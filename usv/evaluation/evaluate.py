@@ -4,6 +4,7 @@
     python -m usv.evaluate --ckpt three=outputs/usv_few_step/student --ckpt two=outputs/usv_few_step/student@1000,750
     python -m usv.evaluate --ckpt data/students/usv_few_step --dense 1 2 4 8 16 --lookup    # beside what a sceptic names
     python -m usv.evaluate --ckpt data/students/usv_few_step --decoder tiny                  # end to end: each student also with a tiny decoder
+    python -m usv.evaluate --engine ray --workers 4 --ckpt data/students/usv_mini            # by several processes, of several machines with --address
     python -m usv.evaluate --calibrate                                                       # are the metrics worth their names
     python -m usv.evaluate --shards data/shards/mine --prompts mine.txt --ckpt outputs/mine/student      # your own clips
 
@@ -34,6 +35,7 @@ from usv.evaluation.calibrate import table as calibration_table
 from usv.evaluation.clips import FLOOR_SEED, LOOKUP_CLIPS, REAL_CLIPS, asked_clips, real_clips, requests
 from usv.evaluation.judge import finite, judge, table
 from usv.evaluation.methods import Decoded, Dense, forward_seconds, generate_all
+from usv.evaluation.on_ray import evaluate_on_ray
 from usv.evaluation.own import Own, ask, model_of, real_features, sized
 from usv.evaluation.worlds import ROOT, world_of
 from usv.files import write_result, write_text
@@ -173,6 +175,9 @@ def show(folder: Path, prompts: list[str], videos: dict[str, torch.Tensor], fps:
 
 def asked(args: argparse.Namespace) -> tuple[Own | None, ModelConfig]:
     """A user's own prompts, if they are meant, and the model at its size. SettingError for what does not go together."""
+    for option in ("workers", "address"):
+        if args.engine != "ray" and getattr(args, option) is not None:
+            raise SettingError(f"--{option}: got {getattr(args, option)} with --engine {args.engine}, accepted: with --engine ray")
     model = model_of(args.model)
     if args.prompts is None and args.shards is None:
         if args.split != "val":
@@ -201,6 +206,9 @@ def main() -> None:
     parser.add_argument("--decoder", default="full", help="full, or tiny or a folder of usv.decoder: each student also with it")
     parser.add_argument("--lookup", action="store_true", help="a row of no model: the mean of ten real clips of the caption")
     parser.add_argument("--calibrate", action="store_true", help="no model: which known damage does each metric see")
+    parser.add_argument("--engine", default="local", choices=["local", "ray"], help="where the clips are made; ray: by as many workers as there are GPUs or cores (usv[ray])")
+    parser.add_argument("--workers", type=int, help="with --engine ray: at most so many")
+    parser.add_argument("--address", help="with --engine ray: of a cluster that is running, e.g. auto; none: one is started here")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--videos", type=Path, help="folder for side-by-side videos and a contact sheet")
     args = parser.parse_args()
@@ -222,7 +230,8 @@ def main() -> None:
             report = {"commit": commit(), "machine": machine(), **calibration(model, clips)}
             shown = calibration_table(report)
         else:
-            report = evaluate(model, named(args.ckpt), clips, args.batch_size, args.videos, dense, args.lookup, own, args.decoder)
+            asked_for = model, named(args.ckpt), clips, args.batch_size, args.videos, dense, args.lookup, own, args.decoder
+            report = evaluate_on_ray(asked_for, clips, args.batch_size, args.workers, args.address) if args.engine == "ray" else evaluate(*asked_for)
             if report is None:
                 return
             shown = table(report)
@@ -230,5 +239,5 @@ def main() -> None:
         print(shown)
         if args.out is not None:
             write_result(args.out, report)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
