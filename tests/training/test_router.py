@@ -102,3 +102,10 @@ def test_what_does_not_go_together_is_refused(trained, tiny_wan, tiny_shards, tm
     config.objective.init = str(tmp_path / "whole")
     with pytest.raises(SettingError, match="objective.init: got .*whole, whose weights a router does not take"):
         train.train(config)
+
+
+def test_a_base_with_fused_projections_takes_it(trained, tiny_wan):
+    plain, fused = load_pipeline(str(tiny_wan)), load_pipeline(str(tiny_wan))
+    fused.transformer.fuse_qkv_projections()
+    wanted, found = (ask(usv.enable(pipe, trained), num_frames=tiny.FRAMES) for pipe in (plain, fused))
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))

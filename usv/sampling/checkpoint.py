@@ -218,7 +218,8 @@ def _place(model: SparseTransformer, tensors: dict, base: torch.nn.Module, devic
     """Put a student's weights, or what it has beside the base's, in their place; its adapters, if it has any."""
     adapters = None
     if on_base:  # the rest is the model's own
-        own = {f"transformer.{name}": value for name, value in lora.clean_state(base).items()}
+        fused = (".to_qkv.", ".to_kv.", ".to_added_kv.")  # of fuse_qkv_projections, beside the projections that they are made of
+        own = {f"transformer.{name}": value for name, value in lora.clean_state(base).items() if not any(part in name for part in fused)}
         tensors = own | lora.from_diffusers_names(tensors)
     if record.get("lora"):
         adapters = {name: value for name, value in tensors.items() if lora.is_adapter(name)}
