@@ -1,5 +1,6 @@
 """docs/studio.png, of the page as a browser shows it: `python tests/studio_picture.py docs/studio.png` on a quiet machine, since seconds are in it."""
 
+import os
 import sys
 import tempfile
 import time
@@ -21,7 +22,9 @@ def main(out: Path) -> None:
     from usv.evaluation.studio.page import serve
     from usv.evaluation.studio.stage import Stage
 
-    stage = Stage.open(str(tiny.ROOT / CKPT), str(tiny.ROOT / MODEL))
+    out = out.resolve()
+    os.chdir(tiny.ROOT)  # the page names its model as it was given
+    stage = Stage.open(CKPT, MODEL)
     stage.sparse = lru_cache(stage.sparse)  # made before the browser draws: it takes a share of the cores
     stage.dense(PROMPT, SEED), stage.sparse(PROMPT, SEED, BUDGET)
     page, address = serve(stage, block=False)
@@ -29,7 +32,7 @@ def main(out: Path) -> None:
         shown = Browser(profile)
         try:
             shown.open(address, width=1280)
-            wait(shown, "document.querySelectorAll('#plan svg').length == 2")
+            wait(shown, "document.querySelectorAll('#plan svg').length == 2 && document.querySelector('input[type=range]')")
             shown.run(SET_BUDGET.format(BUDGET))
             time.sleep(2)  # the page hears of the slider
             shown.run("[...document.querySelectorAll('button')].find(b => b.textContent.includes('Make the clips')).click()")

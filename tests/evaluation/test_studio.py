@@ -126,7 +126,7 @@ def test_a_browser_plays_both_clips(address, tmp_path):
             page.open(address, width=width, dark=dark)
             wait(page, "document.querySelectorAll('#plan svg').length == 2")
             assert page.run("document.documentElement.scrollWidth") <= width
-        wait(page, "[...document.querySelectorAll('button')].some(b => b.textContent.includes('Make the clips'))")
+        wait(page, "document.querySelector('input[type=range]') && [...document.querySelectorAll('button')].some(b => b.textContent.includes('Make the clips'))")
         page.open(address)
         wait(page, "document.querySelectorAll('#plan svg').length == 2")
         page.run("[...document.querySelectorAll('button')].find(b => b.textContent.includes('Make the clips')).click()")

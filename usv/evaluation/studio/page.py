@@ -34,6 +34,7 @@ STYLE = """
   display: flex; align-items: center; justify-content: center; color: var(--soft); text-align: center; }
 .usv video { width: 100%; height: 100%; display: block; object-fit: contain; }
 .usv table { width: 100%; border-collapse: collapse; margin: 12px 0 0; font-variant-numeric: tabular-nums; }
+.usv table, .usv thead, .usv tbody, .usv tr { border: 0 !important; }
 .usv th, .usv td { text-align: right; padding: 5px 8px; border: 0 !important; border-bottom: 1px solid var(--line) !important; color: var(--ink); font-size: 14px; }
 .usv td { white-space: nowrap; } .usv th:first-child { text-align: left; }
 .usv thead th { color: var(--soft); font-weight: 500; } .usv .best { color: var(--accent); font-weight: 700; }
