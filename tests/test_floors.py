@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # module or wing of usv -> floor; a wing's modules share its floor
 FLOORS = {
-    "bounds": 1, "cpu": 1, "flow": 1, "video": 1, "config": 1, "files": 1, "metrics": 1,
+    "bounds": 1, "cluster": 1, "cpu": 1, "flow": 1, "video": 1, "config": 1, "files": 1, "metrics": 1,
     "sparse": 2,
     "policy": 3, "patterns": 3, "models": 3,
     "sampling": 4,

@@ -21,7 +21,8 @@ def test_row(bench, row):
 
 
 def test_every_row_is_there_and_has_been_run():
-    found = [line.removesuffix(" |").split(" | ") for line in PAGE if line.startswith("| ")][1:]
+    cells_of = PAGE[: next((i for i, line in enumerate(PAGE) if "A router on Wan-mini" in line), None)]
+    found = [line.removesuffix(" |").split(" | ") for line in cells_of if line.startswith("| ")][1:]
     assert [cells[0] for cells in found] == [together.line(row, []).split(" | ")[0] for row in together.ROWS]
     for row, cells in zip(together.ROWS, found):
         assert len(cells) == 1 + len(together.COLUMNS)

@@ -16,7 +16,7 @@ RANGES = {
     "width": Range(1, 16_384), "num_frames": Range(1, 100_000), "max_sequence_length": Range(1, 65_536), "tile": Range(1, MOST_TILE), "grid": Range(1, 4096),
     "layers": SOME, "density": Range(0, 1, above=True), "fixed_density": BETWEEN, "densities": BETWEEN, "merge": Range(0, 1, below=True),
     "merge_layers": Range(0, 1000), "most_density": Range(0, 1, above=True), "dense_layers": SHARE, "dense_steps": SHARE, "clusters": Range(1, 65_536),
-    "recall_rows": COUNT, "calibration_clips": COUNT, "dense": SOME, "seconds": Range(0, 1e6), "budget": Range(0, 1, above=True), "budgets": Range(0, 1, above=True), "cells": COUNT, "check": Range(0, 1000),
+    "recall_rows": COUNT, "calibration_clips": COUNT, "dense": SOME, "seconds": Range(0, 1e6), "budget": Range(0, 1, above=True), "budgets": Range(0, 1, above=True), "cells": COUNT, "check": Range(0, 1000), "port": Range(0, 65_535),
 }  # fmt: skip
 
 

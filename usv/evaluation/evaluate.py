@@ -35,7 +35,7 @@ from usv.evaluation.calibrate import table as calibration_table
 from usv.evaluation.clips import FLOOR_SEED, LOOKUP_CLIPS, REAL_CLIPS, asked_clips, real_clips, requests
 from usv.evaluation.judge import finite, judge, table
 from usv.evaluation.methods import Decoded, Dense, forward_seconds, generate_all
-from usv.evaluation.on_ray import evaluate_on_ray
+from usv.evaluation.on_ray import on_ray
 from usv.evaluation.own import Own, ask, model_of, real_features, sized
 from usv.evaluation.worlds import ROOT, world_of
 from usv.files import write_result, write_text
@@ -231,7 +231,7 @@ def main() -> None:
             shown = calibration_table(report)
         else:
             asked_for = model, named(args.ckpt), clips, args.batch_size, args.videos, dense, args.lookup, own, args.decoder
-            report = evaluate_on_ray(asked_for, clips, args.batch_size, args.workers, args.address) if args.engine == "ray" else evaluate(*asked_for)
+            report = on_ray(evaluate, asked_for, clips, args.batch_size, args.workers, args.address) if args.engine == "ray" else evaluate(*asked_for)
             if report is None:
                 return
             shown = table(report)

@@ -10,6 +10,7 @@ import os
 import pickle
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from usv.cluster import connect
@@ -35,15 +36,14 @@ class Member:
     def run(self, rank: int, world: int, place: tuple[str, int], packed: bytes):
         # a worker sees no GPU but its own
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=place[0], MASTER_PORT=str(place[1]))
-        from usv.evaluation.evaluate import evaluate
+        function, arguments = pickle.loads(packed)
+        return function(*arguments)
 
-        return evaluate(*pickle.loads(packed))
 
+def on_ray(function: Callable, arguments: tuple, clips: int, batch_size: int, workers: int | None = None, address: str | None = None) -> dict:
+    """`function(*arguments)`, one of usv.evaluate's, by as many actors as there are batches for, at most `workers`.
 
-def evaluate_on_ray(arguments: tuple, clips: int, batch_size: int, workers: int | None = None, address: str | None = None) -> dict:
-    """`evaluate(*arguments)` by as many actors as there are batches for, at most `workers`.
-
-    ValueError as `usv.cluster.connect`, and whatever `evaluate` raises; RuntimeError when a worker dies, which ends the run for all.
+    ValueError as `usv.cluster.connect`, and whatever the function raises; RuntimeError when a worker dies, which ends the run for all.
     """
     import torch
 
@@ -56,7 +56,7 @@ def evaluate_on_ray(arguments: tuple, clips: int, batch_size: int, workers: int 
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker knows the repository only once `path` is set
         member = ray.remote(Member).options(num_cpus=1, num_gpus=int(gpu))
         crew = [member.remote([str(ROOT), str(ROOT / "kernels")], os.getcwd()) for _ in range(world)]
-        place, packed = ray.get(crew[0].place.remote()), pickle.dumps(arguments)
+        place, packed = ray.get(crew[0].place.remote()), pickle.dumps((function, arguments))
         return ray.get([actor.run.remote(rank, world, place, packed) for rank, actor in enumerate(crew)])[0]
     except ray.exceptions.RayActorError as error:
         raise RuntimeError(f"--engine ray: a worker died, most often for lack of memory; use fewer --workers and run the command again: {str(error).splitlines()[-1][:300]}") from None

@@ -219,7 +219,8 @@ def _place(model: SparseTransformer, tensors: dict, base: torch.nn.Module, devic
     adapters = None
     if on_base:  # the rest is the model's own
         fused = (".to_qkv.", ".to_kv.", ".to_added_kv.")  # of fuse_qkv_projections, beside the projections that they are made of
-        own = {f"transformer.{name}": value for name, value in lora.clean_state(base).items() if not any(part in name for part in fused)}
+        asked = model.state_dict().keys()  # Mochi's text pooler has a to_kv of its own
+        own = {f"transformer.{name}": value for name, value in lora.clean_state(base).items() if f"transformer.{name}" in asked or not any(part in name for part in fused)}
         tensors = own | lora.from_diffusers_names(tensors)
     if record.get("lora"):
         adapters = {name: value for name, value in tensors.items() if lora.is_adapter(name)}

@@ -255,7 +255,7 @@ def prepare_folder(folder: Path, rank: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{rank}.{os.getpid()}"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # the first rank tidies up meanwhile
     except OSError as error:
         raise SettingError(f"output_dir={folder}: cannot be written ({reason_of(error)}); give a folder you may write to") from None
 
