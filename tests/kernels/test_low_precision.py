@@ -93,8 +93,10 @@ def test_layouts(layout, impl, qk_dtype, pv_dtype):
 
 
 @pytest.mark.parametrize(("impl", "qk_dtype", "pv_dtype"), RUNS)
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("fp16", "bf16"))
-@pytest.mark.parametrize(("dim", "qk_scale"), [(32, 16.0), (64, 1.0), (64, 4.0), (96, 4.0), (128, 16.0)])
+@pytest.mark.parametrize(
+    ("dim", "qk_scale", "dtype"),
+    [(32, 16.0, torch.bfloat16), (64, 1.0, torch.float16), (64, 4.0, torch.bfloat16), (96, 4.0, torch.float16), (128, 16.0, torch.bfloat16)],
+)
 def test_head_sizes_precisions_and_activation_scales(dim, qk_scale, dtype, impl, qk_dtype, pv_dtype):
     assert_low(make_case([16, 16, 9], [16, 16, 11], dim=dim, qk_scale=qk_scale, dtype=dtype), impl, qk_dtype, pv_dtype, dtype)
 
