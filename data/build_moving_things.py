@@ -83,10 +83,6 @@ def build_codec(folder: Path) -> None:
     vae = parts.make_vae(*parts.fit_pca(videos))
     parts.lap_decoder(vae, videos)
     mini.save_folder(folder, vae=vae, tokenizer=make_tokenizer(), scheduler=parts.make_scheduler())
-    write_settings(folder)
-
-
-def write_settings(folder: Path) -> None:
     mini.write_settings(folder, TEXT_LENGTH, world="moving_things")
 
 
@@ -297,7 +293,6 @@ def finish(training: Training) -> None:
     mini.strided_rope(training.model, 1)
     mini.save_folder(training.folder, transformer=training.model.eval(), text_encoder=training.encoder.eval())
     mini.write_index(training.folder)
-    write_settings(training.folder)
     training.kept.unlink(missing_ok=True)
 
 

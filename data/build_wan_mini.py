@@ -372,7 +372,6 @@ def write_index(folder: Path) -> None:
         transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
     )
     pipe.save_pretrained(folder)
-    write_settings(folder)
     for config in folder.glob("*/config.json"):  # diffusers writes where a part was loaded from
         content = json.loads(config.read_text())
         content.pop("_name_or_path", None)
@@ -402,6 +401,7 @@ def main() -> None:
     if args.only in (None, "teacher"):
         train_teacher(args.out, args.work / "clips", args.work)
         write_index(args.out)
+        write_settings(args.out)
 
 
 if __name__ == "__main__":

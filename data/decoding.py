@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import av
-import numpy as np
-from cropping import WHOLE, Crop, hidden, moov
+from cropping import WHOLE, Crop, hidden
 
 TOLERANCE = 1e-3  # seconds by which two time stamps may differ and still mean the same moment
 MAX_PIXELS = 8192 * 8192  # a stored picture may have: twice 8K; a decoder holds up to 17 of them
@@ -23,7 +22,6 @@ JUMP = 10.0  # seconds by which stamps jump where two recordings were joined (FF
 LONGEST_HOLD = 30.0  # seconds for which one picture may stand before the next stamp is doubted
 JOINED = ("mpegts", "mpeg", "dvd", "vob")  # formats whose stamps may begin anew in the middle
 PICTURES = (av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails | av.stream.Disposition.still_image).value
-INDEXED = (".mp4", ".mov", ".m4v", ".qt")  # of files whose index, if it counts their pictures, says all that is asked of the decoder before it decodes
 HIDDEN = ("vp8", "vp9", "av1")  # codecs with packets that show no picture
 
 
@@ -43,18 +41,6 @@ def reason_of(error: Exception) -> str:
     # what the system says, without its number and the path, which stands beside it
     said = getattr(error, "strerror", None) or _first_line(error)
     return f"corrupt: {type(error).__name__}: {said}"
-
-
-def _unreadable(path: Path) -> str:
-    """Why FFmpeg finds nothing in a file, as far as its first bytes say; "" where they do not."""
-    with open(path, "rb") as file:
-        head = file.read(12)
-        file.seek(0)
-        if not head:
-            return "corrupt: it is empty, 0 bytes; copy it again"
-        if head[4:8] in (b"ftyp", b"mdat", b"wide", b"free", b"skip") and b"trak" not in moov(file):
-            return "corrupt: it has no index (moov), as a recording that was interrupted or a copy that was cut off; record or copy it again"
-    return ""
 
 
 def _first_line(error: Exception) -> str:
@@ -95,7 +81,7 @@ class Video:
             source, self._file = "file:" + name, None
         except UnicodeEncodeError:
             source = self._file = open(name, "rb")
-        options = {"max_pixels": str(MAX_PIXELS), **({"skip_frame": "all"} if for_a_look and name.lower().endswith(INDEXED) else {})}
+        options = {"max_pixels": str(MAX_PIXELS), **({"skip_frame": "all"} if for_a_look else {})}
         self.container = av.open(source, options=options, metadata_errors="replace")
         try:
             self.stream = _film(self.container)
@@ -216,7 +202,7 @@ def _ordered(video: Video, start: float) -> Iterator[Moment]:
 
 def _decoded(video: Video, start: float) -> Iterator[Moment]:
     base, step = video.stream.time_base, 1 / video.rate
-    stamps, trust, last = _Stamps(int(step / base)), _Trust(video), None
+    stamps, trust, last = Stamps(int(step / base)), Trust(video), None
     for packet in _and_none(video.packets()):
         for frame in trust.decode(packet):
             stamp = stamps.best(frame)
@@ -238,7 +224,7 @@ def _and_none(packets: Iterator[av.Packet]) -> Iterator[av.Packet | None]:
     yield None  # asks the decoder for the frames it still holds
 
 
-class _Stamps:
+class Stamps:
     """A frame's best time stamp, as libavcodec guesses it (PyAV hands out the two it guesses from)."""
 
     def __init__(self, step: int):
@@ -260,7 +246,7 @@ class _Stamps:
         return best
 
 
-class _Trust:
+class Trust:
     """Which pictures a damaged stream has spoilt: all that were decoded between a complaint and the next key picture.
 
     FFmpeg hands out what it could make of damaged data; what it says is the log, and flags on packets and frames.
@@ -350,113 +336,3 @@ class _Trust:
         if frame.is_corrupt and not verdict:
             verdict = self.spoilt = self.ruined[group] = "damaged frame"
         return verdict, group, missing
-
-
-# ---- a whole file, looked at but not decoded -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What a file shows: `start` and `end` in seconds, when each picture appears (sorted, from 0), and its first frame."""
-
-    start: float
-    end: float
-    times: np.ndarray
-    rate: float
-    sar: float
-    frame: av.VideoFrame
-    codec: str
-    sequential: bool  # stamps begin anew somewhere, or there are none: it cannot be seeked in
-    crop: Crop = WHOLE
-
-
-def scan(path: Path) -> Scan:
-    """Look at a file: its packets, for headers are often wrong, and its first picture. Raises Unusable."""
-    try:
-        for quickly in (True, False):
-            with Video(path, for_a_look=quickly) as video:
-                indexed = video.stream.frames and video.container.format.name.startswith("mov")
-                if quickly and path.suffix.lower() in INDEXED and not indexed:
-                    continue
-                if found := _scan(video, quickly):
-                    return found
-    except av.error.InvalidDataError as error:
-        raise Unusable(_unreadable(path) or reason_of(error)) from None
-    except BROKEN as error:
-        raise Unusable(reason_of(error)) from None
-    raise Unusable("corrupt: it holds no picture that can be decoded")
-
-
-def _scan(video: Video, first_alone: bool) -> Scan | None:
-    """None where no picture comes out. first_alone: where the film begins with a key picture, that is decoded and nothing else."""
-    base, step = float(video.stream.time_base or 1 / video.rate), 1 / video.rate
-    trust, stamps, first = _Trust(video, listening=False), _Stamps(1), None
-    seen: list[tuple[int, int]] = []
-    count, with_pts, sought = 0, True, True
-
-    def look(packet):
-        for frame in trust.decode(packet):
-            stamp = stamps.best(frame)
-            if trust.begins(stamp):
-                return stamp, frame, video.sar
-        return None
-
-    for packet in video.packets():
-        if sought:
-            if first_alone and not count and _begins_with(packet, video):
-                [frame] = _alone(packet, video.decoder) or [None]
-                if frame is None:
-                    return None
-                first, sought = (packet.pts, frame, video.sar), False
-            else:
-                first = look(packet)
-                sought = first is None
-        count += 1
-        pts = packet.pts
-        stamp = packet.dts if pts is None else pts
-        if stamp is None or packet.is_discard:
-            continue
-        with_pts &= pts is not None
-        seen.append((stamp, packet.duration or 0))
-    first = first or look(None)
-    if first is None:
-        return None
-    stamp, frame, sar = first
-    codec = video.stream.codec_context.name
-    if not seen:  # raw streams have no stamps: their pictures are counted
-        return Scan(0.0, count * step, np.arange(count) * step, video.rate, sar, frame, codec, True, video.crop)
-    start = stamp * base
-    order = np.array([pts for pts, _ in seen], np.float64) * base
-    keep = order >= (start if with_pts else order.min()) - TOLERANCE
-    shown = order[keep]
-    last = int(np.flatnonzero(keep)[shown.argmax()])
-    steps = shown[1:] - shown[:-1]
-    reordered = bool((steps < 0).any())
-    times = np.unique(shown) if reordered or not steps.all() else shown
-    duration = seen[last][1] * base or step
-    if reordered and len(times) > 1:
-        # pictures are stored in another order: a packet's duration is then the time to the next packet
-        duration = min(duration, median(times[1:] - times[:-1]), float(times[-1] - times[-2]))
-    origin = start if with_pts else times[0]
-    end = start + float(times[-1] - origin) + duration
-    return Scan(start, end, times - origin, video.rate, sar, frame, codec, video.spliced, video.crop)
-
-
-def _begins_with(packet: av.Packet, video: Video) -> bool:
-    """Whether a first packet holds the first picture that is shown, whole: a key picture, progressive, with a stamp, not cut off by an edit list."""
-    return packet.is_keyframe and packet.pts is not None and not packet.is_discard and video.decoder.field_order <= 1
-
-
-def _alone(packet: av.Packet, decoder) -> list[av.VideoFrame]:
-    """The picture of a packet without those after it, for which a decoder waits to know the order; [] where it is not to be had so."""
-    try:
-        frames = [*decoder.decode(packet), *decoder.decode(None)]
-    except av.FFmpegError:
-        return []
-    return frames if len(frames) == 1 and frames[0].pts == packet.pts else []
-
-
-def median(values: np.ndarray) -> float:
-    """numpy's, of a few numbers: its own takes 40 µs to begin."""
-    values = np.sort(values)
-    return float(values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2

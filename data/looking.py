@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import videos
-from decoding import LONGEST_HOLD, TOLERANCE, Unusable, median, scan
+from decoding import LONGEST_HOLD, TOLERANCE, Unusable
 from display import cover, has_alpha, look, shown_size, turn
+from scanning import median, scan
 from tqdm import tqdm
 
 THREADS = min(4, os.cpu_count() or 1)  # files looked at together: FFmpeg lets go of Python while it reads

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from decoding import BROKEN, TOLERANCE, Moment, Unusable, moments, reason_of, scan
+from decoding import BROKEN, TOLERANCE, Moment, Unusable, moments, reason_of
 from display import Deinterlacer, Display
+from scanning import scan
 
 HELD_BACK = 1 << 28  # bytes of clips that wait until their group of pictures has been decoded to its end
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "data"))
 
 import cropping  # noqa: E402
-import decoding  # noqa: E402
 import looking  # noqa: E402
+import scanning  # noqa: E402
 import videos  # noqa: E402
 import zoo  # noqa: E402
 
@@ -53,7 +53,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("name", ["clap_plain.mp4", "clap_wide.mp4", "clap_turned.mp4", "clap_odd.mp4", "crop.mkv", "front.mov", "plain.mp4"])
 def test_pictures_are_those_that_ffmpeg_shows(files, name):
     path = files / name
-    shown, seen = zoo.shown(path, 3), decoding.scan(path)
+    shown, seen = zoo.shown(path, 3), scanning.scan(path)
     assert (seen.crop != cropping.WHOLE) == (name != "plain.mp4")
     assert looking.look_at_file(path).shape == shown.shape[1:3]
     for size in (shown.shape[1:3], SIZE):

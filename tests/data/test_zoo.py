@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT / "data"), str(Path(__file__).parent)]
 import decoding  # noqa: E402
 import display  # noqa: E402
 import looking  # noqa: E402
+import scanning  # noqa: E402
 import videos  # noqa: E402
 import zoo  # noqa: E402
 
@@ -36,7 +37,7 @@ def files(tmp_path_factory):
 
 def read(path, fps=FPS, frames=FRAMES, size=SIZE):
     """(Scan, [clip or reason, …]) of a whole file."""
-    seen = decoding.scan(path)
+    seen = scanning.scan(path)
     count = videos.count_clips(seen.end - seen.start, fps, frames)
     clips = videos.read_clips(path, seen.start, fps, frames, 0, count, size, sequential=seen.sequential)
     return seen, [clip for _, clip in clips]
@@ -61,7 +62,7 @@ def is_still(clip) -> bool:
 def test_pictures_are_those_that_ffmpeg_shows(files, name):
     """As they are and scaled. Two roundings of R'G'B' and ffmpeg's own coarser ones leave 46 dB; 35 is asked for."""
     path = files / name
-    seen = decoding.scan(path)
+    seen = scanning.scan(path)
     shown = zoo.shown(path, 3)
     for size in (shown.shape[1:3], SIZE):
         [(_, clip)] = videos.read_clips(path, seen.start, seen.rate, 3, 0, 1, size)
@@ -74,7 +75,7 @@ def test_pictures_are_those_that_ffmpeg_shows(files, name):
 def test_colours_are_those_that_were_put_in(files, name):
     """Every tagged matrix, range and depth within 4 levels of the source, and of ffmpeg's view."""
     path = files / name
-    frame = decoding.scan(path).frame
+    frame = scanning.scan(path).frame
     picture = display.Display((frame.height, frame.width)).picture(frame, 1.0)[:, :64, :96]
     got = picture[:, 8::16, 8::16].reshape(3, -1).T.int().tolist()
     assert np.abs(np.array(got) - zoo.PATCHES).max() <= 4, (name, got)
@@ -86,7 +87,7 @@ def test_colours_are_those_that_were_put_in(files, name):
 @pytest.mark.parametrize("name", ["pq.mp4", "hlg.mp4"])
 def test_hdr_is_what_zimg_makes_of_it(files, name):
     path = files / name
-    frame = decoding.scan(path).frame
+    frame = scanning.scan(path).frame
     picture = display.Display((frame.height, frame.width)).picture(frame, 1.0).permute(1, 2, 0).numpy().astype(int)
     steps = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=clip,zscale=t=bt709:m=gbr:r=pc,format=gbrp"
     theirs = zoo.shown(path, 1, before=steps)[0].astype(int)
@@ -99,7 +100,7 @@ def test_hdr_is_what_zimg_makes_of_it(files, name):
 
 def test_transparent_pictures_are_shown_on_white(files):
     for name in ("alpha.webm", "alpha.mov", "alpha.gif"):
-        frame = decoding.scan(files / name).frame
+        frame = scanning.scan(files / name).frame
         picture = display.Display((120, 160)).picture(frame, 1.0)
         assert (picture[:, :, :70] == 255).all(), name
         assert (picture[:, :, 90:].float().std((1, 2)) > 20).all(), name
@@ -180,7 +181,7 @@ def test_damaged_pictures_are_left_out(files, name):
 
 def test_five_seconds_are_eighty_one_frames_at_sixteen(files):
     for name in ("five24.mp4", "five30.mp4"):
-        seen = decoding.scan(files / name)
+        seen = scanning.scan(files / name)
         assert videos.count_clips(seen.end - seen.start, 16, 81) == 1
         [(_, clip)] = videos.read_clips(files / name, seen.start, 16, 81, 0, 1, (16, 16))
         assert clip.shape == (81, 3, 16, 16)
@@ -191,19 +192,19 @@ def test_strange_names(files, tmp_path):
     for name in ("a:b.mp4", "100%.mp4", "ü 'quoted' \"x\".mp4", "-i.mp4", "line\nbreak.mp4", b"\xff\xfe.mp4"):
         path = tmp_path / (name if isinstance(name, str) else name.decode("utf-8", "surrogateescape"))
         path.write_bytes(plain)
-        assert decoding.scan(path).end == pytest.approx(1.333, abs=0.01)
+        assert scanning.scan(path).end == pytest.approx(1.333, abs=0.01)
 
 
 def test_what_is_no_film_is_said(files, tmp_path, monkeypatch):
     for name, reason in (("only_cover.mp3", "only cover art"), ("sound.wav", "no video stream")):
         with pytest.raises(decoding.Unusable, match=reason):
-            decoding.scan(files / name)
+            scanning.scan(files / name)
     (tmp_path / "x.mp4").write_bytes(b"\0" * 3000)
     with pytest.raises(decoding.Unusable, match="corrupt: "):
-        decoding.scan(tmp_path / "x.mp4")
+        scanning.scan(tmp_path / "x.mp4")
     monkeypatch.setattr(decoding, "MAX_PIXELS", 10_000)  # a picture of 32k x 32k is never decoded
     with pytest.raises(decoding.Unusable, match="too large: 160 x 120"):
-        decoding.scan(files / "plain.mp4")
+        scanning.scan(files / "plain.mp4")
 
 
 def test_a_look_says_why_a_file_cannot_be_opened_and_nothing_else(files, tmp_path, caplog):
@@ -238,7 +239,7 @@ def test_the_first_picture_alone_says_what_all_pictures_say(files):
 
     def told(video, quickly):
         try:
-            found = decoding._scan(video, quickly)
+            found = scanning._scan(video, quickly)
         except decoding.BROKEN as error:
             return decoding.reason_of(error)
         if found is None:
@@ -267,7 +268,7 @@ def test_our_own_videos_say_how_they_are_coloured(tmp_path):
     colours = torch.tensor(zoo.PATCHES[:8] / 255).float()
     video = colours.repeat_interleave(16, 0).repeat_interleave(2, 0).T[None, :, None, :].expand(6, 3, 64, -1)
     write_mp4(tmp_path / "v.mp4", video)
-    frame = decoding.scan(tmp_path / "v.mp4").frame
+    frame = scanning.scan(tmp_path / "v.mp4").frame
     assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (1, 1, 1, 1)
     shown = zoo.shown(tmp_path / "v.mp4", 1)[0][32, 16::32]
     assert np.abs(shown.astype(int) - zoo.PATCHES[:8]).max() <= 6  # crf 16

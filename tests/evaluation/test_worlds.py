@@ -10,7 +10,7 @@ from usv.config import ModelConfig, SettingError
 from usv.evaluation.clips import FLOOR_SEED, asked_clips, real_clips, requests
 from usv.evaluation.worlds import MovingThings, world_of
 from usv.metrics.motion import camera_motion
-from usv.metrics.recogniser import Recogniser, load_recogniser
+from usv.metrics.recogniser import Recogniser, load_recogniser, motions
 from usv.metrics.summary import measure_videos
 
 
@@ -69,7 +69,7 @@ def test_motion_is_the_things_own_beside_the_cameras(things):
     network.forward = lambda videos: (torch.zeros(len(videos), 12), cover[: len(videos)].mul(8).sub(4))
     frames = torch.stack([clip.frames for clip in clips]).float() / 255
     _, paths = network.recognise(frames, batch_size=len(frames))
-    found = network.motions(paths, camera_motion(frames))
+    found = motions(paths, camera_motion(frames))
     assert found == pairs
 
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from usv.models.forward import SparseTransformer
 from usv.sampling import comfyui
-from usv.sampling.checkpoint import CheckpointError, Student, fingerprint
+from usv.sampling.checkpoint import CheckpointError, Student
+from usv.sampling.fingerprint import fingerprint
 from usv.sampling.wan_file import wan_name
 from usv.sparse.grid import Tile
 from usv.sparse.plan import Rung, SparsityPlan, timestep_bins

@@ -10,31 +10,23 @@ the same budget, with a 95% interval that resamples clips.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from usv.config import ModelConfig
-from usv.cpu import keep_freed_memory
-from usv.evaluation.arguments import check
 from usv.evaluation.clips import held_out
-from usv.evaluation.evaluate import machine
+from usv.evaluation.of_student import keep, opened, settings_of, words
 from usv.evaluation.oracle import Judge
 from usv.evaluation.oracle_inputs import Errors, errors_of
-from usv.files import write_result
 from usv.models.forward import SparseTransformer
 from usv.policy.baselines import HandRulePolicy
 from usv.policy.dial import dial_of
 from usv.policy.fixed import uniform_plan
 from usv.sampling.budget import plan_at
 from usv.sampling.checkpoint import CheckpointError, Student, load_student, named
-from usv.sampling.generate import load_pipeline
 from usv.sparse.cost import ModelShape, plan_cost, rung_costs
 from usv.sparse.grid import tile_layout
 from usv.sparse.plan import SparsityPlan
-from usv.training.run import commit
 
 DIAL = "dial"
 BUDGETS = (0.15, 0.2, 0.28, 0.4, 0.6)
@@ -109,27 +101,19 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="folder of a student that carries damages")
+    parser = words(__doc__, ckpt="folder of a student that carries damages")
     parser.add_argument("--beside", action="append", default=[], help="[name=]folder of a student at its own budget; repeat for several")
-    parser.add_argument("--model", default="data/wan-mini")
-    parser.add_argument("--data", default="data/shards/camera", help="shards; their split val is used")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--clips", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
-    keep_freed_memory()
     try:
-        check(args)
-        pipe = load_pipeline(args.model)
-        dial = load_student(args.ckpt, pipe.transformer)
+        pipe, dial = opened(args)
         beside = {name: load_student(path, pipe.transformer) for name, path in named(args.beside).items()}
         for name, student in beside.items():
             check_beside(dial, name, student)
         for budget in args.budgets:  # before anything is computed
             plan_at(dial, dial.plan, budget)
-        s = dial.sampling
-        settings = ModelConfig(args.model, flow_shift=s["flow_shift"], guidance_scale=s["guidance_folded_in"], max_sequence_length=s["max_sequence_length"])
+        settings = settings_of(args.model, dial)
         (batch,), empty = held_out(args.data, args.clips, args.model, f"--clips: got {args.clips}, accepted: at most")
         teacher = SparseTransformer(pipe.transformer, dial.model.tile).eval().requires_grad_(False)
         judge = Judge(dial.model, teacher, batch, empty, settings, dial.plan.edges, 1000)
@@ -138,9 +122,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(table(rows))
-    if args.out is not None:
-        command = "python -m usv.compare_budgets " + " ".join(sys.argv[1:])
-        write_result(args.out, {"commit": commit(), "command": command, "machine": machine(), "clips": args.clips, "rows": rows}, indent=None)
+    keep(args.out, "compare_budgets", {"clips": args.clips, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from usv.metrics.fidelity import find_ffmpeg
 from usv.metrics.frechet import MIN_CLIPS
 from usv.patterns import PATTERNS
 from usv.patterns.processors import token_grid
-from usv.sampling.generate import Generation, best_place, generate, load_pipeline
+from usv.sampling.generate import Generation, best_place, generate, latent_size, load_pipeline
 from usv.sampling.patterns import PatternRecord, calls_report
 from usv.sparse.grid import TokenGrid
 
@@ -90,10 +90,7 @@ class Setup:
 
     def grid(self) -> TokenGrid:
         """The token grid of a video."""
-        pipe, m = self.pipe, self.model
-        frames = (m.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-        sides = (side // pipe.vae_scale_factor_spatial for side in (m.height, m.width))
-        return token_grid(pipe.transformer, torch.empty(1, 1, frames, *sides, device="meta"))
+        return token_grid(self.pipe.transformer, torch.empty(1, 1, *latent_size(self.pipe, self.model), device="meta"))
 
     def run(self, label: str, prompts: list[str], seeds: list[int], name: str | None = None, options: dict | None = None):
         """(Generation, PatternRecord or None) of a pattern, or of the dense model where name is None."""

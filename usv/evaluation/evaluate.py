@@ -43,7 +43,7 @@ from usv.metrics import features, frechet_distance
 from usv.metrics.frechet import MIN_CLIPS
 from usv.sampling.checkpoint import CheckpointError, Student, load_student, named
 from usv.sampling.decoder import load_decoder
-from usv.sampling.generate import best_place, load_pipeline
+from usv.sampling.generate import best_place, latent_size, load_pipeline
 from usv.sampling.ranks import Crew, join
 from usv.sampling.sampler import StudentScheduler
 from usv.sparse.cost import ModelShape, plan_cost
@@ -137,9 +137,7 @@ def _flops_ratio(pipe, model: ModelConfig, checkpoint) -> float:
     usv.enable(pipe, checkpoint.student if isinstance(checkpoint, Decoded) else checkpoint)
     student = pipe._usv.student
     shape = ModelShape.of(student.model.config, model.max_sequence_length)
-    side = pipe.vae_scale_factor_spatial
-    frames = (model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-    grid = student.model.grid_of((frames, model.height // side, model.width // side))
+    grid = student.model.grid_of(latent_size(pipe, model))
     ratio = 1 / plan_cost(student.executed_plan(), shape, tile_layout(grid, student.model.tile))
     usv.disable(pipe)
     return ratio

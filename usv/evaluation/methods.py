@@ -11,8 +11,8 @@ import usv
 from usv.config import ModelConfig
 from usv.sampling.checkpoint import Student
 from usv.sampling.decoder import TinyDecoder
-from usv.sampling.generate import Generation, generate, now, summed
-from usv.sampling.ranks import Crew
+from usv.sampling.generate import Generation, generate, latent_size, now, summed
+from usv.sampling.ranks import Crew, in_turn
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def generate_all(pipe, model: ModelConfig, methods: dict, prompts: list[str], se
         return None
     result = {}
     for name in methods:
-        turns = max(len(made[name]) for made, _ in everyone)  # batch k was made by process k mod their number
-        generations = [made[name][turn] for turn in range(turns) for made, _ in everyone if turn < len(made[name])]
+        generations = in_turn([made[name] for made, _ in everyone])
         runs = [run for _, theirs in everyone for run in theirs[name]] or [(1.0, 0.0)]
         density, merged = (sum(column) / len(runs) for column in zip(*runs))
         videos = torch.cat([g.videos for g in generations])
@@ -72,8 +71,7 @@ def generate_all(pipe, model: ModelConfig, methods: dict, prompts: list[str], se
 
 def forward_seconds(pipe, model: ModelConfig, methods: dict, batch_size: int, repeats: int = 7) -> dict[str, dict[str, float]]:
     """Seconds of one forward of one clip, quantiles over interleaved repeats, averaged over the sampler's timesteps."""
-    frames = (model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-    shape = (batch_size, pipe.transformer.config.in_channels, frames, *(side // pipe.vae_scale_factor_spatial for side in (model.height, model.width)))  # fmt: skip
+    shape = batch_size, pipe.transformer.config.in_channels, *latent_size(pipe, model)
     place = {"device": pipe.device, "dtype": pipe.transformer.dtype}
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(**place)
     text = torch.randn(batch_size, model.max_sequence_length, pipe.transformer.config.text_dim, **place)

@@ -16,10 +16,8 @@ A student whose policy decided its steps (policy.steps) is asked for these inste
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,23 +25,18 @@ from tqdm import tqdm
 
 from usv import flow
 from usv.config import ModelConfig
-from usv.cpu import keep_freed_memory
 from usv.evaluation import oracle_steps
-from usv.evaluation.arguments import check
 from usv.evaluation.clips import held_out
-from usv.evaluation.evaluate import machine
-from usv.files import write_result
+from usv.evaluation.of_student import keep, opened, settings_of, words
 from usv.models.forward import SparseTransformer
 from usv.objectives.regression import velocity_loss
 from usv.objectives.velocity import guided_velocity
 from usv.policy.fixed import uniform_plan
 from usv.policy.knapsack import choose, least_price
-from usv.sampling.checkpoint import CheckpointError, Student, load_student
-from usv.sampling.generate import load_pipeline
+from usv.sampling.checkpoint import CheckpointError, Student
 from usv.sparse.cost import ModelShape, plan_cost, rung_costs
 from usv.sparse.grid import tile_layout
 from usv.sparse.plan import DENSITY_LADDER, RUNGS, Rung, SparsityPlan, executed_densities
-from usv.training.run import commit
 
 
 class Judge:
@@ -161,26 +154,15 @@ def compare(settings: ModelConfig, student: Student, pipe, shards: str, weights:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="student folder")
-    parser.add_argument("--model", default="data/wan-mini")
-    parser.add_argument("--data", default="data/shards/camera", help="shards; their split val is used")
+    parser = words(__doc__)
     parser.add_argument("--weights", choices=("student", "teacher"), default="student")
     parser.add_argument("--batch-size", type=int, default=4, help="clips the damages are measured on, and as many they are not")
     parser.add_argument("--merge-layers", type=int, help="so many first layers may merge, as in policy.merge_layers")
     parser.add_argument("--most-density", type=float, default=1.0, help="bound on the mean density, as in policy.most_density")
-    parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
-    keep_freed_memory()
     try:
-        check(args)
-        pipe = load_pipeline(args.model)
-        student = load_student(args.ckpt, pipe.transformer)
-        s = student.sampling
-        settings = ModelConfig(
-            args.model, flow_shift=s["flow_shift"], guidance_scale=s["guidance_folded_in"], max_sequence_length=s["max_sequence_length"]
-        )
-        report = compare(settings, student, pipe, args.data, args.weights, args.batch_size, merge_layers=args.merge_layers, most_density=args.most_density)
+        pipe, student = opened(args)
+        report = compare(settings_of(args.model, student), student, pipe, args.data, args.weights, args.batch_size, merge_layers=args.merge_layers, most_density=args.most_density)
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     for name, row in report["rows"].items():
@@ -189,9 +171,4 @@ def main() -> None:
         print("the oracle's plan gains nothing over the uniform one" + (", the only choice" if len(report.get("subsets", [])) == 1 else ""))
     else:
         print(f"the learned plan has {report['gain']:.0%} of the oracle's gain over the uniform plan, on the {args.weights}'s weights")
-    if args.out is not None:
-        command = "python -m usv.oracle " + " ".join(sys.argv[1:])
-        try:
-            write_result(args.out, {"commit": commit(), "command": command, "machine": machine(), **report}, indent=None)
-        except OSError as error:
-            sys.exit(f"{type(error).__name__}: {error}")
+    keep(args.out, "oracle", report)

@@ -11,33 +11,24 @@ plan cannot have learned the noise it is judged on. gain = 1 − error / error o
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from usv.config import ModelConfig
-from usv.cpu import keep_freed_memory
-from usv.evaluation.arguments import check
 from usv.evaluation.clips import held_out
-from usv.evaluation.evaluate import machine
+from usv.evaluation.of_student import keep, opened, settings_of, words
 from usv.evaluation.oracle import Judge
 from usv.evaluation.oracle_terminal import alone, joint, rung_of
-from usv.files import write_result
 from usv.models.forward import SparseTransformer
 from usv.objectives.regression import velocity_loss
 from usv.policy.damage import STEPS, WIDTH
 from usv.policy.knapsack import plan_of
-from usv.sampling.checkpoint import load_student
-from usv.sampling.generate import load_pipeline
 from usv.sparse.cost import ModelShape, plan_cost, rung_costs
 from usv.sparse.grid import tile_layout
 from usv.sparse.plan import Rung, SparsityPlan
-from usv.training.run import commit
 
 Errors = Callable[[int, tuple[Rung, ...] | None, slice], np.ndarray]  # (bin, rungs, clips) -> weighted squared error of each of these clips
 
@@ -94,22 +85,14 @@ def compare(seen: Errors, unseen: Errors, clips: int, edges, layers: int, costs,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="student folder")
-    parser.add_argument("--model", default="data/wan-mini")
-    parser.add_argument("--data", default="data/shards/camera", help="shards; their split val is used")
+    parser = words(__doc__)
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--budget", type=float, help="default: the student's own cost")
     parser.add_argument("--merge-layers", type=int, help="so many first layers may merge")
-    parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
-    keep_freed_memory()
     try:
-        check(args)
-        pipe = load_pipeline(args.model)
-        student = load_student(args.ckpt, pipe.transformer)
-        s, plan = student.sampling, student.plan
-        settings = ModelConfig(args.model, flow_shift=s["flow_shift"], guidance_scale=s["guidance_folded_in"], max_sequence_length=s["max_sequence_length"])
+        pipe, student = opened(args)
+        plan, settings = student.plan, settings_of(args.model, student)
         (batch,), empty = held_out(args.data, args.clips, args.model, f"--clips: got {args.clips}, accepted: at most")
         teacher = SparseTransformer(pipe.transformer, student.model.tile).eval().requires_grad_(False)
         layout = tile_layout(student.model.grid_of(batch["latents"].shape), student.model.tile)
@@ -122,9 +105,7 @@ def main() -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     for name, row in report["rows"].items():
         print(f"{name:22} gain {row['gain']:+.1%} [{row['interval'][0]:+.1%}, {row['interval'][1]:+.1%}] at mean cost {row['cost']:.4f}")
-    if args.out is not None:
-        command = "python -m usv.oracle_inputs " + " ".join(sys.argv[1:])
-        write_result(args.out, {"commit": commit(), "command": command, "machine": machine(), **report}, indent=None)
+    keep(args.out, "oracle_inputs", report)
 
 
 if __name__ == "__main__":

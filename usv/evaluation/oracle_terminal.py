@@ -18,33 +18,26 @@ them was chosen on, compared by their ends' distance from the dense rollout's, p
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from usv import flow
-from usv.cpu import keep_freed_memory
-from usv.evaluation.arguments import check
 from usv.evaluation.clips import held_out
-from usv.evaluation.evaluate import machine
+from usv.evaluation.of_student import keep, opened, words
 from usv.evaluation.report.plots import curves
-from usv.files import write_result, write_text
+from usv.files import write_text
 from usv.policy import AXES
 from usv.policy.damage import FIRST, STEPS, WIDTH
 from usv.policy.fixed import uniform_plan
 from usv.policy.knapsack import plan_of
-from usv.sampling.checkpoint import load_student
-from usv.sampling.generate import load_pipeline
 from usv.sampling.sampler import renoise
 from usv.sparse.cost import ModelShape, plan_cost, rung_costs
 from usv.sparse.grid import tile_layout
 from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, RUNGS, Rung, SparsityPlan, bin_of
-from usv.training.run import commit
 
 Row = tuple[Rung, ...] | None
 Call = Callable[[torch.Tensor, float, Row], torch.Tensor]  # (x (B, …), timestep, rungs) -> velocity
@@ -222,22 +215,15 @@ def sampling_steps(student, steps: int | None) -> tuple[list[float], bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="student folder")
-    parser.add_argument("--model", default="data/wan-mini")
-    parser.add_argument("--data", default="data/shards/camera", help="shards; captions of their split val are used")
+    parser = words(__doc__, data="shards; captions of their split val are used", out="JSON to write, and a picture of the same name in SVG")
     parser.add_argument("--steps", type=int, help="of the solver, for a student of velocity distillation; default: its own")
     parser.add_argument("--clips", type=int, default=4, help="the damages are told from, and as many the plans are compared on")
     parser.add_argument("--cells", type=int, help="terminal damages measured; default: all")
     parser.add_argument("--budget", type=float, help="of the plans compared; default: the student's own")
     parser.add_argument("--merge-layers", type=int, help="so many first layers may merge")
-    parser.add_argument("--out", type=Path, help="JSON to write, and a picture of the same name in SVG")
     args = parser.parse_args()
-    keep_freed_memory()
     try:
-        check(args)
-        pipe = load_pipeline(args.model)
-        student = load_student(args.ckpt, pipe.transformer)
+        pipe, student = opened(args)
         (batch,), _ = held_out(args.data, 2 * args.clips, args.model, f"--clips: got {args.clips}, accepted: at most half of")
         noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(0))
         calls = [lambda x, t, row, text=text: student.model(x, torch.full((len(x),), t), text, row)[0] for text in batch["text"].chunk(2)]
@@ -251,9 +237,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(table(report))
+    keep(args.out, "damages", report)
     if args.out is not None:
-        command = "python -m usv.damages " + " ".join(sys.argv[1:])
-        write_result(args.out, {"commit": commit(), "command": command, "machine": machine(), **report}, indent=None)
         write_text(args.out.with_suffix(".svg"), plot(report))
 
 

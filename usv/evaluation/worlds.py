@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -38,22 +38,6 @@ class Asked(NamedTuple):
     labels: list[tuple]
 
 
-class World(Protocol):
-    """clip numbers of a seed are an endless stream; seeds 1 and 2 are training's."""
-
-    def requests(self, count: int) -> Asked:
-        """The same for every call; fewer are the first of more."""
-
-    def sampled(self, index: int, seed: int, model: ModelConfig) -> tuple[torch.Tensor, int]:
-        """Frames (T, 3, H, W) uint8 of a clip of the stream, and its subject."""
-
-    def made(self, labels: tuple, generator: torch.Generator, model: ModelConfig) -> torch.Tensor:
-        """Frames (T, 3, H, W) uint8 of a clip of these labels."""
-
-    def teller(self, real: torch.Tensor, subjects: Sequence[int]) -> Prototypes | Recogniser:
-        """What tells labels from clips; real clips and their subjects where it has to be built."""
-
-
 @cache
 def generator_of(name: str) -> ModuleType:
     """The script data/NAME.py as a module."""
@@ -62,21 +46,42 @@ def generator_of(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-class CameraMotion:
-    """A photograph under a moving camera."""
+class World:
+    """A world by its script; clip numbers of a seed are an endless stream, and seeds 1 and 2 are training's."""
+
+    name: str
 
     def __init__(self):
-        self.script = generator_of("camera_motion")
+        self.script = generator_of(self.name)
+
+    def sampled(self, index: int, seed: int, model: ModelConfig) -> tuple[torch.Tensor, int]:
+        """Frames (T, 3, H, W) uint8 of a clip of the stream, and its subject."""
+        clip = self.script.sample_clip(index, seed, model.num_frames, model.height)
+        return clip.frames, clip.subject
+
+    def requests(self, count: int) -> Asked:
+        """The same for every call; fewer are the first of more."""
+        raise NotImplementedError
+
+    def made(self, labels: tuple, generator: torch.Generator, model: ModelConfig) -> torch.Tensor:
+        """Frames (T, 3, H, W) uint8 of a clip of these labels."""
+        raise NotImplementedError
+
+    def teller(self, real: torch.Tensor, subjects: Sequence[int]) -> Prototypes | Recogniser:
+        """What tells labels from clips; real clips and their subjects where it has to be built."""
+        raise NotImplementedError
+
+
+class CameraMotion(World):
+    """A photograph under a moving camera."""
+
+    name = "camera_motion"
 
     def requests(self, count: int) -> Asked:
         """120 captions cover every subject with every motion; fewer still cover all subjects."""
         subjects, motions = len(self.script.SUBJECTS), len(self.script.MOTIONS)
         pairs = [(i % subjects, (i % subjects + i // subjects) % motions) for i in range(count)]
         return Asked([self.script.caption(*pair) for pair in pairs], [s for s, _ in pairs], [m for _, m in pairs], pairs)
-
-    def sampled(self, index: int, seed: int, model: ModelConfig) -> tuple[torch.Tensor, int]:
-        clip = self.script.sample_clip(index, seed, model.num_frames, model.height)
-        return clip.frames, clip.subject
 
     def made(self, labels: tuple, generator: torch.Generator, model: ModelConfig) -> torch.Tensor:
         speeds = list(self.script.SPEEDS)
@@ -87,11 +92,10 @@ class CameraMotion:
         return build_prototypes(real, subjects)
 
 
-class MovingThings:
+class MovingThings(World):
     """A thing that moves over a place under a moving camera."""
 
-    def __init__(self):
-        self.script = generator_of("moving_things")
+    name = "moving_things"
 
     def requests(self, count: int) -> Asked:
         """All things in turn; places, motions and cameras as a clip's are drawn, held-out triples among them."""
@@ -101,10 +105,6 @@ class MovingThings:
             labels.append((i % len(self.script.THINGS), place, motion, camera))
         return Asked([self.script.caption(*each) for each in labels], [x[0] for x in labels], [x[2:] for x in labels], labels)
 
-    def sampled(self, index: int, seed: int, model: ModelConfig) -> tuple[torch.Tensor, int]:
-        clip = self.script.sample_clip(index, seed, model.num_frames, model.height)
-        return clip.frames, clip.subject
-
     def made(self, labels: tuple, generator: torch.Generator, model: ModelConfig) -> torch.Tensor:
         return self.script.make_clip(*labels, generator, model.num_frames, model.height).frames
 
@@ -112,13 +112,13 @@ class MovingThings:
         return load_recogniser(ROOT / "data" / "moving-things" / "recogniser.safetensors")
 
 
-WORLDS = {"camera_motion": CameraMotion, "moving_things": MovingThings}
+WORLDS = {world.name: world for world in (CameraMotion, MovingThings)}
 
 
 def world_of(model: ModelConfig) -> World:
     """The world of a model folder. SettingError for one that is not known."""
     file = Path(model.path) / "usv.json"
-    name = json.loads(file.read_text()).get("world", "camera_motion") if file.is_file() else "camera_motion"
+    name = json.loads(file.read_text()).get("world", CameraMotion.name) if file.is_file() else CameraMotion.name
     if name not in WORLDS:
         raise SettingError(f"{file}: got world {name!r}, accepted: {' | '.join(WORLDS)}")
     return WORLDS[name]()

@@ -84,18 +84,6 @@ class Recogniser(torch.nn.Module):
             paths.append(centre / cover.sum((2, 3))[..., None].clamp_min(1e-6))
         return found, torch.cat(paths)
 
-    def motions(self, paths: torch.Tensor, content: torch.Tensor) -> list[tuple[int, int | None]]:
-        """(the thing's own, the camera's) of each clip, as labels of MovingThings; None: a camera motion that it has not.
-
-        paths: of `recognise`. content (B, 4): the background's motion over the clip (`camera_motion`).
-        """
-        time = torch.linspace(-0.5, 0.5, paths.shape[1])
-        travel = torch.einsum("btc,t->bc", paths, time) / time.square().sum()  # of a line of least squares
-        own = travel - (content[:, :2] + content[:, 2:3].expm1() * paths.mean(1))
-        size, axis = own.abs().max(1)
-        label = torch.where(size < OWN_TRAVEL, 0, 1 + 2 * axis + (own.gather(1, axis[:, None])[:, 0] > 0))
-        return [(mine, CAMERA.get(camera)) for mine, camera in zip(label.tolist(), classify_motion(content))]
-
     def save(self, path: Path, note: dict) -> None:
         """As safetensors in fp16, with a note (how it was trained, what it reaches) in the metadata."""
         weights = {name: value.half().contiguous() for name, value in self.state_dict().items()}
@@ -111,7 +99,20 @@ def load_recogniser(path: str | Path) -> Recogniser:
     return network.float().eval().requires_grad_(False)
 
 
+def motions(paths: torch.Tensor, content: torch.Tensor) -> list[tuple[int, int | None]]:
+    """(the thing's own, the camera's) of each clip, as labels of MovingThings; None: a camera motion that it has not.
+
+    paths: of `Recogniser.recognise`. content (B, 4): the background's motion over the clip (`camera_motion`).
+    """
+    time = torch.linspace(-0.5, 0.5, paths.shape[1])
+    travel = torch.einsum("btc,t->bc", paths, time) / time.square().sum()  # of a line of least squares
+    own = travel - (content[:, :2] + content[:, 2:3].expm1() * paths.mean(1))
+    size, axis = own.abs().max(1)
+    label = torch.where(size < OWN_TRAVEL, 0, 1 + 2 * axis + (own.gather(1, axis[:, None])[:, 0] > 0))
+    return [(mine, CAMERA.get(camera)) for mine, camera in zip(label.tolist(), classify_motion(content))]
+
+
 def told(network: Recogniser, videos: torch.Tensor, flow=None) -> tuple[list[int], list[tuple[int, int | None]]]:
     """Subjects and motions of clips (B, T, 3, H, W) in [0, 1]; flow: their `optical_flow`, where it is known."""
     subjects, paths = network.recognise(videos)
-    return subjects, network.motions(paths, camera_motion(videos, flow))
+    return subjects, motions(paths, camera_motion(videos, flow))

@@ -89,7 +89,6 @@ class Networks(Protocol):
     """What an objective may ask of the run."""
 
     edges: Sequence[float]
-    guide_timesteps: Sequence[float]  # of a guide of few steps, each of whose answers is where its flow ends; of others empty
     device: torch.device
     share: flow.Share
 

@@ -76,8 +76,7 @@ class TrajectoryObjective(Regression):
         ladder = random_rollout(self.settings.student_timesteps, generator)
         sigma = torch.full((len(start.noise),), ladder[-1] / 1000, device=networks.device)
         x = arrive(networks.sparse(start.prompt, lambda t: networks.rungs_at(t, generator)), start.noise, ladder)
-        solver_steps = 1 if networks.guide_timesteps else self.settings.solver_steps
-        x0 = flow_end(networks.guided(start.prompt), x, sigma, self.flow_shift, solver_steps)
+        x0 = flow_end(networks.guided(start.prompt), x, sigma, self.flow_shift, self.settings.solver_steps)
         return Point(x, sigma, start.prompt, start.noise, float(sigma[0]), flow.velocity_to(x, x0, sigma))
 
     def target(self, networks: Networks, point: Point, decisions, generator: torch.Generator) -> torch.Tensor:

@@ -22,7 +22,6 @@ from usv.models import lora
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
 from usv.sampling.fingerprint import check_base, quantised
-from usv.sampling.fingerprint import fingerprint as fingerprint
 from usv.sampling.record import CELL, CheckpointError, check_record, plan_of
 from usv.sampling.wan_file import read_record, read_tensors
 from usv.sparse.grid import Tile

@@ -42,6 +42,12 @@ def best_place() -> tuple[torch.dtype, str]:
     return (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
 
 
+def latent_size(pipe, model: ModelConfig) -> tuple[int, int, int]:
+    """(T, H, W) of a video's latents, by the codec of a pipeline."""
+    space = pipe.vae_scale_factor_spatial
+    return (model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1, model.height // space, model.width // space
+
+
 def load_pipeline(
     path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", text: bool = True, expert: str | None = None,
     kind: type[DiffusionPipeline] = WanPipeline,

@@ -10,6 +10,7 @@ one whoever makes it; processes that share one run the student with heads and to
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -56,6 +57,11 @@ class Crew:
         """End the process group; harmless where there is none."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def in_turn(made: Sequence[Sequence]) -> list:
+    """What every share made of its batches (`Crew.mine`), one list a share, in the order of the batches."""
+    return [each[turn] for turn in range(max(map(len, made))) for each in made if turn < len(each)]
 
 
 def join(sequence_parallel: int = 1) -> Crew:

@@ -16,14 +16,13 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from usv.config import SettingError
 from usv.models.families import family_of, family_or_none
 from usv.models.forward import run_forward
 from usv.patterns.processors import Attached, attached_to, unwrap
-from usv.patterns.processors.run import PatternRun
-from usv.patterns.protocol import CallStats, Text
+from usv.patterns.protocol import CallStats
 from usv.sampling.held import signature_of
 from usv.sampling.patterns import attending
 from usv.sparse.grid import Tile
@@ -83,7 +82,7 @@ def _share(attached: Attached, group: SequenceGroup) -> None:
     for blocks, block in layers:
         family.adapt(block, blocks.attention(block))
     run.record, attached.shared = partial(_record_mean, run.record, group), True
-    branches = [partial(_attend, run, places[id(blocks.attention(block))]) for blocks, block in layers]
+    branches = [partial(run.attend, places[id(blocks.attention(block))]) for blocks, block in layers]
     transformer.forward = MethodType(partial(_forward, branches=branches, group=group), transformer)
 
 
@@ -91,10 +90,6 @@ def _forward(transformer, *args, branches: Sequence[Callable], group: SequenceGr
     arguments: Mapping = dict(signature_of(type(transformer)).bind(*args, **kwargs).arguments)
     rows = Tile(1, 1, family_of(transformer).grid(transformer, arguments).w, cell=(1, 1, 2))  # tiles in the order of the pattern: row by row
     return run_forward(transformer, [None] * len(branches), rows, arguments, group=group, dense=branches)[0]
-
-
-def _attend(run: PatternRun, layer: int, q: Tensor, k: Tensor, v: Tensor, text: Text | None) -> Tensor:
-    return run.attend(layer, q, k, v, text)
 
 
 def _record_mean(record: Callable[[CallStats], None], group: SequenceGroup, call: CallStats) -> None:

@@ -24,7 +24,7 @@ from usv.policy.gumbel import GumbelPolicy
 from usv.sampling.budget import shape_of
 from usv.sampling.checkpoint import Student, load_student
 from usv.sampling.fingerprint import fingerprint
-from usv.sampling.generate import takes_image
+from usv.sampling.generate import latent_size, takes_image
 from usv.sparse.cost import ModelShape, rung_costs
 from usv.sparse.grid import Tile, tile_layout
 from usv.sparse.measured import device_name, read_costs
@@ -172,6 +172,8 @@ def warm_start(run: Run, config: TrainConfig) -> None:
                 f"objective.student_timesteps: got {o.student_timesteps}, accepted: some of {run.guide_timesteps}, since objective.guide is a "
                 f"student of few steps ({o.guide or o.init}), which is right at its own alone; or objective.guide=teacher"
             )
+        if run.guide_timesteps:
+            o.solver_steps = 1  # each of its answers is where its flow ends
         run.guide.model.to(run.device).eval().requires_grad_(False)
         run.guide.model.sequence_group = run.ranks.sequence
     if run.objective.needs.critic:
@@ -261,8 +263,7 @@ def prepare_folder(folder: Path, rank: int = 0) -> None:
 
 
 def _latent_shape(pipe, m) -> tuple[int, ...]:
-    space, time_ = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
     config = pipe.transformer.config
-    check_size(m, space, time_, sides_of(config))
+    check_size(m, pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal, sides_of(config))
     channels = getattr(config, "out_channels", None) or config.in_channels  # of what is denoised; conditions add to in_channels
-    return (channels, (m.num_frames - 1) // time_ + 1, m.height // space, m.width // space)
+    return channels, *latent_size(pipe, m)

@@ -37,22 +37,16 @@ def references(run: Run) -> list[tuple]:
         batch = next(iter(run.validation))
         x0, prompt = batch["latents"].to(run.device), run.prompt(batch)
         places = (torch.arange(len(x0)) + 0.5) / len(x0)
+        taught = run.guided if run.guide_timesteps else run.taught  # who adapts a student of few steps is held to that student
         for index in range(len(ladder or run.edges)):
             generator = torch.Generator().manual_seed(index)
             sigma = torch.full((len(x0),), ladder[index] / 1000) if ladder else run.levels(index, places)
             sigma = sigma.to(run.device)
             x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator).to(run.device), sigma)
             with alone(getattr(run.teacher, "student", run.teacher)):  # only rank 0 is here
-                wanted = torch.cat([wanted_there(run, x, s, asked) for x, s, asked in parts(run, x_t, sigma, prompt)])
+                wanted = torch.cat([run.objective.reference(taught(asked), x, s) for x, s, asked in parts(run, x_t, sigma, prompt)])
             run.references.append((f"t_{ladder[index]:.0f}" if ladder else f"bin_{index}", x_t, 1000 * sigma, prompt, wanted))
     return run.references
-
-
-def wanted_there(run: Run, x: torch.Tensor, sigma: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-    """What the student is to say of x at sigma: the objective's reference of the teacher, or a guide of few steps itself."""
-    if run.guide_timesteps:
-        return run.guided(prompt)(x, 1000 * sigma)
-    return run.objective.reference(run.taught(prompt), x, sigma)
 
 
 def parts(run: Run, *tensors: torch.Tensor | Prompt):

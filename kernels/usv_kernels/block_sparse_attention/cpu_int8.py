@@ -1,6 +1,6 @@
 """QK^T of int8 on a CPU whose integer units multiply it (VNNI): a quarter of the bytes to gather and three times the rate of fp32.
 
-    s_ij = scale * q_scale_i k_scale_j <q8_i, k8_j>,    q8, k8 as `low_precision.quantize` makes them
+    s_ij = scale * q_scale_i k_scale_j <q8_i, k8_j>,    q8, k8 as `low_precision` rounds them
 
 k8 and its scales are made once, a few thousand tokens at a time; q8 when its rows are taken, with one scale a work item, which is
 a query block or at most 256 rows of one. The int32 products of torch._int_mm lie in the buffer of the scores and become fp32 in place.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cpu_plan import Batch, Layout
 from .cpu_tensors import Scratch, key_units, longest
-from .low_precision import INT8_TOP
+from .low_precision import INT8_TOP, round_to
 
 AT_ONCE = 2048  # keys quantised at a time, so that their fp32 stays in cache
 
@@ -31,9 +31,7 @@ class Int8Logits:
                 here = slice(first, first + AT_ONCE)
                 x = source[here].to(dtype) - mean
                 self.longest = max(self.longest, longest(x))
-                torch.amax(x.abs(), -1, keepdim=True, out=scale[here])
-                scale[here].mul_(1 / INT8_TOP)
-                to[here].copy_(x.div_(scale[here].clamp(min=torch.finfo(dtype).tiny)).round_())
+                to[here], scale[here] = round_to(x, x.abs().amax(-1, keepdim=True), torch.int8)
         self.k_units, self.scale_units = key_units(keys, layout.kv_tile), key_units(scales, layout.kv_tile)
 
     def longest_key(self) -> float:

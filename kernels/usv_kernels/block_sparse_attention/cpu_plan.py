@@ -171,7 +171,7 @@ class Batch:
 
     lists: Tensor  # (n,) which lists
     rows: Rows
-    kv_index: Tensor  # (n * units,) what to gather of `cpu._key_units`
+    kv_index: Tensor  # (n * units,) what to gather of `cpu_tensors.key_units`
     kv_unit: int  # tokens of a unit: kv_tile, or 1 where a partial tile is listed
     sum_index: Tensor  # (n * tiles,) the tiles listed, where dK and dV are summed
     slot: Tensor | None  # (n, L) slot of each token, None in tile mode

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 
 from usv.config import ModelConfig
 from usv.evaluation.bench.measure import clocked, environment, now, overhead, quantiles
-from usv.evaluation.bench.sides import latent_shape
 from usv.sampling.checkpoint import Student, load_student
 from usv.sampling.enable import disable, enable
-from usv.sampling.generate import generate
+from usv.sampling.generate import generate, latent_size
 from usv.sparse.cost import ModelShape, dense_flops, rung_flops
 from usv.sparse.grid import tile_layout
 from usv.sparse.plan import Rung, layer_plan, merged_tokens
@@ -59,7 +58,7 @@ def watched(pipe, model: ModelConfig, student: Student | None):
     transformer = pipe.transformer
     config = transformer.config
     shape = ModelShape.of(config, model.max_sequence_length)
-    patches = [side // patch for side, patch in zip(latent_shape(pipe, model)[1:], config.patch_size)]
+    patches = [side // patch for side, patch in zip(latent_size(pipe, model), config.patch_size)]
     tokens = patches[0] * patches[1] * patches[2]
 
     def before(module, args):

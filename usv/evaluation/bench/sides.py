@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import WanPipeline
 
 from usv.config import ModelConfig
 from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import Student, load_student
+from usv.sampling.generate import latent_size
 from usv.sparse.attention import AttentionStats
 from usv.sparse.cost import ModelShape, rung_flops
 from usv.sparse.grid import Tile, TileLayout, tile_layout
@@ -60,19 +60,12 @@ class Inputs:
             return side.model(self.latents, timestep, self.text, side.rows[index])[1]
 
 
-def latent_shape(pipe: WanPipeline, model: ModelConfig) -> tuple[int, ...]:
-    """(C, T, H, W) of the model's size."""
-    frames = (model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-    space = pipe.vae_scale_factor_spatial
-    return pipe.transformer.config.in_channels, frames, model.height // space, model.width // space
-
-
 def pipeline_sides(
     pipe, model: ModelConfig, checkpoints: dict[str, str], densities, merges, batch_size: int
 ) -> tuple[list[Side], Inputs]:
     """Dense first, then one side a checkpoint, then every density with every merged fraction."""
     base = SparseTransformer(pipe.transformer, Tile(*model.tile, cell=tuple(model.cell))).to(pipe.device).eval()
-    shape = latent_shape(pipe, model)
+    shape = pipe.transformer.config.in_channels, *latent_size(pipe, model)
     weight = base.transformer.patch_embedding.weight  # diffusers keeps others in fp32 whatever the model's dtype
     inputs = Inputs.random(shape, batch_size, model.max_sequence_length, base.config.text_dim, weight)
     sides = [Side("dense", base, (TIMESTEP,), (None,))]

@@ -23,7 +23,7 @@ from usv.models.forward import SparseTransformer
 from usv.patterns import PATTERNS
 from usv.sampling.checkpoint import Student, twin
 from usv.sampling.enable import Record
-from usv.sampling.generate import generate
+from usv.sampling.generate import generate, latent_size
 from usv.sampling.held import hold
 from usv.sparse.grid import Tile, TokenGrid
 from usv.sparse.plan import DENSITY_LADDER, MERGE_LADDER, Rung, SparsityPlan, timestep_bins
@@ -147,9 +147,7 @@ def pattern(model: ModelConfig, name: str, density: float, impl: str = "auto") -
 
 def pattern_options(pipe: WanPipeline, model: ModelConfig, name: str, density: float) -> dict:
     """Options that execute `density`; only svg has to run a prompt for them, with a fifth of the steps."""
-    sides = (side // pipe.vae_scale_factor_spatial for side in (model.height, model.width))
-    shape = ((model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1, *sides)
-    grid = TokenGrid(*(side // patch for side, patch in zip(shape, pipe.transformer.config.patch_size)))
+    grid = TokenGrid(*(side // patch for side, patch in zip(latent_size(pipe, model), pipe.transformer.config.patch_size)))
     if name == "svg2":
         return {"density": density} | {each: min(count, grid.num_tokens // 4) for each, count in CLUSTERS.items()}
     short = replace(model, num_inference_steps=max(2, model.num_inference_steps // 5))

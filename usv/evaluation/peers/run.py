@@ -26,7 +26,7 @@ from usv.files import write_text
 from usv.metrics import evaluate_videos, features
 from usv.metrics.frechet import MIN_CLIPS
 from usv.sampling.generate import best_place, generate, load_pipeline
-from usv.sampling.ranks import Crew, join
+from usv.sampling.ranks import Crew, in_turn, join
 from usv.training.run import commit
 from usv.video import magnified, write_mp4
 
@@ -66,15 +66,15 @@ def run_methods(model: ModelConfig, methods: list[Method], clips: int, batch_siz
     the first has all results, the others get None."""
     pipelines, results = Pipelines(model.path), {method.name: Result() for method in methods}
     prompts = requests(model, clips).prompts
-    mine = crew.mine(clips, batch_size)[::batch_size]
+    mine = crew.mine(clips, batch_size)
     for method in methods:  # caches are built, settings are found and what cannot run says so, before anything is timed
         for size in {batch_size, clips % batch_size or batch_size} if method.compiles else {1}:
             first = prompts[:size]
             attempt(pipelines, model, method, first, list(range(len(first))), results[method.name], trial=True)
         if results[method.name].reason and crew.first:
             say(f"{method.name}: {results[method.name].reason}")
-    with tqdm(total=len(crew.mine(clips, batch_size)) * sum(r.reason is None for r in results.values()), unit="video", disable=not crew.first) as bar:
-        for start in mine:
+    with tqdm(total=len(mine) * sum(r.reason is None for r in results.values()), unit="video", disable=not crew.first) as bar:
+        for start in mine[::batch_size]:
             part = prompts[start : start + batch_size]
             for method in methods:
                 if results[method.name].reason is None:
@@ -90,8 +90,7 @@ def together(results: list[Result]) -> Result:
     reason = next((result.reason for result in results if result.reason is not None), None)
     if reason is not None:
         return Result(reason=reason)
-    turns = [(result, i) for i in range(max(len(r.videos) for r in results)) for result in results if i < len(result.videos)]  # batch k is of process k mod their number
-    each = {name: [getattr(result, name)[i] for result, i in turns] for name in ("videos", "seconds", "clips", "executed")}
+    each = {name: in_turn([getattr(result, name) for result in results]) for name in ("videos", "seconds", "clips", "executed")}
     return Result(**each, decode=sum(result.decode for result in results), forwards=max(result.forwards for result in results))
 
 

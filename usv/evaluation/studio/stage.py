@@ -16,7 +16,7 @@ from usv.evaluation.own import model_of, sized
 from usv.policy.dial import BudgetError, dial_of
 from usv.sampling.budget import plan_at
 from usv.sampling.checkpoint import Student, load_student, read_config
-from usv.sampling.generate import best_place, check_images, generate, load_pipeline
+from usv.sampling.generate import best_place, check_images, generate, latent_size, load_pipeline
 from usv.sparse.cost import ModelShape, plan_cost
 from usv.sparse.grid import tile_layout
 from usv.sparse.plan import SparsityPlan
@@ -49,12 +49,8 @@ class Stage:
         self.pipe, self.model, self.student = pipe, model, student
         self._dense: dict[tuple[str, int], Take] = {}
         self._lock = Lock()
-        config, channels = pipe.transformer.config, getattr(pipe.transformer.config, "out_channels", None) or pipe.transformer.config.in_channels
-        space = pipe.vae_scale_factor_spatial
-        frames = (model.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-        grid = student.model.grid_of((channels, frames, model.height // space, model.width // space))
-        self._layout = tile_layout(grid, student.model.tile)
-        self._shape = ModelShape.of(config, model.max_sequence_length, student.model.family.joint)
+        self._layout = tile_layout(student.model.grid_of(latent_size(pipe, model)), student.model.tile)
+        self._shape = ModelShape.of(pipe.transformer.config, model.max_sequence_length, student.model.family.joint)
         try:
             self.reach: tuple[float, float] | None = dial_of(student.policy, student.plan.edges).reach()
             self.fixed = None
