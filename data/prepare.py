@@ -33,15 +33,15 @@ import looking  # noqa: E402
 import shards  # noqa: E402
 from arguments import MOST_FPS, add_common, common  # noqa: E402
 from encoder import check_model, check_size  # noqa: E402
-from shard_plan import Job, Settings, load_plan, make_jobs, make_plan  # noqa: E402
-from sources import EXTENSIONS, find_videos  # noqa: E402
+from shard_plan import Job, Settings, Videos, load_plan, look_over, make_jobs, make_plan  # noqa: E402
+from sources import EXTENSIONS  # noqa: E402
 from writing import write_all  # noqa: E402
 
 from usv.training.shards import FORMAT, model_identity  # noqa: E402
 
 
-def run(settings: Settings, overwrite: bool = False, append: bool = False, looks: dict | None = None) -> dict:
-    """Write all that is missing of a folder; returns its index. looks: at the videos, where they were made before.
+def run(settings: Settings, overwrite: bool = False, append: bool = False, over: Videos | None = None) -> dict:
+    """Write all that is missing of a folder; returns its index. over: its videos, where they were looked at before.
 
     With `settings.buckets`, one folder for each size below `settings.out` and the clips nearest to it; returns the
     index of all their splits, keyed by `size/split`.
@@ -60,7 +60,7 @@ def run(settings: Settings, overwrite: bool = False, append: bool = False, looks
             for path in [settings.out / "index.json", settings.out / "plan.json", *settings.out.glob("*-?????.tar")]:
                 path.unlink(missing_ok=True)
         fresh = not (settings.out / "plan.json").exists()
-        plan = load_plan(settings, append, looks)
+        plan = load_plan(settings, append, over)
         if fresh and settings.videos:
             tell(plan, settings)
         jobs = make_jobs(plan)
@@ -94,12 +94,12 @@ def run_buckets(settings: Settings, overwrite: bool, append: bool) -> dict:
     """One folder of shards for each size that any clip is nearest to."""
     total: dict = {"splits": {}, "num_skipped": 0, "latent_shape": []}
     folders = [replace(own, out=settings.out / folder_of(own)) for own in (replace(settings, height=h, width=w) for h, w in settings.buckets)]
-    looks = None
+    over = None
     if overwrite or not all((own.out / "plan.json").exists() for own in folders):  # once for all sizes
-        looks = looking.look_at(find_videos(settings.videos, settings.caption)[0], settings)
+        over = look_over(settings)
     for own in folders:
         try:
-            index = run(own, overwrite, append, looks)
+            index = run(own, overwrite, append, over)
         except Empty as nothing:
             print(f"{own.out.name}: {nothing}", file=sys.stderr)
             continue
@@ -128,14 +128,14 @@ def look_only(settings: Settings) -> None:
     """--check: the summary, the contact sheet and skipped.jsonl, and no shards."""
     check(settings)
     sizes = settings.buckets or ((settings.height, settings.width),)
-    looks = looking.look_at(find_videos(settings.videos, settings.caption)[0], settings)
+    over = look_over(settings)
     for height, width in sizes:
         own = replace(settings, height=height, width=width)
         if settings.buckets:
             own = replace(own, out=settings.out / folder_of(own))
             print(f"{folder_of(own)}:", file=sys.stderr)
         own.out.mkdir(parents=True, exist_ok=True)
-        tell(make_plan(own, looks), own)
+        tell(make_plan(own, over), own)
 
 
 class Empty(ValueError):

@@ -86,16 +86,30 @@ class Job:
     clips: list[tuple[int, int, int]]
 
 
-def load_plan(settings: Settings, append: bool = False, looks: dict | None = None) -> dict:
+@dataclass(frozen=True)
+class Videos:
+    """The videos of a folder, what has to be left out of them, and a look at each: the same for all `buckets`."""
+
+    found: list[Source]
+    skipped: list[dict]
+    looks: dict[str, looking.Look]
+
+
+def look_over(settings: Settings) -> Videos:
+    found, skipped = find_videos(settings.videos, settings.caption)
+    return Videos(found, skipped, looking.look_at(found, settings))
+
+
+def load_plan(settings: Settings, append: bool = False, over: Videos | None = None) -> dict:
     """The plan of this folder, made now or by an earlier run of the same command. ValueError if that was another one.
 
-    `append` adds videos that were not there; `looks` are files already looked at (see looking.look_at).
+    `append` adds videos that were not there; `over`: the videos where they were looked at before.
     """
     path = settings.out / "plan.json"
     if not path.exists():
         if any(settings.out.glob("*.tar")):
             raise ValueError(f"{settings.out} holds shards but no plan.json; use another --out, or --overwrite")
-        plan = {"settings": settings.content(), **make_plan(settings, looks)}
+        plan = {"settings": settings.content(), **make_plan(settings, over)}
         shards.write_atomic(path, json.dumps(plan).encode())
         return plan
     plan = json.loads(path.read_text())
@@ -125,7 +139,7 @@ def load_plan(settings: Settings, append: bool = False, looks: dict | None = Non
                 raise ValueError(f"{settings.videos / source.file} {what} since {settings.out} was begun; {remedy}{more}")
             added.append(source)
         if added:
-            _extend(plan, settings, added, skipped)
+            _extend(plan, settings, Videos(added, skipped, looking.look_at(added, settings)))
             shards.write_atomic(path, json.dumps(plan).encode())
     return plan
 
@@ -167,7 +181,7 @@ def _seen(settings: Settings, source: Source, before: dict | None = None) -> dic
     return {"stamp": stamp, "content": content, "captions": source.captions, "labels": source.labels}
 
 
-def make_plan(settings: Settings, looks: dict | None = None) -> dict:
+def make_plan(settings: Settings, over: Videos | None = None) -> dict:
     """Sources with their split and windows, in order, the files that cannot be used, and all files seen."""
     if drawn := settings.camera_motion or settings.moving_things:
         sources = [{"windows": [[0.0, 1]]} for _ in range(drawn)]
@@ -175,19 +189,17 @@ def make_plan(settings: Settings, looks: dict | None = None) -> dict:
     if settings.teacher:
         sources = assign_splits(_prompt_sources(settings.teacher.prompts, settings), settings.split, settings.seed)
         return {"sources": sources, "skipped": [], "parts": [len(sources)]}
-    found, skipped = find_videos(settings.videos, settings.caption)
     plan = {"sources": [], "skipped": [], "seen": {}, "parts": []}
-    _extend(plan, settings, found, skipped, looks)
+    _extend(plan, settings, over or look_over(settings))
     return plan
 
 
-def _extend(plan: dict, settings: Settings, found: list[Source], skipped: list[dict], looks: dict | None = None) -> None:
+def _extend(plan: dict, settings: Settings, over: Videos) -> None:
     """Add videos to a plan: a part of their own, so that the shards before keep their clips."""
-    looks = looks if looks is not None else looking.look_at(found, settings)
-    seen = {source.file: _seen(settings, source) for source in found}
-    sources, skipped = [], list(skipped)
-    for source in found:
-        look = looks[source.file]
+    seen = {source.file: _seen(settings, source) for source in over.found}
+    sources, skipped = [], list(over.skipped)
+    for source in over.found:
+        look = over.looks[source.file]
         if look.reason:
             skipped.append(skip(source.file, look.reason))
             continue
@@ -205,7 +217,7 @@ def _extend(plan: dict, settings: Settings, found: list[Source], skipped: list[d
         sources = assign_splits(sources, settings.split, settings.seed + len(plan["parts"]))
     else:
         sources = [{**source, "split": "train"} for source in sources]
-    listed = {source.file for source in found}
+    listed = {source.file for source in over.found}
     plan["skipped"] = [line for line in plan["skipped"] if line["file"] in listed or line["file"] in plan["seen"]]
     known = {(line["file"], line["clip"], line["reason"]) for line in plan["skipped"]}
     plan["skipped"] += [line for line in skipped if (line["file"], line["clip"], line["reason"]) not in known]

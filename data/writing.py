@@ -15,12 +15,10 @@ import moving_things
 import shards
 import torch
 import videos
-from diffusers.utils.logging import disable_progress_bar
 from encoder import Encoder
 from safetensors.torch import save
 from shard_plan import Job, Settings
 from sources import skip
-from teacher import taught
 from tqdm import tqdm
 
 from usv.cpu import keep_freed_memory
@@ -36,6 +34,8 @@ def start_worker(settings: Settings, plan: dict, progress=None) -> None:
 
     `progress`: a queue that gets 1 for every clip that is done.
     """
+    from diffusers.utils.logging import disable_progress_bar
+
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -53,7 +53,12 @@ def write_job(job: Job) -> tuple[str, int, int]:
     """Write one shard; returns its name, samples and clips left out."""
     skipped: list[dict] = []  # filled while the samples are drawn, written after them
     settings = _worker["settings"]
-    found = samples(job, skipped) if settings.teacher is None else taught(settings, _worker["plan"], job, skipped, _worker["encoder"], _worker["done"])
+    if settings.teacher is None:
+        found = samples(job, skipped)
+    else:
+        from teacher import taught  # all of diffusers comes with it, and a look at videos needs none
+
+        found = taught(settings, _worker["plan"], job, skipped, _worker["encoder"], _worker["done"])
     count = shards.write_shard(settings.out / job.name, found, report=skipped)
     return job.name, count, len(skipped)
 

@@ -109,7 +109,10 @@ def check_low_precision(qk_dtype, pv_dtype, impl: str, tensors: tuple, proxy) ->
         require(multiplies_int8(), "qk_dtype", "torch.int8 on a CPU without VNNI", "qk_dtype=None, which is faster there")
 
 
-@torch.compiler.assume_constant_result
+# asked once: torch.compile then meets a constant, and `torch.compiler.assume_constant_result` would cost every import two seconds of dynamo
+_VNNI = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+
+
 def multiplies_int8() -> bool:
     """Whether this CPU has VNNI; without it torch's int8 product is a loop."""
-    return getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+    return _VNNI
