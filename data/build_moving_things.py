@@ -53,8 +53,8 @@ class Stage:
 
 
 STAGES = [
-    Stage("half size, every other frame", 48, 2, 240_000, 32, 2.0e-3, 4.0),
-    Stage("half size", 48, 1, 24_000, 32, 2.0e-3, 4.0),
+    Stage("half size, every other frame", 48, 2, 120_000, 32, 2.0e-3, 4.0),
+    Stage("half size", 48, 1, 8_000, 32, 2.0e-3, 4.0),
     Stage("full grid, every other frame", 96, 2, 48_000, 8, 1.5e-3, 4.0),
     Stage("full grid", 96, 1, 12_000, 8, 1.5e-3, 4.0, cooldown=True),
 ]
