@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_data import LENGTH, make_folder, same, take
+from shard_folders import LENGTH, make_folder, same, take
 
 from usv.training.buckets import Buckets, of_shape, open_shards
 from usv.training.data import DataError, ShardDataset
