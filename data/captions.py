@@ -19,6 +19,7 @@ import csv
 import io
 import json
 import os
+import re
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,7 @@ FILE_KEYS = ("file", "file_name", "filename", "file_path", "filepath", "video", 
 CAPTION_KEYS = ("caption", "text", "prompt", "captions", "prompts", "description")
 TABLES = ("captions", "metadata", "caption", "prompts")  # names whose tables must be readable; others are if they fit
 PAIRS = [(v, c) for v in ("videos.txt", "video.txt") for c in ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")]
+HALF = re.compile("[\ud800-\udfff]")  # half of an emoji, where a text was cut by a program that counts in UTF-16
 csv.field_size_limit((1 << 31) - 1)  # a caption may be longer than 131,072 letters
 
 
@@ -52,6 +54,11 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}; save it as UTF-8 (from another "
             f"encoding, e.g. iconv -f cp1252 -t utf-8)"
         ) from None
+
+
+def lines_of(path: Path) -> list[str]:
+    """Lines as editors and JSON Lines count them: str.splitlines ends one at U+2028, U+0085 and six others, which may stand in a caption."""
+    return read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def text_beside(path: Path) -> str:
@@ -90,8 +97,8 @@ def read_tables(folder: Path, folders: list[Path], known: set[str]) -> Table:
             _take(table, rows, path, folder, known)
         for videos, captions in PAIRS:
             if (place / videos).is_file() and (place / captions).is_file():
-                names = [line.strip() for line in read_text(place / videos).splitlines()]
-                texts = [line.strip() for line in read_text(place / captions).splitlines()]
+                names = [line.strip() for line in lines_of(place / videos)]
+                texts = [line.strip() for line in lines_of(place / captions)]
                 names, texts = _without_end(names), _without_end(texts)
                 if len(names) != len(texts):
                     raise ValueError(f"{place / videos} has {len(names)} lines and {captions} {len(texts)}; "
@@ -111,29 +118,39 @@ def _take(table: Table, rows: list, path: Path, folder: Path, known: set[str]) -
     """Add (name, caption or captions, labels) rows of one table."""
     if rows:
         table.sources.append(path.relative_to(folder).as_posix())
+    rows = [row for row in rows if row[0].strip()]  # lists of lines may have empty ones in the middle
+    found = {name: _beside(name, path.parent, folder, known) for name, *_ in rows}
+    sure = any(place in known for place in found.values())  # its paths count from its own folder
     for name, captions, labels in rows:
         captions = [captions] if isinstance(captions, str) else captions
-        row = table.rows.setdefault(_place(name, path.parent, folder, known), {"captions": []})
-        for caption in (" ".join(caption.split()) for caption in captions):
+        row = table.rows.setdefault(found[name] if sure else _place(name, path.parent, folder, known), {"captions": []})
+        for caption in (" ".join(HALF.sub("\ufffd", caption).split()) for caption in captions):
             if caption and caption not in row["captions"]:
                 row["captions"].append(caption)
         row.update(labels)
 
 
-def _place(name: str, beside: Path, folder: Path, known: set[str]) -> str:
-    """The plain name, relative to `folder`, of the video that a table in `beside` calls `name`."""
+def _beside(name: str, beside: Path, folder: Path, known: set[str]) -> str:
+    """The plain name, relative to `folder`, of what a table in `beside` calls `name`, whether it is there or not."""
     name = plain(name)
     whole = name if os.path.isabs(name) else os.path.normpath(os.path.join(beside.absolute(), name))
     for root in (folder.absolute(), folder.resolve()):
         inside = plain(os.path.relpath(whole, root))
         if inside in known:
             return inside
+    return name if os.path.isabs(name) else plain(os.path.relpath(whole, folder.absolute()))
+
+
+def _place(name: str, beside: Path, folder: Path, known: set[str]) -> str:
+    """Of a table none of whose paths is there as it stands: the plain name of the video it calls `name`."""
+    name, here = plain(name), plain(os.path.relpath(beside, folder))
     # a table written on another machine, or for the folder above: the longest end of the path that is here
     parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
     for first in range(len(parts)):
         end = "/".join(parts[first:])
-        if end in known:
-            return end
+        for place in (os.path.normpath(f"{here}/{end}"), end):  # beside the table before anywhere else
+            if place in known:
+                return place
     return name
 
 
@@ -142,7 +159,8 @@ def _json(path: Path, table: Table, own: bool):
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if isinstance(content, dict) and not _key(content, FILE_KEYS):
+    named = _key(content, FILE_KEYS) if isinstance(content, dict) else None
+    if isinstance(content, dict) and not isinstance(content.get(named), str):  # also {"videos": [...]}, whose key is a word for a file
         lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         if len(lists) == 1 and _key(lists[0][0], FILE_KEYS):
             content = lists[0]
@@ -155,7 +173,7 @@ def _json(path: Path, table: Table, own: bool):
 
 def _jsonl(path: Path, table: Table, own: bool):
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             try:
                 rows.append((number, json.loads(line)))
@@ -184,14 +202,16 @@ def _objects(rows, path: Path, table: Table, own: bool, what: str, numbers: list
 def _csv(path: Path, table: Table, own: bool):
     text = read_text(path)
     for delimiter in (",", ";", "\t"):
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
         try:
             names = {(name or "").strip().lower(): name for name in rows.fieldnames or ()}
             file = next((names[key] for key in FILE_KEYS if key in names), None)
             caption = next((names[key] for key in CAPTION_KEYS if key in names), None)
             if file and caption:
                 for row in rows:
-                    if row[file]:
+                    if any(part.strip() for part in row.get(None) or ()):
+                        table.skipped.append((path.name, f"unreadable: line {rows.line_num} has more columns than the first; a caption with {delimiter!r} in it stands in quotes"))
+                    elif row[file]:
                         yield row[file], row[caption] or "", {}
                 return
         except csv.Error as error:

@@ -22,6 +22,7 @@ JUMP = 10.0  # seconds by which stamps jump where two recordings were joined (FF
 LONGEST_HOLD = 30.0  # seconds for which one picture may stand before the next stamp is doubted
 JOINED = ("mpegts", "mpeg", "dvd", "vob")  # formats whose stamps may begin anew in the middle
 PICTURES = (av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails | av.stream.Disposition.still_image).value
+NOT_CODED = 8  # bytes that a packet of MPEG-4 has at most which only says that the picture before stays (vop_coded = 0)
 HIDDEN = ("vp8", "vp9", "av1")  # codecs with packets that show no picture
 
 
@@ -154,6 +155,8 @@ def _decoder(stream):
     if name and stream.metadata.get("alpha_mode") == "1" and name in av.codec.codecs_available:
         context = av.codec.CodecContext.create(name, "r")
         context.extradata = stream.codec_context.extradata
+    if context.name == "rawvideo" and context.pix_fmt == "bgra" and stream.container.format.name == "avi":
+        context.pix_fmt = "bgr0"  # Windows bitmaps of 32 bits do not use the fourth byte, which is 0 as a rule
     context.thread_count = 1  # --workers sets the number of busy cores
     context.options = {**context.options, "max_pixels": str(MAX_PIXELS)}
     return context
@@ -279,7 +282,7 @@ class Trust:
                 self.spoilt = "lost or damaged packets"
             if packet.is_keyframe and stamp is not None:
                 self.keys.add(stamp)
-            if packet.pts is not None and not packet.is_discard:
+            if packet.pts is not None and not packet.is_discard and not (self.codec == "mpeg4" and packet.size <= NOT_CODED):
                 insort(self.expected, packet.pts)
         frames, complaint = self._decode(packet)
         if complaint and (self.started or self.first_key is not None):

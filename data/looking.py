@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import videos
-from decoding import LONGEST_HOLD, TOLERANCE, Unusable
+from decoding import LONGEST_HOLD, TOLERANCE, Unusable, Video
 from display import cover, has_alpha, look, shown_size, turn
 from scanning import median, scan
 from tqdm import tqdm
@@ -96,7 +96,9 @@ def scene_cuts(path: Path, start: float) -> tuple[float, ...]:
     manager = SceneManager()
     manager.add_detector(ContentDetector())
     manager.detect_scenes(video)
-    return tuple(scene[0].get_seconds() for scene in manager.get_scene_list()[1:])
+    with Video(path) as film:  # PySceneDetect counts from the start that the container states, which may be no picture that is shown
+        stated = float((film.stream.start_time or 0) * film.stream.time_base)
+    return tuple(scene[0].get_seconds() + stated - start for scene in manager.get_scene_list()[1:])
 
 
 def nearest(shape: tuple[int, int], sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:

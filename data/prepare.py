@@ -40,7 +40,7 @@ from writing import write_all  # noqa: E402
 from usv.training.shards import FORMAT, model_identity  # noqa: E402
 
 
-def run(settings: Settings, overwrite: bool = False, append: bool = False, over: Videos | None = None) -> dict:
+def run(settings: Settings, overwrite: bool = False, append: bool = False, over: Videos | None = None, one_size: bool = False) -> dict:
     """Write all that is missing of a folder; returns its index. over: its videos, where they were looked at before.
 
     With `settings.buckets`, one folder for each size below `settings.out` and the clips nearest to it; returns the
@@ -50,14 +50,14 @@ def run(settings: Settings, overwrite: bool = False, append: bool = False, over:
     system does, RuntimeError when a worker process dies. Finished shards stay valid in all cases.
     """
     check(settings)
-    if settings.buckets and settings.out.name != folder_of(settings):
+    if settings.buckets and not one_size:
         return run_buckets(settings, overwrite, append)
     settings.out.mkdir(parents=True, exist_ok=True)
     with locked(settings.out):
         for path in settings.out.glob(shards.TEMPORARY):  # of a run that was killed; the lock says that none is alive
             path.unlink()
         if overwrite:
-            for path in [settings.out / "index.json", settings.out / "plan.json", *settings.out.glob("*-?????.tar")]:
+            for path in [*(settings.out / name for name in ("index.json", "plan.json", "empty.safetensors")), *settings.out.glob("*-?????.tar")]:
                 path.unlink(missing_ok=True)
         fresh = not (settings.out / "plan.json").exists()
         plan = load_plan(settings, append, over)
@@ -99,7 +99,7 @@ def run_buckets(settings: Settings, overwrite: bool, append: bool) -> dict:
         over = look_over(settings)
     for own in folders:
         try:
-            index = run(own, overwrite, append, over)
+            index = run(own, overwrite, append, over, one_size=True)
         except Empty as nothing:
             print(f"{own.out.name}: {nothing}", file=sys.stderr)
             continue
@@ -194,9 +194,11 @@ def finish(settings: Settings, plan: dict, jobs: list[Job]) -> dict:
             "index.json",
             *[job.name for job in jobs],
             "plan.json",
+            "empty.safetensors",
         ):  # so that mended videos are looked at anew
             (settings.out / name).unlink(missing_ok=True)
-        reasons = _count_reasons(skipped) or f"no video in {settings.videos} (accepted: {sorted(EXTENSIONS)})"
+        none = "no video has this shape" if settings.buckets and plan.get("seen") else f"no video in {settings.videos} (accepted: {sorted(EXTENSIONS)})"
+        reasons = _count_reasons(skipped) or none
         raise Empty(f"nothing to write: {reasons}; each file is listed in {settings.out / 'skipped.jsonl'}")
     given = {name: list(tensor.shape) for name, tensor in sorted(sample.items()) if name not in ("latents", "text")}
     index = {

@@ -125,7 +125,7 @@ def load_plan(settings: Settings, append: bool = False, over: Videos | None = No
     if settings.videos:
         found, skipped = find_videos(settings.videos, settings.caption)
         before, known = plan["seen"], {tuple(seen["content"]) for seen in plan["seen"].values()}
-        added = []
+        used, added = {entry["file"] for entry in plan["sources"]}, []
         for source in found:
             seen = before.get(source.file)
             now = _seen(settings, source, seen)
@@ -133,13 +133,17 @@ def load_plan(settings: Settings, append: bool = False, over: Videos | None = No
                 continue
             if seen is None and append and tuple(now["content"]) in known:
                 continue  # the same film under another name
-            if seen is not None or not append:
+            mended = seen is not None and append and source.file not in used
+            if (seen is not None and not mended) or not append:
                 what = "changed" if seen else "was added, or got its caption,"
                 more = "" if seen else "; --append adds it"
                 raise ValueError(f"{settings.videos / source.file} {what} since {settings.out} was begun; {remedy}{more}")
             added.append(source)
         if added:
             _extend(plan, settings, Videos(added, skipped, looking.look_at(added, settings)))
+            shards.write_atomic(path, json.dumps(plan).encode())
+        elif append and skipped != (others := [line for line in plan["skipped"] if line["file"] not in plan["seen"]]):
+            plan["skipped"] = [line for line in plan["skipped"] if line not in others] + skipped
             shards.write_atomic(path, json.dumps(plan).encode())
     return plan
 
@@ -213,12 +217,14 @@ def _extend(plan: dict, settings: Settings, over: Videos) -> None:
             skipped.append(skip(source.file, f"partly {left_out}"))
         sources.append({**vars(source), "start": look.start, "windows": windows, "sequential": look.sequential,
                         "oddities": look.oddities(settings, windows)})  # fmt: skip
-    if not plan["parts"] or len(sources) > 1:
-        sources = assign_splits(sources, settings.split, settings.seed + len(plan["parts"]))
-    else:
+    later = bool(plan["parts"]) and len(sources) <= len(settings.split)
+    alone = bool(settings.buckets) and len(sources) == 1 and count_clips(sources[0]) <= len(settings.split)
+    if later or alone:  # too few to share: a film or two that come later, or one that has a size to itself, are trained on
         sources = [{**source, "split": "train"} for source in sources]
+    else:
+        sources = assign_splits(sources, settings.split, settings.seed + len(plan["parts"]))
     listed = {source.file for source in over.found}
-    plan["skipped"] = [line for line in plan["skipped"] if line["file"] in listed or line["file"] in plan["seen"]]
+    plan["skipped"] = [line for line in plan["skipped"] if line["file"] in plan["seen"] and line["file"] not in listed]
     known = {(line["file"], line["clip"], line["reason"]) for line in plan["skipped"]}
     plan["skipped"] += [line for line in skipped if (line["file"], line["clip"], line["reason"]) not in known]
     plan["sources"] += sources

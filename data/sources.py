@@ -105,7 +105,8 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         entries = sorted(os.scandir(place), key=lambda entry: entry.name)
         # macOS leaves a ._clip.mp4 beside clip.mp4 on foreign disks; it is no video
         yield place, [e.name for e in entries if e.is_file() and not e.name.startswith("._")]
-        below = [e for e in entries if e.is_dir()]
+        # .ipynb_checkpoints holds yesterday's captions, .Trash-1000 deleted films, .cache what a hub's program notes of its files
+        below = [e for e in entries if e.is_dir() and not e.name.startswith(".")]
         waiting += [place / e.name for e in sorted(below, key=lambda e: e.is_symlink())]
 
 

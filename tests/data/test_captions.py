@@ -123,3 +123,52 @@ def test_accents_of_two_kinds(tmp_path):
     folder = folder_of(tmp_path, "cafe\u0301.mp4")  # as macOS writes it
     (folder / "captions.csv").write_text("file,caption\ncaf\u00e9.mp4,one\n", encoding="utf-8")
     assert os.listdir(folder) and list(found(folder)[0].values()) == ["one"]
+
+
+def test_a_comma_in_a_caption(tmp_path):
+    """After a blank a quote still quotes; without quotes the rest of the caption would be lost, so the line is named."""
+    folder = folder_of(tmp_path, "a.mp4", "b.mp4")
+    (folder / "captions.csv").write_text('file, caption\na.mp4, "a dog, on grass"\nb.mp4, a cat, on a mat\n')
+    captions, skipped = found(folder)
+    assert captions == {"a.mp4": "a dog, on grass"}
+    assert "line 3 has more columns than the first" in skipped[0]["reason"] and "no caption" in skipped[1]["reason"]
+
+
+@pytest.mark.parametrize("path", ["/w/dogs_512/1.mp4", "C:\\set\\dogs_512\\1.mp4", "1.mp4"])
+def test_a_table_speaks_of_its_own_folder_first(tmp_path, path):
+    folder = folder_of(tmp_path, "dogs/1.mp4", "1.mp4")
+    (folder / "1.txt").write_text("a house")
+    (folder / "dogs" / "captions.jsonl").write_text(json.dumps({"video_path": path, "caption": "a dog"}))
+    assert found(folder) == ({"1.mp4": "a house", "dogs/1.mp4": "a dog"}, [])
+
+
+def test_a_film_that_is_gone_gives_its_caption_to_no_other(tmp_path):
+    folder = folder_of(tmp_path, "dogs/1.mp4", "2.mp4")
+    (folder / "2.txt").write_text("a house")
+    (folder / "dogs" / "metadata.csv").write_text("file_name,text\n1.mp4,one dog\n2.mp4,two dogs\n")
+    captions, skipped = found(folder)
+    assert captions == {"2.mp4": "a house", "dogs/1.mp4": "one dog"}
+    assert [(line["file"], line["reason"][:7]) for line in skipped] == [("dogs/2.mp4", "missing")]
+
+
+def test_lines_end_where_editors_end_them(tmp_path):
+    folder = folder_of(tmp_path, "a.mp4", "b.mp4")
+    (folder / "captions.jsonl").write_text('{"file": "a.mp4", "caption": "a dog\u2028on grass"}\r\n{"file": "b.mp4", "caption": "cut in half \\ud83d"}\r\n', newline="")
+    assert found(folder) == ({"a.mp4": "a dog on grass", "b.mp4": "cut in half \ufffd"}, [])
+    (folder / "captions.jsonl").unlink()
+    (folder / "videos.txt").write_text("a.mp4\n\nb.mp4\n")
+    (folder / "prompts.txt").write_text("a dog\x85on grass\n\na cat\n")
+    assert found(folder) == ({"a.mp4": "a dog on grass", "b.mp4": "a cat"}, [])
+
+
+def test_rows_below_a_word_for_a_file(tmp_path):
+    folder = folder_of(tmp_path)
+    (folder / "metadata.json").write_text(json.dumps({"videos": [{"file_name": f, "text": t} for f, t in ROWS]}))
+    assert found(folder) == (WHOLE, [])
+
+
+def test_hidden_folders_are_passed_over(tmp_path):
+    folder = folder_of(tmp_path, "a.mp4", ".Trash-1000/files/old.mp4", ".cache/huggingface/a.mp4.metadata", ".ipynb_checkpoints/x.mp4")
+    (folder / "captions.csv").write_text("file,caption\na.mp4,a dog\n")
+    (folder / ".ipynb_checkpoints" / "captions-checkpoint.csv").write_text("file,caption\na.mp4,a dgo\n")
+    assert found(folder) == ({"a.mp4": "a dog"}, [])

@@ -230,8 +230,8 @@ class ShardDataset:
             batch["conditions"] = {name: torch.stack([given[name].float() for given in conditions]) for name in self.conditions}
         batch["index"] = torch.tensor(numbers)
         for label in ("subject", "motion"):
-            # people's own labels may be anything; only CameraMotion's are numbers of a class
-            if all(type(info.get(label)) is int for info in infos):
+            # people's own labels may be anything; only a world's are numbers of a class
+            if all(type(info.get(label)) is int and 0 <= info[label] < 1 << 31 for info in infos):
                 batch[label] = torch.tensor([info[label] for info in infos])
         return batch
 

@@ -41,13 +41,18 @@ def named_paths(source) -> list[Path | Remote]:
         if "://" in str(entry):
             paths.append(Remote(str(entry).rstrip("/")))
             continue
-        found = [Path(entry)] if Path(entry).exists() else [Path(p) for p in sorted(glob.glob(str(entry)))]
+        found = [Path(entry)] if Path(entry).exists() else [Path(p) for p in sorted(glob.glob(str(entry))) if not _gave_nothing(Path(p))]
         if not found:
             raise DataError(f"{entry}: no such folder or shard; make one with data/prepare.py")
         paths += found
     if not paths:
         raise DataError("no data folder given; name one made by data/prepare.py")
     return paths
+
+
+def _gave_nothing(path: Path) -> bool:
+    """Whether it is the folder of a size of --buckets that no clip was nearest to."""
+    return (path / "skipped.jsonl").exists() and not (path / "plan.json").exists() and not (path / "index.json").exists()
 
 
 def find_shards(source, split: str) -> tuple[list[Shard], dict[Path, dict]]:
