@@ -105,11 +105,12 @@ def step(run: Run, batch: dict):
     sigma = run.levels(index, flow.stratified_uniform(len(clips.latents), generator, run.share)).to(run.device)
     noise = flow.normal(clips.latents.shape, generator, run.share).to(run.device)
     middle = float(run.levels(index, torch.tensor([0.5]))[0])  # a clip may lie on the edge of its bin
+    target_cost = budget_at(run.step, config)
+    run.policy.set_budget(target_cost)  # the rollouts that make the point run at this step's budget, too
     with run.engine.autocast():
         point = objective.point(run, Point(flow.interpolate(clips.latents, noise, sigma), sigma, clips.prompt, noise, middle), generator)
 
     # 2. how sparse
-    target_cost = budget_at(run.step, config)
     decisions = run.decide(bin_of(1000 * point.level, run.edges), target_cost, generator, point.x, point.prompt.text)
     probes = {p.layer: Probe(p.other, run.half(decisions)) for p in decisions.probes}
 
@@ -152,10 +153,10 @@ def probe_step(run: Run, noise: torch.Tensor, prompt: Prompt, generator: torch.G
     steps = tuple(runs or i == bin for i, runs in enumerate(steps))
     rows = {i: run.rungs_at(edge, generator) for i, edge in enumerate(run.edges)}
     call, dense = run.sparse(prompt, lambda t: rows[bin_of(t, run.edges)]), run.sparse(prompt, lambda t: None)
-    judge = lambda x0: rollout.teacher_residual(  # noqa: E731
+    judge = lambda x0: run.ranks.mean([rollout.teacher_residual(  # noqa: E731
         x0, prompt.text, run.empty, run.teacher, run.config.model.guidance_scale, torch.Generator().manual_seed(seed), share=run.share, conditions=prompt.conditions
-    )
-    damages = run.ranks.mean(list(rollout.jump_damage(call, dense, judge, noise, run.edges, steps, bin)))
+    )])[0]  # the whole batch's: a mean of quotients is not the quotient of means
+    damages = rollout.jump_damage(call, dense, judge, noise, run.edges, steps, bin)
     if all(map(math.isfinite, damages)):  # one that is not would stay in the running means
         run.policy.observe_jump(bin, *damages, {i: row for i, row in rows.items() if steps[i]})
 

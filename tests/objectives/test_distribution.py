@@ -201,3 +201,16 @@ def test_the_critic_has_a_time_scale_of_its_own():
     assert [steps for _, steps in seen] == [0] * 6 + [1] * 3 + [2] * 3
     assert all(not torch.equal(a, b) for (a, _), (b, _) in zip(seen, seen[1:])) and not any(x0.requires_grad for x0, _ in seen)
     assert objective.critic.optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_a_step_of_the_critic_that_is_not_finite_is_skipped():
+    """Its weights would be lost for good, and saved so."""
+    critic = Critic(Line(), 1e-2, 1.0)
+    before = [p.detach().clone() for p in critic.parameters]
+    for value, moved in ((float("nan"), False), (float("inf"), False), (1.0, True)):
+        for p in critic.parameters:
+            p.grad = torch.full_like(p, value)
+        critic.step()
+        assert all(torch.isfinite(p).all() for p in critic.parameters)
+        assert any(not torch.equal(a, b) for a, b in zip(before, critic.parameters)) == moved
+        assert all(p.grad is None for p in critic.parameters)

@@ -94,6 +94,29 @@ def test_a_speedup_is_decoded_for_the_machine(record, tmp_path):
     assert all(r != Rung(1, 0) for row in plan_for(record[0], EDGES, budget=0.9, costs=slow).rungs for r in row), "slower than dense, and no better"
 
 
+def test_where_sparse_attention_is_dearer_than_dense(tmp_path):
+    """The cheapest rungs are then denser than what the student was trained to be: what can be reached is said, or that nothing can."""
+    policy = known(GumbelPolicy(EDGES, LAYERS, COSTS, input="none", most_density=0.25), torch.rand(3, LAYERS, 10, generator=seeded(), dtype=torch.float64))
+    record = {"name": "gumbel", **carried(policy, [0.6, 1.0])}
+
+    def dearer(by, merged):
+        def change(record):
+            for rung in record["rungs"]:
+                rung["extra_seconds"] = by * (rung["density"] < 1) - merged * rung["merged"]
+
+        return read_costs(costs_file(tmp_path / "costs.json", lambda r: (change(r), r.update(switch_seconds=dict.fromkeys(r["switch_seconds"], 0.0)))), {"device": "here"})
+
+    costs = dearer(0.05, 0.6)
+    for speedup in (1.05, 1.3):
+        plan = plan_for(record, EDGES, speedup=speedup, costs=costs)
+        assert costs.plan_cost(plan) <= 1 / speedup + 1e-6
+        assert sum(DENSITY_LADDER[r.density] for row in plan.rungs for r in row) / 3 / LAYERS <= 0.25 + 1e-9
+    with pytest.raises(BudgetError, match=r"speedup: got 1.7, accepted: 1 to 1\.\d"):
+        plan_for(record, EDGES, speedup=1.7, costs=costs)
+    with pytest.raises(BudgetError, match="no plan is as sparse as this student was trained to be"):
+        plan_for(record, EDGES, speedup=1.1, costs=dearer(0.5, 0.1))
+
+
 @pytest.mark.parametrize(
     "change, says",
     [

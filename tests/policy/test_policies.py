@@ -5,6 +5,7 @@ import torch
 from policy_cases import COSTS, EDGES, LAYERS, LAYOUT, SHAPE, known, seeded
 
 from usv.policy import AXES, Decisions, ProbeRequest
+from usv.policy.baselines import CalibrationPolicy
 from usv.policy.content import CONTENT
 from usv.policy.fixed import EntropyPolicy, StaticPolicy, uniform_plan
 from usv.policy.gumbel import GumbelPolicy
@@ -271,3 +272,13 @@ def test_an_axis_left_out_stays_dense(name, axis, kept):
     assert {getattr(r, kept) for r in rungs} == {0}
     assert len({getattr(r, axis) for r in rungs}) > 1
     assert plan_cost(policy.decode(0.6), SHAPE, LAYOUT) <= 0.6 + 1e-9
+
+
+@pytest.mark.parametrize("name", ["gumbel", "calibration"])
+def test_no_probe_where_none_is_asked_for_or_can_be(name):
+    policy = (GumbelPolicy if name == "gumbel" else CalibrationPolicy)(EDGES, LAYERS, COSTS, 3, axes=["merge"], merge_layers=1)
+    policy.set_budget(0.95)
+    for _ in range(20):
+        assert all(probe.layer == 0 and probe.axis == "merge" for probe in policy.decide(0, seeded(_)).probes)
+    if name == "gumbel":
+        assert GumbelPolicy(EDGES, LAYERS, COSTS, 0).decide(0, seeded()).probes == ()

@@ -8,7 +8,7 @@ from usv.config import TrainConfig
 from usv.policy.gumbel import GumbelPolicy
 from usv.sparse.cost import plan_cost, rung_costs
 from usv.sparse.plan import DENSITY_LADDER, RUNGS, Rung, timestep_bins
-from usv.training.build import least_cost
+from usv.training.feasible import least_cost
 
 
 def steps_of(policy, size):

@@ -19,6 +19,7 @@ CASES = {  # rungs of three layers, probe of layer 1, a timestep for each token,
     "dense": ((DENSE, DENSE, DENSE), None, False, False),
     "sparse": ((HALF, Rung(2, 0), DENSE), None, False, False),
     "merged": ((MERGED, MERGED, HALF), None, True, False),
+    "of a mass": ((Rung(2, 0, mass=0.4), Rung(2, 1, mass=0.6), DENSE), None, False, False),  # one threshold for the heads of both
     "probe": ((DENSE, MERGED, MERGED), Rung(3, 1), False, True),
     "probe of another fraction": ((Rung(1, 2), Rung(1, 2), DENSE), Rung(1, 1), True, True),
 }

@@ -79,3 +79,16 @@ def test_what_does_not_fit_is_refused(two, tmp_path):
     make_folder(tmp_path / "other", shape=(4, 1, 2, 2), max_sequence_length=LENGTH + 1)
     with pytest.raises(DataError, match="text_length is 6 in one and 7 in the other"):
         open_shards([two / "clips_a", tmp_path / "other"], 4)
+
+
+def test_other_shares_are_no_continuation(two):
+    """What the old ones had drawn would be caught up with: nothing but the other shape for a while."""
+    of = lambda *weights: open_shards([two / "clips_a", two / "clips_b"], 2, weights=weights, drop_text=0.0)  # noqa: E731
+    data = of(3.0, 1.0)
+    take(data, 8)
+    state = json.loads(json.dumps(data.state_dict()))
+    of(6.0, 2.0).load_state_dict(state)
+    with pytest.raises(DataError, match="shares of the latent shapes were"):
+        of(1.0, 3.0).load_state_dict(state)
+    state.pop("shares")
+    of(1.0, 3.0).load_state_dict(state)  # of an earlier version, which did not keep them

@@ -4,13 +4,15 @@ import pytest
 import tiny
 from runs import interrupt, same
 
+from usv.config import SettingError
+from usv.objectives.trajectory import TrajectoryObjective
 from usv.policy.dial import BudgetError
 from usv.sampling.budget import plan_at
 from usv.sampling.checkpoint import load_student
 from usv.sampling.generate import load_pipeline
 from usv.sparse.cost import ModelShape, plan_cost
 from usv.sparse.grid import tile_layout
-from usv.training.run import budget_at
+from usv.training.run import Run, budget_at
 
 
 def dial(config):
@@ -47,3 +49,23 @@ def test_one_checkpoint_serves_every_budget(make, watched, tmp_path, tiny_wan):
     watched(run("parts"), at={6: interrupt})
     _, parts, _ = watched(run("parts"))
     assert same(whole, parts), "resumed after the freeze it draws and decodes as it would have"
+
+
+def test_a_budget_that_no_plan_meets_is_refused_before_the_first_step(make, watched, tmp_path):
+    """It would end the run at its first validation, and again whenever it is resumed."""
+    config = dial(make(tmp_path / "run"))
+    config.policy.budgets = [0.05, 0.95]
+    with pytest.raises(SettingError, match=r"policy.budgets: got 0.05, but the sparsest plan still costs 0\.\d+"):
+        watched(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_rollouts_run_at_the_budget_of_their_step(make, watched, tmp_path, monkeypatch):
+    config, seen = dial(make(tmp_path / "run", steps=4)), []
+    o = config.objective
+    o.name, o.student_timesteps, o.solver_steps = "trajectory", [1000.0, 500.0], 2
+    make_start, decide = TrajectoryObjective.make, Run.decide
+    monkeypatch.setattr(TrajectoryObjective, "make", lambda self, run, *rest: (seen.append(run.policy.target), make_start(self, run, *rest))[1])
+    monkeypatch.setattr(Run, "decide", lambda run, bin, target, *rest: (seen.append(target), decide(run, bin, target, *rest))[1])
+    watched(config)
+    assert len(seen) == 8 and seen[::2] == seen[1::2] and len(set(seen)) > 1

@@ -115,6 +115,21 @@ def test_refusals_say_what_to_do():
         report(settings("runtime=ddp", "runtime.sequence_parallel=3", "dry_run_devices=4"))
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["policy.budget=0.01"], "policy.budget: got 0.01, but the sparsest plan still costs"),
+        (["policy.budgets=[0.01,0.6]"], "policy.budgets: got 0.01"),
+        (["policy.input=content", "optim.accumulate=2"], "policy.input: got content"),
+        (["optim.optimizer=muon", "runtime=zero2"], "optim.optimizer: got muon with runtime=zero2"),
+        (["policy.cost=/no/such.json"], "python -m usv.bench costs"),
+    ],
+)
+def test_what_a_run_refuses_has_no_price(words, said):
+    with pytest.raises(ValueError, match=said):
+        report(settings(*words))
+
+
 def test_checkpointing_keeps_one_block():
     shape = ModelShape(1536, 12, 8960, 30, 512)
     whole, cut = (activation_bytes(shape, 32760, True, c) for c in (False, True))

@@ -133,7 +133,8 @@ class Attend:
         if self.plan is None:
             return (self.dense or dense_attention)(q, k, v, text)
         num_kept, largest = self.bounds.shape[:2] if torch.compiler.is_compiling() else (self.plan.num_kept, self.largest)
-        options = (num_kept, gate, bias, self.impl, self.fine, largest, self.plan.mass, text)
+        group = None if self.shards is None else self.shards.group
+        options = (num_kept, gate, bias, self.impl, self.fine, largest, self.plan.mass, text, group)
         out, self.stats = sparse_attention(q, k, v, self.starts, self.sizes, *options)
         return out
 

@@ -134,8 +134,8 @@ class Critic:
     def step(self) -> None:
         """One step along the gradients that were added, clipped, the mean over processes."""
         self.average([p for p in self.parameters if p.grad is not None])  # of its gates none has one: it is dense
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        if torch.isfinite(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)):  # as the student's: one that is not is skipped on all
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def loss(self, x0: torch.Tensor, prompt: Prompt, taught: Velocity, generator: torch.Generator, share: flow.Share = flow.Share()) -> torch.Tensor:

@@ -91,7 +91,8 @@ class CalibrationPolicy(StaticPolicy):
                     fields[axis] += step
                     if 0 <= fields[axis] < AXES[axis] and not self.forbidden[layer, RUNGS.index(Rung(**fields))]:
                         options.append(ProbeRequest(layer, axis, Rung(**fields)))
-            probes.append(options[int(torch.randint(len(options), (1,), generator=generator))])
+            if options:  # a layer beyond merge_layers has none where density is not decided
+                probes.append(options[int(torch.randint(len(options), (1,), generator=generator))])
         return Decisions(bin, rungs, tuple(probes))
 
     def observe(self, decisions: Decisions, damages: Mapping[int, float], entropies: Mapping[int, float]) -> None:

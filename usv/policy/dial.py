@@ -52,6 +52,12 @@ class Dial:
     def _decode(self, budget: float) -> SparsityPlan:
         return knapsack.plan_of(self.edges, self.damage, self.costs, budget, self.densities, self.most_density)
 
+    def _within(self, budget: float) -> SparsityPlan | None:
+        try:
+            return self._decode(budget)
+        except ValueError:
+            return None
+
     def timed(self, costs: MeasuredCosts) -> Dial:
         """The same damages, costs being shares of the dense forward's seconds."""
         own = np.asarray(costs.rung_costs())
@@ -66,7 +72,14 @@ class Dial:
         """
         dial = self.timed(costs)
         least, most = dial._least(), float(dial.costs[0])
-        fastest = dial._decode(least)
+        if (fastest := dial._within(least)) is None:  # the cheapest rungs are denser than most_density
+            low, high = least, most
+            for _ in range(20):
+                middle = (low + high) / 2
+                plan = dial._within(middle)
+                low, high, least, fastest = (middle, high, least, fastest) if plan is None else (low, middle, middle, plan)
+        if fastest is None:
+            raise BudgetError(f"{name}: no plan is as sparse as this student was trained to be (most_density {self.most_density:g}) and cheaper than dense on this machine")
         bound = costs.plan_cost(fastest)
         if not bound <= share + 1e-9 <= most + 1e-9:
             accepted = f"{math.ceil(1e4 * bound) / 1e4:g} to 1 of the dense forward's seconds" if name == "budget" else f"1 to {math.floor(1e3 / bound) / 1e3:g}"

@@ -228,9 +228,9 @@ class GumbelPolicy:
         weights = torch.tensor(weights, dtype=torch.float64).clamp_min(1e-300)
         noise = -torch.rand(len(options), generator=generator, dtype=torch.float64).clamp_min(1e-300).log()
         for index in (noise / weights).argsort().tolist():  # Gumbel top-k, one a layer
-            chosen.setdefault(options[index].layer, options[index])
             if len(chosen) == self.probes:
                 break
+            chosen.setdefault(options[index].layer, options[index])
         return tuple(chosen.values())
 
     # ---- what is reported, and the plan ------------------------------------------------------------------------------

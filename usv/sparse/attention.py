@@ -19,6 +19,7 @@ import torch
 from usv_kernels import BlockSelection, block_pool, block_sparse_attention, select_top_k
 
 from usv.sparse.joint import Text, list_text, text_rows
+from usv.sparse.sequence_parallel import SequenceGroup, gather_heads, own_heads
 
 # Another fine branch: (q, k, v, density, key_bias or None), as below, -> (out, executed density). See `usv.patterns.planned`.
 Fine = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, float]]
@@ -53,6 +54,7 @@ def sparse_attention(
     largest: int = 0,
     mass: float = 0.0,
     text: Text | None = None,
+    group: SequenceGroup | None = None,
 ) -> tuple[torch.Tensor, AttentionStats]:
     """Sparse self-attention over blocks.
 
@@ -67,19 +69,19 @@ def sparse_attention(
         largest: bound on sizes that the host knows (`BlockSelection.q_max`): the GPU kernel then takes its flat loop. 0: none.
         mass: above 0, the best blocks of all rows and heads of a sample together are kept until they hold this share of its coarse map, at
             least one a row, instead of num_kept of every row (`kept_of_mass`).
-
         text: joint attention: q, k, v are (B, H, T + S, D) with these tokens of text, which every row of the video lists whole and whose
             rows are dense (`usv.sparse.joint`); blocks, gate and key_bias are of the video.
+        group: processes that have the other heads of these samples, which `mass` counts too.
 
     Returns:
         the shape of q and the statistics.
     """
     if text is not None:
-        return _joint(q, k, v, starts, sizes, num_kept, gate, key_bias, impl, fine, largest, mass, text)
+        return _joint(q, k, v, starts, sizes, num_kept, gate, key_bias, impl, fine, largest, mass, text, group)
     scores = _coarse_scores(q, k, starts, sizes)
     coarse_map = scores.float().softmax(-1)
     if fine is None:
-        selection = _select(scores, num_kept, mass, (starts, sizes, starts, sizes), largest)
+        selection = _select(scores, num_kept, mass, (starts, sizes, starts, sizes), largest, group)
         out, _ = block_sparse_attention(q, k, v, selection, key_bias=key_bias, impl=impl)
         stats = _stats(coarse_map.detach(), selection, uniform=not mass)
     else:
@@ -90,14 +92,14 @@ def sparse_attention(
     return out, stats
 
 
-def _joint(q, k, v, starts, sizes, num_kept, gate, key_bias, impl, fine, largest, mass, text: Text) -> tuple[torch.Tensor, AttentionStats]:
+def _joint(q, k, v, starts, sizes, num_kept, gate, key_bias, impl, fine, largest, mass, text: Text, group) -> tuple[torch.Tensor, AttentionStats]:
     """`sparse_attention` of a joint sequence."""
     if fine is not None:
         raise ValueError("fine: another fine branch does not run in joint attention or with tokens beside the grid; accepted: None")
     q_v, k_v, v_v = (text.video(x) for x in (q, k, v))
     scores = _coarse_scores(q_v, k_v, starts, sizes)
     coarse_map = scores.float().softmax(-1)
-    selection = _select(scores, num_kept, mass, (starts, sizes, starts, sizes), largest)
+    selection = _select(scores, num_kept, mass, (starts, sizes, starts, sizes), largest, group)
     if key_bias is not None:
         key_bias = text.join(key_bias, key_bias.new_zeros(*key_bias.shape[:2], text.num))
     columns = text.with_columns(key_bias, q_v.shape[2], len(q))
@@ -108,9 +110,11 @@ def _joint(q, k, v, starts, sizes, num_kept, gate, key_bias, impl, fine, largest
     return out, _stats(coarse_map.detach(), selection, uniform=not mass)
 
 
-def _select(scores: torch.Tensor, num_kept: int, mass: float, layout, largest: int) -> BlockSelection:
+def _select(scores: torch.Tensor, num_kept: int, mass: float, layout, largest: int, group: SequenceGroup | None) -> BlockSelection:
     if mass:
-        return select_top_k(scores, kept_of_mass(scores.detach(), mass), *layout, q_max=largest, kv_max=largest)
+        every = scores.detach() if group is None else gather_heads(scores.detach(), group)  # the share is one over all heads
+        kept = kept_of_mass(every, mass)
+        return select_top_k(scores, kept if group is None else own_heads(kept, group), *layout, q_max=largest, kv_max=largest)
     return select_top_k(scores, num_kept, *layout, q_max=largest, kv_max=largest)
 
 

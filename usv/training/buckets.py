@@ -115,15 +115,23 @@ class Buckets:
 
     def state_dict(self) -> dict:
         """The state of every bucket by its shape; equal on every rank."""
-        return {"buckets": {"x".join(map(str, shape)): b.state_dict() for shape, b in zip(self.shapes, self.buckets)}}
+        names = ["x".join(map(str, shape)) for shape in self.shapes]
+        return {"buckets": {name: b.state_dict() for name, b in zip(names, self.buckets)}, "shares": dict(zip(names, self.shares))}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a state, also one saved with another number of ranks. DataError where shapes, data or seed are others."""
-        then, now = state.get("buckets"), self.state_dict()["buckets"]
+        """Go on from a state, also one saved with another number of ranks. DataError where shapes, shares, data or seed are others."""
+        own = self.state_dict()
+        then, now = state.get("buckets"), own["buckets"]
         if then is None or then.keys() != now.keys():
             raise DataError(
                 f"cannot continue the data order: latent shapes were {'one' if then is None else list(then)} when the state was saved "
                 f"and are {list(now)} now; use the same data, or start a new run"
+            )
+        shares = state.get("shares", own["shares"])  # which earlier states do not say
+        if any(abs(shares[name] / sum(shares.values()) - own["shares"][name] / sum(own["shares"].values())) > 1e-9 for name in now):
+            raise DataError(
+                f"cannot continue the data order: shares of the latent shapes were {shares} when the state was saved and are {own['shares']} now, and what "
+                "was drawn by the old ones would be caught up with; use the same data.mix, or start a new run"
             )
         for bucket, name in zip(self.buckets, now):
             bucket.load_state_dict(then[name])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +15,6 @@ from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
 from usv.models.protocol import sides_of
 from usv.objectives.distribution import Critic, Head
-from usv.policy import allowed
 from usv.policy.baselines import CalibrationPolicy, HandRulePolicy
 from usv.policy.fixed import EntropyPolicy, StaticPolicy
 from usv.policy.gumbel import GumbelPolicy
@@ -28,11 +25,11 @@ from usv.sampling.generate import latent_size, takes_image
 from usv.sparse.cost import ModelShape, rung_costs
 from usv.sparse.grid import Tile, tile_layout
 from usv.sparse.measured import device_name, read_costs
-from usv.sparse.plan import RUNGS, Rung, SparsityPlan, executed_densities, timestep_bins
+from usv.sparse.plan import RUNGS, SparsityPlan, executed_densities, timestep_bins
 from usv.training.buckets import of_shape, open_shards
 from usv.training.data import ShardDataset
 from usv.training.engine import Engine, frozen_pipeline
-from usv.training.feasible import check_density, check_sharing, check_size
+from usv.training.feasible import check_budget, check_content, check_density, check_sharing, check_size
 from usv.training.ranks import Ranks
 from usv.training.run import Run
 from usv.training.shards import find_shards
@@ -76,16 +73,8 @@ def build(config: TrainConfig, accelerator, ranks: Ranks) -> Run:
     if config.policy.cost is not None:
         costs = measured_costs(config, student)
     run.costs, run.shape, run.layout = dict(zip(RUNGS, costs)), shape, layout
-    least = least_cost(config, run.costs, run.num_layers)
-    if config.policy.input == "content" and (run.share.world > 1 or config.optim.accumulate > 1):
-        raise SettingError(f"policy.input: got content on {run.share.world} processes in {config.optim.accumulate} parts, accepted: none | place, or one of each; clips of other processes and parts are not seen by the network")
-    share = config.policy.bins if config.policy.steps else 1  # a jumped step costs nothing, and one of them always runs
-    if config.policy.name != "inherit" and least / share > config.policy.budget:
-        lowest = math.ceil(1000 * least / share) / 1000
-        raise SettingError(
-            f"policy.budget: got {config.policy.budget}, but the sparsest plan still costs {lowest:.3f} of "
-            f"{'so many dense forwards as there are bins' if share > 1 else 'a dense forward'} at this size; accepted: {lowest:.3f} to 1"
-        )
+    check_content(config, run.share.world)
+    check_budget(config, run.costs, run.num_layers)
     split = float(flow.unshift_sigma(torch.tensor(m.boundary, dtype=torch.float64), m.flow_shift))
     run.span = {None: (0.0, 1.0), "high": (split, 1.0), "low": (0.0, split)}[m.expert]
     run.edges = timestep_bins(config.policy.bins, m.flow_shift, *run.span)
@@ -210,16 +199,13 @@ def refuse_other_kind(config: TrainConfig, start: Student) -> None:
         raise SettingError(f"objective.init: got adapters of {theirs}, accepted with lora={wanted}: the same")
     if config.optim.train == "router" and not start.router and config.policy.name != "inherit":
         raise SettingError(f"objective.init: got {config.objective.init}, whose weights a router does not take, accepted: a router's student, or with policy=inherit any, for its plan")
+    if config.policy.name == "inherit" and start.sampling.get("flow_shift", config.model.flow_shift) != config.model.flow_shift:
+        raise SettingError(
+            f"model.flow_shift: got {config.model.flow_shift:g} with policy=inherit, accepted: {start.sampling['flow_shift']:g}, that of {config.objective.init}, "
+            "at whose timesteps its plan changes"
+        )
     if start.sampling.get("expert") != config.model.expert:
         raise SettingError(f"objective.init: got a student of the expert {start.sampling.get('expert')}, accepted: of {config.model.expert}")
-
-
-def least_cost(config: TrainConfig, costs: Mapping[Rung, float], num_layers: int) -> float:
-    """Of a forward under the sparsest plan that `policy.axes` and `policy.merge_layers` allow, as a fraction of the dense one's."""
-    p = config.policy
-    merging = num_layers if p.merge_layers is None or p.name not in ("gumbel", "calibration") else min(p.merge_layers, num_layers)
-    least = lambda merge: min(cost for rung, cost in costs.items() if allowed(rung, p.axes) and (merge or not rung.merge))  # noqa: E731
-    return (merging * least(True) + (num_layers - merging) * least(False)) / num_layers
 
 
 def measured_costs(config: TrainConfig, student) -> list[float]:
@@ -245,10 +231,16 @@ def make_policy(config: TrainConfig, edges, num_layers: int, costs, num_blocks: 
         return CalibrationPolicy(edges, num_layers, costs, p.probes, axes=p.axes, merge_layers=p.merge_layers)
     if p.name == "entropy":
         return EntropyPolicy(edges, num_layers, costs, p.gamma, axes=p.axes)
-    return GumbelPolicy(
+    policy = GumbelPolicy(
         edges, num_layers, costs, p.probes, p.input, axes=p.axes, steps=p.steps,
         most_density=p.most_density, merge_layers=p.merge_layers, densities=executed_densities(num_blocks),
     )  # fmt: skip
+    for name, budget in [("policy.budget", p.budget), *(("policy.budgets", b) for b in p.budgets)]:
+        try:
+            policy.decode(budget)  # refuses at once what no plan reaches: with policy.cost the cheapest rung may be a dense one
+        except ValueError as error:
+            raise SettingError(f"{name}: got {budget}, which no plan of this size and these costs meets ({error})") from None
+    return policy
 
 
 def prepare_folder(folder: Path, rank: int = 0) -> None:

@@ -24,9 +24,11 @@ from usv.models.families import family_of
 from usv.models.protocol import sides_of
 from usv.objectives import make_objective
 from usv.sampling.record import numbers_of
-from usv.sparse.cost import ModelShape, block_flops, dense_flops
+from usv.sparse.cost import ModelShape, block_flops, dense_flops, rung_costs
 from usv.sparse.grid import Tile, TokenGrid, tile_layout
-from usv.training.feasible import check_density, check_sharing, check_size
+from usv.sparse.measured import read_costs
+from usv.sparse.plan import RUNGS
+from usv.training.feasible import check_budget, check_content, check_density, check_optimizer, check_sharing, check_size
 
 GIB = 2**30
 # name: (dense bf16 peak in TFLOP/s with fp32 accumulation, memory in GB), from the vendor's data sheets
@@ -190,7 +192,14 @@ def roles(config: TrainConfig, bf16: bool = True) -> tuple[list[Role], ModelShap
     check_sharing(config, family_of(network))
     grid = token_grid(config, sides_of(network.config))
     shape = ModelShape.of(network.config, config.model.max_sequence_length, family_of(network).joint)
-    check_density(config, tile_layout(grid, Tile(*config.model.tile)).num_blocks)
+    layout = tile_layout(grid, Tile(*config.model.tile, cell=tuple(config.model.cell)))
+    check_density(config, layout.num_blocks)
+    check_content(config, 1)
+    check_optimizer(config)
+    if config.policy.cost is None:
+        check_budget(config, dict(zip(RUNGS, rung_costs(shape, layout))), shape.num_layers)
+    else:
+        read_costs(config.policy.cost)  # that it is whole; it may be of another device
     tokens, sharing = grid.num_tokens, config.runtime.sequence_parallel
     if config.dry_run_devices % sharing:
         raise SettingError(

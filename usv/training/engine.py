@@ -16,6 +16,7 @@ from usv.config import SettingError, TrainConfig
 from usv.models.families import family_of
 from usv.sampling.generate import load_pipeline, single_precision_rope
 from usv.training.dry_run import meta_transformer, transformer_config
+from usv.training.feasible import check_optimizer
 from usv.training.optim import MuonAdamW
 from usv.training.ranks import Ranks, precision
 
@@ -72,10 +73,7 @@ def make_optimizer(config: TrainConfig, named: list) -> torch.optim.Optimizer:
     """What optim.optimizer names, over (name, parameter). SettingError where it is not installed or does not fit the runtime."""
     o = config.optim
     kind, parameters = torch.optim.AdamW, [p for _, p in named]
-    if o.optimizer != "adamw" and config.runtime.name.startswith("zero"):  # a partition is neither a matrix nor 8 bits
-        raise SettingError(
-            f"optim.optimizer: got {o.optimizer} with runtime={config.runtime.name}, accepted: adamw there, or runtime=single | ddp"
-        )
+    check_optimizer(config)
     if o.optimizer == "muon":
         return MuonAdamW(named, o.lr, tuple(o.betas), o.weight_decay)
     if o.optimizer == "adamw8bit":
