@@ -182,7 +182,8 @@ class Output:
         self.mine = crew.mine(len(texts), config.batch_size)
         self.kinds = {name: identity(config, name) for name in methods}
         self.run = hashed([self.kinds, texts, seeds])
-        self.report = {"run": self.run, "commit": commit(), "ckpt": config.ckpt, "ckpt_low": config.ckpt_low, "model": config.model.path, "image": config.image, "last_image": config.last_image, "methods": {}, "videos": []}
+        asked = {name: getattr(config, name) for name in ("ckpt", "ckpt_low", "budget", "speedup", "costs", "image", "last_image")}
+        self.report = {"run": self.run, "commit": commit(), "model": config.model.path, **asked, "methods": {}, "videos": []}
         self.seconds: dict[str, list[dict]] = {name: [] for name in methods}
         self.frames: dict[str, dict] = {name: {} for name in methods}
         if crew.first:
@@ -272,6 +273,9 @@ def identity(config: InferConfig, name: str) -> str:
     if name != "dense":
         students = [read_config(path) for path in (config.ckpt, config.ckpt_low) if path is not None]
         parts = [*parts[:-1], students, asdict(config.attention)]
+        if config.budget is not None or config.speedup is not None:
+            costs = None if config.costs is None else hashlib.sha256(Path(config.costs).read_bytes()).hexdigest()
+            parts.append([config.budget, config.speedup, costs])
     return hashed(parts)
 
 

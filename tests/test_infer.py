@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import dials
 import pytest
 import tiny
 import torch
@@ -46,6 +47,15 @@ def test_one_file_a_prompt_seed_and_student(ask, tmp_path):
     reports = [json.loads(p.read_text())["ckpt"] for p in (tmp_path / "videos").glob("infer*.json")]
     assert len(reports) == len(set(map(str, reports))) + 1 == 4, "each command's own report is kept"
     assert ask(ckpt=str(tmp_path / "b"), prompts=None, prompt="A cat!", seeds=2)["videos"] == runs[-1]["videos"], "the same command, the same files"
+
+
+def test_each_budget_of_a_dial_has_its_files(ask, tmp_path):
+    dials.save_dial(tmp_path)
+    runs = [ask(ckpt=str(tmp_path / "dial"), budget=budget, prompts=None, prompt="A cat!") for budget in (0.6, 0.9, 0.6)]
+    first, second, again = (Path(run["videos"][0]["path"]) for run in runs)
+    assert first == again != second and first.is_file() and second.is_file()
+    reports = [json.loads(p.read_text()) for p in (tmp_path / "videos").glob("infer*.json")]
+    assert {report["budget"] for report in reports} == {0.6, 0.9}
 
 
 def test_what_is_made_is_on_the_disk_and_not_in_memory(ask, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from usv.files import atomic_folder, checksum, replacing, settle
 from usv.models import lora
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
+from usv.patterns.processors import attached_to
 from usv.sampling.fingerprint import check_base, quantised
 from usv.sampling.record import CELL, CheckpointError, check_record, plan_of
 from usv.sampling.wan_file import read_record, read_tensors
@@ -66,7 +67,6 @@ def save_student(path: str | Path, student: Student) -> None:
         gates = {name: value for name, value in state.items() if name.startswith("gates.")}
         state = {**gates, **lora.diffusers_names(student.adapters)}
     elif student.router:
-        record["router"] = True
         state = {name: value for name, value in state.items() if name.startswith("gates.")}
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -102,6 +102,7 @@ def record_of(student: Student) -> dict:
         "sampling": student.sampling,
         "training": student.training,
         "policy": student.policy,
+        **({"router": True} if student.router else {}),
         **({} if student.base is None else {"base": student.base}),
     }
 
@@ -189,6 +190,8 @@ def _load(path: Path, record: dict, base: torch.nn.Module) -> Student:
     check_base(path, record, base, one)
     plan, tile = plan_of(record, config), Tile(*record["tile"], cell=tuple(record.get("cell", CELL)))
     transformer = twin(base) if frozen else type(base).from_config(base.config)
+    if (pattern := attached_to(transformer)) is not None:
+        pattern.undo()  # of a quantised base that is under one: its twin is, too
     layers = len(family_of(transformer).layers(transformer))
     if plan.num_layers != layers:
         raise CheckpointError(
@@ -235,7 +238,7 @@ def _place(model: SparseTransformer, tensors: dict, base: torch.nn.Module, devic
 
 def _place_gates(model: SparseTransformer, tensors: dict, base: torch.nn.Module, device) -> None:
     """The same where the transformer holds the tensors of a quantised base, which stay as they are."""
-    model.gates.load_state_dict({name.removeprefix("gates."): value for name, value in tensors.items()})
+    model.gates.load_state_dict({name.removeprefix("gates."): value for name, value in tensors.items() if name.startswith("gates.")})
     model.gates.to(device, next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)).requires_grad_(False)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -146,6 +147,7 @@ def enable(
         raise ValueError("enable: got neither of checkpoint and attention, accepted: one of them, or both: a student's plan "
                          "with the blocks of a pattern")  # fmt: skip
     if checkpoint is None:
+        check_own(pipe)
         check_pattern(pipe, attention, impl, **options)  # refuses before it changes
         return enable_pattern(disable(pipe), attention, impl, **options)
     if options and attention is None:
@@ -180,7 +182,7 @@ def enable(
                 logger.warning("usv: %s was compiled; the student runs uncompiled until pipe.%s.compile_repeated_blocks()", place, place)
             if (kind := quantised(bare(original))) is not None and quantised(held) is None:
                 logger.warning("usv: %s is quantised (%s), its student is in full precision; quantise pipe.%s again", place, kind, place)
-        pipe.__class__ = student_pipeline(type(pipe), students[0].sampling, students[0].model.family.guidance)
+        pipe.__class__ = student_pipeline(type(pipe), students[0].sampling, students[0].model.family.guidance, students[1].sampling if len(students) == 2 else None)
         pipe._usv = state
         set_fused(pipe, fused)
     return pipe
@@ -198,6 +200,7 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
     if not isinstance(pipe, DiffusionPipeline):
         raise CheckpointError(f"enable: got a {type(pipe).__name__}, accepted: {known}")
     originals = before.originals if isinstance(before, Enabled) else transformers_of(pipe)
+    check_own(pipe)
     for transformer in map(bare, originals.values()):
         name = f"enable: got a {type(pipe).__name__} with a {type(transformer).__name__}"
         if family_or_none(transformer) is None:
@@ -208,6 +211,17 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
             raise CheckpointError(f"{name} that is spread over processes (enable_parallelism), accepted: one that is whole; a student chooses among all tokens")
     if not originals:
         raise CheckpointError(f"enable: got a {type(pipe).__name__} without a transformer, accepted: {known}")
+
+
+def student_of_another(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline runs the student of one that it was made of (from_pipe)."""
+    return not isinstance(getattr(pipe, "_usv", None), Enabled) and any(hasattr(bare(transformer), "_planned") for transformer in transformers_of(pipe).values())
+
+
+def check_own(pipe: DiffusionPipeline) -> None:
+    """CheckpointError for a pipeline that runs another's student."""
+    if student_of_another(pipe):
+        raise CheckpointError(f"enable, disable: got a {type(pipe).__name__} that was made (from_pipe) of an enabled pipeline and runs its student, accepted: that pipeline, or from_pipe again after usv.disable of it")
 
 
 @contextmanager
@@ -249,8 +263,22 @@ def _same_storage(original: torch.nn.Module, held: torch.nn.Module) -> None:
         c = hook.config
         held.enable_group_offload(
             c.onload_device, c.offload_device, c.offload_type.value, c.num_blocks_per_group, c.non_blocking, c.stream is not None,
-            c.record_stream, c.low_cpu_mem_usage, c.offload_to_disk_path,
+            c.record_stream, c.low_cpu_mem_usage, None if c.offload_to_disk_path is None else tempfile.mkdtemp(prefix="usv-", dir=c.offload_to_disk_path),
         )  # fmt: skip
+
+
+@contextmanager
+def read_back(bases: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Inside, weights that group offload has put on the disk are in memory."""
+    registries = [module._diffusers_hook for base in bases for module in base.modules() if hasattr(module, "_diffusers_hook")]
+    groups = {id(hook.group): hook.group for registry in registries if (hook := registry.get_hook("group_offloading")) is not None and hook.group.offload_to_disk_path}
+    for group in groups.values():
+        group.onload_()
+    try:
+        yield
+    finally:
+        for group in groups.values():
+            group.offload_()
 
 
 def _students(pipe: DiffusionPipeline, checkpoint) -> tuple[Student, ...]:
@@ -262,7 +290,8 @@ def _students(pipe: DiffusionPipeline, checkpoint) -> tuple[Student, ...]:
         wanted = "two, (HIGH, LOW), for a pipeline of two experts" if len(bases) == 2 else "one, for a pipeline of one transformer"
         raise CheckpointError(f"enable: got {len(given)} checkpoint(s), accepted: {wanted}")
     bases = [bare(base) for base in bases]
-    students = tuple(c if isinstance(c, Student) else load_student(c, base) for c, base in zip(given, bases))
+    with read_back(bases):
+        students = tuple(c if isinstance(c, Student) else load_student(c, base) for c, base in zip(given, bases))
     fused = before.fused if isinstance(before, Enabled) else fused_loras(pipe)
     check_unloaded(pipe, [bare(t) for t in transformers_of(pipe).values()], fused, whole=not all(student.on_base for student in students))
     for student, base in zip(students, bases):
@@ -285,6 +314,11 @@ def _students(pipe: DiffusionPipeline, checkpoint) -> tuple[Student, ...]:
     if len(bases) == 2:
         boundaries = [pipe.config.boundary_ratio, *(student.sampling.get("boundary") for student in students)]
         sizes = [[student.sampling.get(key) for key in ("height", "width", "num_frames")] for student in students]
+        for name in ("student_timesteps", "flow_shift"):
+            if (found := [student.sampling.get(name) for student in students])[0] != found[1]:
+                raise CheckpointError(f"enable: got students of the {name} {found}, accepted: one for both experts")
+        if len({folded(student.sampling) for student in students}) > 1:
+            raise CheckpointError("enable: got a student with guidance folded in and one of a router (optim.train=router), which has it not, accepted: two of a kind")
         if len(set(boundaries)) > 1 or sizes[0] != sizes[1]:
             raise CheckpointError(
                 f"enable: got boundaries {boundaries} of pipeline and students, sizes {sizes}; accepted: one boundary, one size"
@@ -296,6 +330,7 @@ def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Undo `enable`; harmless when nothing is enabled."""
     state = getattr(pipe, "_usv", None)
     if not isinstance(state, Enabled):
+        check_own(pipe)
         return disable_pattern(pipe)
     with offload_kept(pipe):
         pipe.__class__ = state.original_class
@@ -311,6 +346,8 @@ def summary(pipe: DiffusionPipeline) -> str:
     """A few lines that a person can read: what is enabled and what it has executed."""
     state = getattr(pipe, "_usv", None)
     if not isinstance(state, Enabled):
+        if student_of_another(pipe):
+            return "usv: not enabled; the pipeline was made of an enabled one and runs its student"
         state = pattern_of(pipe)
         return "usv: not enabled; the pipeline runs its own dense transformer" if state is None else pattern_summary(state)
     plans, record = [student.plan for student in state.students], state.record

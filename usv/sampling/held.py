@@ -49,6 +49,8 @@ class Planned:
     group: SequenceGroup | None = None
     timesteps: tuple[float, ...] = ()
     sampler: StudentScheduler | None = None
+    called: bool = False
+    latest: tuple | None = None
 
 
 NEAR = 4.0  # of 1000: timesteps in bf16 are that coarse
@@ -71,6 +73,8 @@ def _forward(self, *args, **kwargs):
     now = float(family_of(self).flow_timestep(self, timestep).max())  # per token (TI2V), given frames have 0
     if planned.timesteps and min(abs(now - t) for t in planned.timesteps) > NEAR:
         raise CheckpointError(f"scheduler: got the timestep {now:g}, accepted: {list(planned.timesteps)}, the few-step student's own; its scheduler is the one that usv.enable brings")
+    if planned.folded and not planned.called:
+        check_unguided(planned, arguments)
     rungs = None if planned.plan is None else planned.plan.at(now)
     if planned.fine is not None:
         planned.fine.begin(family_of(self).grid(self, arguments), timestep)
@@ -84,9 +88,18 @@ def _forward(self, *args, **kwargs):
     return out
 
 
+def check_unguided(planned: Planned, arguments: dict) -> None:
+    """CheckpointError where a pipeline that was made of an enabled one (from_pipe) asks for guidance: the same latents with two texts, at once or one after the other."""
+    x, text, half = arguments["hidden_states"], arguments["encoder_hidden_states"], len(arguments["hidden_states"]) // 2
+    twice = len(x) == 2 * half and torch.equal(x[:half], x[half:]) and not torch.equal(text[:half], text[half:])
+    before, planned.latest = planned.latest, (x, text)
+    if twice or before is not None and before[0] is x and before[1] is not text:
+        raise CheckpointError("guidance: got two texts for the same latents, accepted: guidance_scale=1.0; guidance is folded into the student's weights")
+
+
 @contextmanager
 def _cache_context(self, name: str, **kwargs):
-    if name == "uncond" and self._planned.folded:  # also a pipeline that was made of an enabled one (from_pipe) comes by here
+    if name in ("uncond", "pred_uncond") and self._planned.folded:  # also a pipeline that was made of an enabled one (from_pipe) comes by here
         raise CheckpointError(f"guidance: got a second forward a step ({name}), accepted: guidance_scale=1.0; guidance is folded into the student's weights")
     with type(self).cache_context(self, name, **kwargs):
         yield
@@ -132,6 +145,10 @@ def hold(student: Student, record, impl: str = "auto", fine: PlannedPattern | No
     model, transformer = student.model, student.model.transformer
     held = twin(transformer)
     held.__dict__["_modules"]["usv_gates"] = twin(model.gates)
+    if shared:  # casts, moves and offloads write into parameters: somebody else has these
+        for module in held.modules():
+            own = {n: nn.Parameter(p.detach(), requires_grad=False) for n, p in module._parameters.items() if type(p) is nn.Parameter}
+            module._parameters.update(own)
     # Of the very class: from_pipe compares types, a pipeline's config names them. So what it does differently is its own, not its class's.
     held.__dict__.update({name: MethodType(function, held) for name, function in METHODS.items()})
     length = student.sampling.get("max_sequence_length") if model.family.zero_padded else None

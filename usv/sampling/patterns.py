@@ -130,6 +130,8 @@ class PipelineProgress:
         step = getattr(scheduler, "step_index", None)
         if step is None:  # before the first step, which need not be the schedule's first (video to video)
             step = getattr(scheduler, "begin_index", None)
+        if step is not None and step >= len(timesteps):
+            raise ValueError("scheduler: got a forward after the last step of the enabled pipeline's, accepted: usv.enable of the pipeline that is called, which has a scheduler of its own")
         if step is None:
             # Per-token timesteps (image to video) are zero where the image is: the largest is the step's.
             now = timestep.float().max().to(timesteps.device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from diffusers import DiffusionPipeline
 
@@ -26,7 +27,26 @@ def folded(sampling: Mapping) -> bool:
     return "guidance_scale" not in sampling
 
 
-def student_pipeline(base: type, sampling: dict, guidance: Mapping[str, float]) -> type:
+@contextmanager
+def alone(pipe: DiffusionPipeline, unguided: bool) -> Iterator[None]:
+    """A call of an enabled pipeline itself, which has checked its arguments; one of whose parts asks for guidance does not where it is folded in."""
+    guider = getattr(pipe, "guider", None) if unguided else None
+    own = getattr(guider, "_enabled", False)
+    planned = [held._planned for held in (getattr(getattr(pipe, place), "_orig_mod", getattr(pipe, place)) for place in pipe._usv.originals)]
+    for each in planned:
+        each.called = True
+    if own:
+        guider.disable()
+    try:
+        yield
+    finally:
+        for each in planned:
+            each.called = False
+        if own:
+            guider.enable()
+
+
+def student_pipeline(base: type, sampling: dict, guidance: Mapping[str, float], low: Mapping | None = None) -> type:
     """A subclass of the pipeline whose call has the student's defaults. guidance: see `Family`."""
     signature = inspect.signature(base.__call__)
 
@@ -44,6 +64,8 @@ def student_pipeline(base: type, sampling: dict, guidance: Mapping[str, float]) 
         if given.get("negative_prompt") and folded(sampling):
             logger.warning("usv: negative_prompt is not used: guidance is folded into the student's weights")
         defaults = unguided(signature, guidance) if folded(sampling) else {"guidance_scale": sampling["guidance_scale"]}
+        if not folded(sampling) and low is not None:
+            defaults["guidance_scale_2"] = low["guidance_scale"]
         defaults |= {key: sampling.get(key) for key in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length")}
         defaults = {key: value for key, value in defaults.items() if value is not None and key in signature.parameters}
         given = {**defaults, **given}
@@ -51,7 +73,8 @@ def student_pipeline(base: type, sampling: dict, guidance: Mapping[str, float]) 
             logger.warning("usv: %s", note)
         if given.get("num_frames") is not None:
             given["num_frames"] = frames_argument(self, given["num_frames"])
-        return base.__call__(self, **given)
+        with alone(self, folded(sampling)):
+            return base.__call__(self, **given)
 
     def save_pretrained(self, *args, **kwargs):
         """The pipeline as it is without the student; `usv.export` writes one with it."""
