@@ -252,7 +252,7 @@ def contact_sheet(plan: dict, settings, path: Path, clips: int = 12, pictures: i
         files.add(source["file"])
         at, name = source["windows"][0][0], settings.videos / source["file"]
         size = settings.height, settings.width
-        [(_, frames)] = videos.read_clips(name, source["start"], settings.fps, settings.num_frames, 0, 1, size, at)
+        [(_, frames)] = videos.read_clips(name, source["start"], settings.fps, settings.num_frames, 0, 1, size, at, source["sequential"])
         rows.append((source, frames))
     if not rows:
         return

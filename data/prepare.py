@@ -116,8 +116,9 @@ def tell(plan: dict, settings: Settings) -> None:
     cut = looking.cut_captions(plan, settings)
     for line in looking.summary(plan, settings, cut):
         print(line, file=sys.stderr, flush=True)
-    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in plan["skipped"])
-    shards.write_atomic(settings.out / "skipped.jsonl", lines.encode("utf-8", "backslashreplace"))
+    if not (settings.out / "index.json").exists():  # a look at a folder that is done keeps what encoding has found
+        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in plan["skipped"])
+        shards.write_atomic(settings.out / "skipped.jsonl", lines.encode("utf-8", "backslashreplace"))
     if plan["sources"]:
         sheet = settings.out / "contact_sheet.png"
         looking.contact_sheet(plan, settings, sheet)

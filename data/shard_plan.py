@@ -131,7 +131,7 @@ def load_plan(settings: Settings, append: bool = False, over: Videos | None = No
             now = _seen(settings, source, seen)
             if seen is not None and all(now[name] == seen[name] for name in ("content", "captions", "labels")):
                 continue
-            if seen is None and append and tuple(now["content"]) in known:
+            if seen is None and tuple(now["content"]) in known:
                 continue  # the same film under another name
             mended = seen is not None and append and source.file not in used
             if (seen is not None and not mended) or not append:
@@ -217,12 +217,13 @@ def _extend(plan: dict, settings: Settings, over: Videos) -> None:
             skipped.append(skip(source.file, f"partly {left_out}"))
         sources.append({**vars(source), "start": look.start, "windows": windows, "sequential": look.sequential,
                         "oddities": look.oddities(settings, windows)})  # fmt: skip
-    later = bool(plan["parts"]) and len(sources) <= len(settings.split)
-    alone = bool(settings.buckets) and len(sources) == 1 and count_clips(sources[0]) <= len(settings.split)
+    films = [tuple(seen[source["file"]]["content"]) for source in sources]
+    later = bool(plan["parts"]) and len(set(films)) <= len(settings.split)
+    alone = bool(settings.buckets) and len(set(films)) == 1 and count_clips(sources[0]) <= len(settings.split)
     if later or alone:  # too few to share: a film or two that come later, or one that has a size to itself, are trained on
         sources = [{**source, "split": "train"} for source in sources]
     else:
-        sources = assign_splits(sources, settings.split, settings.seed + len(plan["parts"]))
+        sources = assign_splits(sources, settings.split, settings.seed + len(plan["parts"]), films)
     listed = {source.file for source in over.found}
     plan["skipped"] = [line for line in plan["skipped"] if line["file"] in plan["seen"] and line["file"] not in listed]
     known = {(line["file"], line["clip"], line["reason"]) for line in plan["skipped"]}
@@ -237,25 +238,27 @@ def count_clips(source: dict) -> int:
     return sum(count for _, count in source["windows"]) * len([1, *source.get("more", ())])
 
 
-def assign_splits(sources: list[dict], shares: dict[str, float], seed: int) -> list[dict]:
-    """Give every source a split; all clips of a video stay together, so none is seen in training and held out.
+def assign_splits(sources: list[dict], shares: dict[str, float], seed: int, films: list | None = None) -> list[dict]:
+    """Give every source a split; all clips of a video stay together, and copies of it, so none is seen in training and held out.
 
-    A single video is split in time: its last clips are held out. ValueError where there is nothing to split.
+    A single video is split in time: its last clips are held out. ValueError where there is nothing to split. films: what is equal of copies.
     """
     if not shares or not sources:
         return [{**source, "split": "train"} for source in sources]
-    if len(sources) == 1:
-        return _split_in_time(sources[0], shares)
-    if len(shares) >= len(sources):
-        raise ValueError(f"--split {_spelt(shares)}: {len(sources)} usable {_kind(sources)}s cannot be shared by {len(shares)} splits "
+    films = list(range(len(sources))) if films is None else films
+    distinct = list(dict.fromkeys(films))
+    if len(distinct) == 1:
+        return [part for source in sources for part in _split_in_time(source, shares)]
+    if len(shares) >= len(distinct):
+        raise ValueError(f"--split {_spelt(shares)}: {len(distinct)} usable {_kind(sources)}s cannot be shared by {len(shares)} splits "
                          f"and train, for all clips of a {_kind(sources)} stay together; add some, or leave a split out")  # fmt: skip
-    order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     names = {}
     for number, (split, share) in enumerate(shares.items()):
         rest = len(shares) - number  # one is left for every split that follows, and for train
-        count = min(max(1, round(share * len(sources))), len(sources) - len(names) - rest)
-        names |= {index: split for index in order[len(names) : len(names) + count]}
-    return [{**source, "split": names.get(i, "train")} for i, source in enumerate(sources)]
+        count = min(max(1, round(share * len(distinct))), len(distinct) - len(names) - rest)
+        names |= {distinct[index]: split for index in order[len(names) : len(names) + count]}
+    return [{**source, "split": names.get(film, "train")} for source, film in zip(sources, films)]
 
 
 def _kind(sources: list[dict]) -> str:

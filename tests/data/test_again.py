@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "data"), str(Path(__file__).parent)]
 
 import prepare  # noqa: E402
+import shards  # noqa: E402
 from test_prepare import make_video  # noqa: E402
 
 from usv.training.buckets import open_shards  # noqa: E402
@@ -121,3 +122,23 @@ def test_append_takes_a_film_that_was_half_copied(settings):
     film(settings, "a.mp4", step=8)
     with pytest.raises(ValueError, match="a.mp4 changed"):  # of it there are clips
         prepare.run(settings, append=True)
+
+
+def test_copies_of_a_film_are_held_out_together_and_no_news(settings):
+    own = replace(settings, split={"val": 0.34})
+    for number in range(3):
+        shutil.copy(film(settings, f"{number}.mp4", step=3 + number), settings.videos / f"{number} (1).mp4")
+    index = prepare.run(own)
+    assert samples(index) == {"train": 8, "val": 4}
+    held_out, trained = ({info["source"][0] for path in own.out.glob(f"{split}-*.tar") for *_, info in shards.read_shard(path)} for split in ("val", "train"))
+    assert len(held_out) == 1 and not held_out & trained
+    shutil.copy(settings.videos / "0.mp4", settings.videos / "another.mp4")
+    assert prepare.run(own) == index
+
+
+def test_a_look_at_a_folder_that_is_done_keeps_what_encoding_found(settings):
+    film(settings, "a.mp4")
+    prepare.run(settings)
+    (settings.out / "skipped.jsonl").write_text('{"file": "a.mp4", "clip": 1, "reason": "corrupt: damaged frames"}\n')
+    prepare.look_only(settings)
+    assert left_out(settings) == {"a.mp4": "corrupt: damaged frames"}
