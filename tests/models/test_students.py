@@ -44,7 +44,9 @@ def checkpoints(pipe, rung):
 
 
 def unguided(pipe, call):
-    """The call with one forward a step, as a student runs it."""
+    """The call with one forward a step, as a student runs it; a guider is switched off for good."""
+    if hasattr(pipe, "guider"):
+        pipe.guider.disable()
     guidance = family_of(next(iter(transformers_of(pipe).values()))).guidance
     off = pipeline_class.unguided(inspect.signature(type(pipe).__call__), guidance)
     return {**call, **off, **{name: value for name, value in guidance.items() if name in call}}

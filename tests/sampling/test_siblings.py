@@ -84,6 +84,15 @@ def test_a_sibling_of_video_to_video_is_refused_guidance_only(bench):
     assert torch.equal(video(sibling(pipe)), own) and torch.equal(video(pipe), own)
 
 
+def test_a_loop_of_ones_own_may_give_one_noise_to_two_prompts(bench):
+    transformer = bench.enable(bench.pipe(), "student", "sparse").transformer
+    x, text = torch.randn(1, 16, tiny.FRAMES, 8, 8), torch.randn(2, tiny.TEXT, 64)
+    with torch.no_grad():
+        apart = [transformer(x, torch.tensor([500.0]), one[None], return_dict=False)[0] for one in text]
+        at_once = transformer(torch.cat((x, x)), torch.tensor([500.0, 500.0]), text, return_dict=False)[0]
+    torch.testing.assert_close(at_once, torch.cat(apart), rtol=0, atol=1e-4)
+
+
 # ---- whose student it is -------------------------------------------------------------------------------------------------------------------
 
 

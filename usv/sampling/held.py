@@ -9,6 +9,7 @@ and adapters put on it before or after reach all that it runs, and nothing else.
 from __future__ import annotations
 
 import inspect
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from functools import lru_cache
 from types import MethodType
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from usv.models import lora
@@ -73,7 +75,7 @@ def _forward(self, *args, **kwargs):
     now = float(family_of(self).flow_timestep(self, timestep).max())  # per token (TI2V), given frames have 0
     if planned.timesteps and min(abs(now - t) for t in planned.timesteps) > NEAR:
         raise CheckpointError(f"scheduler: got the timestep {now:g}, accepted: {list(planned.timesteps)}, the few-step student's own; its scheduler is the one that usv.enable brings")
-    if planned.folded and not planned.called:
+    if planned.folded and not planned.called and not torch.compiler.is_compiling():
         check_unguided(planned, arguments)
     rungs = None if planned.plan is None else planned.plan.at(now)
     if planned.fine is not None:
@@ -90,11 +92,24 @@ def _forward(self, *args, **kwargs):
 
 def check_unguided(planned: Planned, arguments: dict) -> None:
     """CheckpointError where a pipeline that was made of an enabled one (from_pipe) asks for guidance: the same latents with two texts, at once or one after the other."""
+    pipe = calling_pipeline()
+    if pipe is None or not getattr(pipe, "do_classifier_free_guidance", True):
+        return
     x, text, half = arguments["hidden_states"], arguments["encoder_hidden_states"], len(arguments["hidden_states"]) // 2
-    twice = len(x) == 2 * half and torch.equal(x[:half], x[half:]) and not torch.equal(text[:half], text[half:])
+    twice = half and len(x) == 2 * half and torch.equal(x[:half], x[half:]) and not torch.equal(text[:half], text[half:])
     before, planned.latest = planned.latest, (x, text)
-    if twice or before is not None and before[0] is x and before[1] is not text:
+    if twice or before is not None and before[0] is x and not torch.equal(before[1], text):
         raise CheckpointError("guidance: got two texts for the same latents, accepted: guidance_scale=1.0; guidance is folded into the student's weights")
+
+
+def calling_pipeline() -> DiffusionPipeline | None:
+    """The pipeline whose call has led here; None for a loop of somebody's own, which may give the same latents to two prompts."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and isinstance(pipe := frame.f_locals.get("self"), DiffusionPipeline):
+            return pipe
+        frame = frame.f_back
+    return None
 
 
 @contextmanager
