@@ -5,7 +5,9 @@ tensors), `triton` (GPU tensors, or CPU tensors in Triton's interpreter) or `aut
 chose; an explicit choice never falls back to another one.
 """
 
+import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,6 +60,19 @@ def check_integer(name: str, x: Tensor, device: torch.device) -> None:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are formed in: float64 stays, everything else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def outside_autocast(function: Callable) -> Callable:
+    """Runs a function in the dtypes that it chose itself: autocast, which an operator's own code would inherit, multiplies fp32 in half precision."""
+
+    @functools.wraps(function)
+    def run(x, *arguments, **named):
+        if x.device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(x.device.type):
+            return function(x, *arguments, **named)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *arguments, **named)
+
+    return run
 
 
 def runs_on(x: Tensor) -> bool:

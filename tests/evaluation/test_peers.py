@@ -11,11 +11,13 @@ import tiny
 import torch
 from processes import started
 
-from usv.config import ModelConfig
+import usv
+from usv.config import IMPLS, ModelConfig
 from usv.evaluation.peers import __main__ as command
 from usv.evaluation.peers import caches, run
 from usv.evaluation.peers.caches import Running, Unavailable
 from usv.evaluation.peers.methods import FAMILIES, Method, all_methods
+from usv.evaluation.peers.run import Result, speed
 from usv.evaluation.worlds import CameraMotion
 from usv.models.forward import SparseTransformer
 from usv.sampling.checkpoint import Student, save_student
@@ -54,6 +56,20 @@ def installed(name):
     except caches.PackageNotFoundError:
         return False
     return True
+
+
+def test_every_kernel_that_the_settings_name_is_taken(model):
+    pipe = load_pipeline(model.path)
+    for impl in IMPLS:
+        usv.disable(usv.enable(pipe, attention="tile_top_k", impl=impl))
+
+
+def test_density_is_a_mean_over_clips_whatever_the_batches():
+    """The last batch may be smaller."""
+    executed = {4: 0.4, 1: 0.8}
+    result = Result(clips=[4, 1], seconds=[1.0, 1.0], executed=[(executed[4], 0.1), (executed[1], 0.6)], forwards=2)
+    row = speed(result)
+    assert row["attention_density"] == pytest.approx(0.48) and row["merged"] == pytest.approx(0.2)
 
 
 def test_every_method_runs_and_leaves_no_trace(model, student):

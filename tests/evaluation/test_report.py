@@ -16,7 +16,7 @@ import torch
 from strange import MARKUP, altered
 
 from usv.evaluation.report import __main__ as command
-from usv.evaluation.report.front import front, points_of, uncovered
+from usv.evaluation.report.front import family_of, front, points_of, uncovered
 from usv.evaluation.report.inputs import gather, kind_of
 from usv.evaluation.report.page import NAMES, STYLE, page
 from usv.evaluation.report.readme import refreshed, tables
@@ -233,6 +233,8 @@ def test_fronts_and_defeats():
     distance = points_of({"methods": methods}, "frechet_distance")
     assert [p.name for p in front(distance, False)] == ["c", "mine", "a"] and [p.name for p, _ in uncovered(distance, False)] == ["dense", "a", "c"]
     assert points_of({"methods": {"x": {"reason": "gone"}}}, "subject_accuracy") == []
+    told = {name: family_of(name, {"denoise_seconds": 1.0}) for name in ("dense", "dense_4", "dense_1_unguided", "dense_student", "mine")} | {"lookup": family_of("lookup", {})}
+    assert told == {"dense": "dense", "dense_4": "fewer steps", "dense_1_unguided": "fewer steps", "dense_student": "ours", "mine": "ours", "lookup": "no model"}
 
 
 @pytest.mark.parametrize("low, high, log", [(0, 1, False), (0.05, 9.0, True), (1900, 2100, False), (3, 3, False), (2, 2, True), (1e-3, 1e3, True)])

@@ -218,6 +218,16 @@ for gpu in ("sm_80", "sm_86", "gfx90a", "gfx942", "gfx1100"):
             block_sparse_attention(q, q, q, selection, impl="triton", **named)
         except ValueError as error:
             print(error)
+
+from usv_kernels.block_sparse_attention import triton_launch
+
+fp8, sizes = torch.float8_e4m3fn, torch.full((2,), 16)
+selection = BlockSelection.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), sizes, sizes)
+for gpu in ("sm_89", "sm_90"):  # whose products of fp8 take 32 keys or more
+    absent_gpu.become(gpu)
+    q = torch.zeros(1, 1, 32, 64, dtype=torch.bfloat16)
+    triton_launch.forward_low_precision(q, q, q, selection.tensors(), None, None, 1.0, selection.q_max, selection.kv_max, fp8, fp8)
+print("blocks of 16 compile")
 """
 
 
@@ -225,7 +235,8 @@ def test_gpus_that_do_not_multiply_fp8_are_refused_by_name():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(Path(usv_kernels.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
+    *lines, last = done.stdout.splitlines()
+    assert last == "blocks of 16 compile"
     for gpu, pair in zip(("sm_80", "sm_86", "gfx90a", "gfx942", "gfx1100"), zip(lines[::2], lines[1::2]), strict=True):
         for name, line in zip(("qk_dtype", "pv_dtype"), pair):
             assert line.startswith(f"{name}: got torch.float8_e4m3fn on {gpu}, which does not multiply it natively, expected one of None"), line

@@ -92,6 +92,22 @@ def test_ratio_of_frechet_distances():
         paired_frechet(real, reference, reference[:, :8])
 
 
+def test_clips_of_one_prompt_are_one_cluster_of_the_ratio():
+    """An effect that a prompt's clips share is as uncertain as there are prompts."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [i // 8 for i in range(128)]
+    real, a, noise = (torch.randn(128, 4, generator=generator) for _ in range(3))
+    b = a + 0.1 * noise + 1.5 * torch.randn(16, 4, generator=generator).repeat_interleave(8, 0)
+    width = lambda d: d.high - d.low  # noqa: E731
+    apart, whole = paired_frechet(real, a + 0.5, b + 0.5), paired_frechet(real, a + 0.5, b + 0.5, clusters=prompts)
+    assert whole.value == apart.value and width(whole) > 1.5 * width(apart)
+    assert paired_frechet(real, a, b, clusters=list(range(128))) == paired_frechet(real, a, b), "each clip its own"
+    with pytest.raises(ValueError, match="clusters: got some beside strata"):
+        paired_frechet(real, a, b, strata=prompts, clusters=prompts)
+    with pytest.raises(ValueError, match="one cluster has no spread"):
+        paired_frechet(real, a, b, clusters=[0] * 128)
+
+
 def test_gap_closed():
     assert gap_closed(0.9, 0.7, 0.95) == pytest.approx(0.8) and gap_closed(600, 1800, 200) == pytest.approx(0.75)
     assert math.isnan(gap_closed(0.9, 0.9, 0.9))

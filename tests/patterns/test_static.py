@@ -5,10 +5,18 @@ import pytest
 import torch
 from pattern_reference import masked_attention, qkv, spread, touched_blocks
 
-from usv.patterns import PatternState, Radial, SlidingTile, TileTopK, attend
+from usv.patterns import SVG2, PatternState, Radial, SlidingTile, TileTopK, attend
 from usv.patterns.protocol import block_sizes
-from usv.patterns.static import mask_density, radial_decay, radial_mask, sliding_mask, window_for_density
-from usv.sparse.grid import TokenGrid
+from usv.patterns.static import (
+    mask_density,
+    radial_decay,
+    radial_mask,
+    sliding_mask,
+    tile_counts,
+    tile_sides,
+    window_for_density,
+)
+from usv.sparse.grid import Tile, TokenGrid, tile_layout
 
 NO_WARM_UP = {"dense_layers": 0.0, "dense_steps": 0.0}
 GRID = TokenGrid(9, 3, 5)
@@ -96,6 +104,22 @@ def test_window_for_density_is_the_largest_that_fits_and_even():
         window_for_density(counts, 0.01)
 
 
+@pytest.mark.parametrize("grid", [(21, 30, 52), (21, 45, 80), (9, 12, 12)])
+@pytest.mark.parametrize("density", [0.5, 0.25])
+def test_a_window_stays_within_its_density_also_where_tiles_are_partial(grid, density):
+    """Partial tiles stand at the borders, and nearly all rows list whole ones: a share of the tiles is a larger share of the pairs."""
+    grid = TokenGrid(*grid)
+    layout = tile_layout(grid, Tile(4, 4, 4))
+    counts, sides = tile_counts(grid, layout.tile), tile_sides(grid, layout.tile)
+    executed = lambda window: mask_density(sliding_mask(counts, window), layout.sizes)  # noqa: E731
+    window = window_for_density(counts, density, sides)
+    assert 0.85 * density < executed(window) <= density + 1e-9
+    assert executed(window_for_density(counts, density)) > density, "what was counted before"
+    for axis in range(3):
+        wider = tuple(extent + (i == axis) for i, extent in enumerate(window))
+        assert wider[axis] > counts[axis] or executed(wider) > density
+
+
 def test_radial_output_is_masked_attention():
     q, k, v = qkv(2, 2, GRID.num_tokens, 8)
     out, stats = attend(q, k, v, GRID, Radial(decay=0.4, block=4, **NO_WARM_UP), PatternState())
@@ -126,6 +150,11 @@ def test_tile_top_k_keeps_the_tiles_with_the_highest_mean_scores():
         (lambda: SlidingTile(tile=(4, 4)), r"tile: got \(4, 4\), accepted: three positive extents"),
         (lambda: SlidingTile(window=(0, 1, 1)), "window: got"),
         (lambda: TileTopK(density=0.0), "density: got 0.0"),
+        (lambda: TileTopK(density="0.3"), "density: got '0.3', accepted: a number"),
+        (lambda: SlidingTile(tile=4), "tile: got 4, accepted: three positive extents"),
+        (lambda: SlidingTile(window=3), "window: got 3, accepted: three positive extents"),
+        (lambda: Radial(block=64.5), "block: got 64.5, accepted: a whole number"),
+        (lambda: SVG2(q_clusters=10.5), "q_clusters: got 10.5, accepted: a whole number"),
     ],
 )
 def test_wrong_settings_are_refused(make, message):

@@ -48,7 +48,7 @@ def judge(shown: dict[str, torch.Tensor], twins: list[str], subjects, motions, p
 def _differences(dense: tuple, method: tuple, prompts: list, reference) -> dict:
     """Method − dense of what needs no labels, and the ratio of Fréchet distances, with 95% intervals over prompts. No margin: nobody has set one."""
     found = {name: paired_difference(dense[0][name], method[0][name], prompts) for name in UNLABELLED if name in dense[0]}
-    return found if reference is None else found | {"frechet_ratio": paired_frechet(reference, dense[1], method[1])}
+    return found if reference is None else found | {"frechet_ratio": paired_frechet(reference, dense[1], method[1], clusters=prompts)}
 
 
 def finite(value: float) -> float | None:

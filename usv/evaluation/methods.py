@@ -38,7 +38,7 @@ def generate_all(pipe, model: ModelConfig, methods: dict, prompts: list[str], se
     """
     mine = crew.mine(len(prompts), batch_size)
     parts: dict[str, list[Generation]] = {name: [] for name in methods}
-    executed: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+    executed: dict[str, list[tuple[float, float, int]]] = {name: [] for name in methods}  # density, merged, clips
     with tqdm(total=len(mine) * len(methods), unit="video", disable=not crew.first) as bar:
         for start in mine[::batch_size] if mine else ():
             for name, checkpoint in methods.items():
@@ -54,7 +54,7 @@ def generate_all(pipe, model: ModelConfig, methods: dict, prompts: list[str], se
                 part = slice(start, start + batch_size)
                 parts[name].append(generate(pipe, model, prompts[part], seeds[part], batch_size, steps, guidance, progress=bar, decoder=decoder))
                 if sparse:
-                    executed[name].append((pipe._usv.record.mean_density(), pipe._usv.record.mean_merged()))
+                    executed[name].append((pipe._usv.record.mean_density(), pipe._usv.record.mean_merged(), len(prompts[part])))
                     usv.disable(pipe)
     everyone = crew.gather((parts, executed))
     if not crew.first:
@@ -62,8 +62,9 @@ def generate_all(pipe, model: ModelConfig, methods: dict, prompts: list[str], se
     result = {}
     for name in methods:
         generations = in_turn([made[name] for made, _ in everyone])
-        runs = [run for _, theirs in everyone for run in theirs[name]] or [(1.0, 0.0)]
-        density, merged = (sum(column) / len(runs) for column in zip(*runs))
+        runs = [run for _, theirs in everyone for run in theirs[name]] or [(1.0, 0.0, 1)]
+        clips = sum(run[2] for run in runs)  # the last batch may be smaller
+        density, merged = (sum(run[i] * run[2] for run in runs) / clips for i in (0, 1))
         videos = torch.cat([g.videos for g in generations])
         result[name] = (Generation(videos, summed(g.seconds for g in generations), generations[0].forwards), density, merged)
     return result

@@ -37,10 +37,15 @@ class Verdict(NamedTuple):
     metrics: dict[str, tuple[Difference, bool]]
 
 
+def _rows_of(labels: list) -> list[np.ndarray]:
+    """Row numbers of each label."""
+    return [np.flatnonzero([x == label for x in labels]) for label in dict.fromkeys(labels)]
+
+
 def _resamples(clusters: list, count: int, seed: int) -> list[np.ndarray]:
     """Row numbers of `count` resamples of whole clusters."""
     rng = np.random.default_rng(seed)
-    groups = [np.flatnonzero([c == label for c in clusters]) for label in dict.fromkeys(clusters)]
+    groups = _rows_of(clusters)
     return [np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]) for _ in range(count)]
 
 
@@ -68,23 +73,29 @@ def paired_difference(
 
 def paired_frechet(
     real: torch.Tensor, reference: torch.Tensor, candidate: torch.Tensor, strata: Sequence | None = None, confidence: float = 0.95,
-    num_resamples: int = 100, seed: int = 0,
+    num_resamples: int = 100, seed: int = 0, clusters: Sequence | None = None,
 ) -> Difference:
     """FD(real, candidate) / FD(real, reference) with its interval, both over the same random halves of the clips (see `frechet_ci`).
 
+    strata: a label per clip, halved separately; or clusters: a label per clip, whole ones of which make a half, so that clips of one prompt
+    do not pass for several. One of the two at most.
     (m, D) features of real clips, (n, D) of the two methods at the same prompts and seeds, n ≥ 32. Raises ValueError as `frechet_distance` does.
     """
     fixed_points, a, b = check_features(real, "real"), check_features(reference, "reference", 2 * MIN_CLIPS), check_features(candidate, "candidate", 2 * MIN_CLIPS)  # fmt: skip
     if a.shape != b.shape or a.shape[1] != fixed_points.shape[1]:
         raise ValueError(f"candidate: got shape {b.shape}, expected the reference's {a.shape} with real's {fixed_points.shape[1]} dimensions")
-    labels = [0] * len(a) if strata is None else check_labels(strata, len(a), "strata")
-    groups = [np.flatnonzero([x == label for x in labels]) for label in dict.fromkeys(labels)]
+    if strata is not None and clusters is not None:
+        raise ValueError("clusters: got some beside strata, expected one of the two")
+    whole = [[row] for row in range(len(a))] if clusters is None else _rows_of(check_labels(clusters, len(a), "clusters"))
+    if clusters is not None and len(whole) < 2:
+        raise ValueError(f"clusters: got {len(whole)}, expected at least 2: one cluster has no spread")
+    groups = [np.arange(len(whole))] if strata is None else _rows_of(check_labels(strata, len(a), "strata"))
     rng, fixed = np.random.default_rng(seed), _moments(fixed_points)
     ratio = lambda rows: _distance(fixed, _moments(b[rows])) / max(_distance(fixed, _moments(a[rows])), 1e-12)  # noqa: E731
     centre, halves = ratio(slice(None)), []
     for _ in range(num_resamples):
-        rows = [rng.permutation(group)[: (len(group) + rng.integers(2)) // 2] for group in groups]
-        halves.append(ratio(np.concatenate(rows)))
+        half = np.concatenate([rng.permutation(group)[: (len(group) + rng.integers(2)) // 2] for group in groups])
+        halves.append(ratio(np.concatenate([whole[i] for i in half])))
     tail = (1 - confidence) / 2
     low, high = centre + np.quantile(halves, [tail, 1 - tail]) - np.mean(halves)
     return Difference(centre, max(0.0, float(low)), float(high))

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Protocol
 
 import torch
@@ -32,6 +34,20 @@ def require(condition: bool, name: str, got, accepted: str) -> None:
     """Raises a ValueError `name: got …, accepted: …` unless the condition holds."""
     if not condition:
         raise ValueError(f"{name}: got {got}, accepted: {accepted}")
+
+
+def check_kinds(settings) -> None:
+    """ValueError for a setting that is not of its field's kind: a whole number, a number, or three whole numbers."""
+    for one in fields(settings):
+        kind, value = one.type.removesuffix(" | None"), getattr(settings, one.name)
+        if value is None and kind != one.type:
+            continue
+        if kind in ("int", "float"):
+            number, words = (Integral, "a whole number") if kind == "int" else (Real, "a number")
+            require(isinstance(value, number) and not isinstance(value, bool), one.name, repr(value), words)
+        elif kind.startswith("tuple"):
+            three = isinstance(value, Sequence) and len(value) == 3 and all(isinstance(x, Integral) for x in value)
+            require(three, one.name, value, "three positive extents (t, h, w), whole numbers")
 
 
 def check_warm_up(settings) -> None:

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from usv_kernels import BlockSelection
 
-from usv.patterns.protocol import Clock, PatternPlan, PatternState, Text, block_sizes, check_warm_up, require
+from usv.patterns.protocol import (
+    Clock,
+    PatternPlan,
+    PatternState,
+    Text,
+    block_sizes,
+    check_kinds,
+    check_warm_up,
+    require,
+)
 from usv.sparse.grid import Tile, TokenGrid, tile_layout
 
 
@@ -32,6 +41,7 @@ class Radial:
     dense_steps: float = 0.2
 
     def __post_init__(self):
+        check_kinds(self)
         require(self.decay > 0, "decay", self.decay, "a positive factor")
         require(self.density is None or 0 < self.density <= 1, "density", self.density, "a fraction in (0, 1]")
         require(self.block >= 1, "block", self.block, "tokens of a block, e.g. 64 or 128")
@@ -48,7 +58,7 @@ class Radial:
 @dataclass(frozen=True)
 class SlidingTile:
     """Settings. tile: tokens of a tile along (t, h, w). window: tiles along (t, h, w); more than the grid has means all.
-    density: if given, the window is the one that executes the most tile pairs within this density, the most even one of
+    density: if given, the window is the one that executes the most token pairs within this density, the most even one of
     equals."""
 
     tile: tuple[int, int, int] = (4, 4, 4)
@@ -58,6 +68,7 @@ class SlidingTile:
     dense_steps: float = 0.2
 
     def __post_init__(self):
+        check_kinds(self)
         for name in ("tile", "window"):
             value = tuple(getattr(self, name))
             require(len(value) == 3 and min(value) >= 1, name, value, "three positive extents (t, h, w)")
@@ -68,7 +79,7 @@ class SlidingTile:
         """Tile-major order and the window's mask. See `Pattern`."""
         layout = tile_layout(grid, Tile(*self.tile), str(q.device))
         counts = tile_counts(grid, layout.tile)
-        window = tuple(self.window) if self.density is None else window_for_density(counts, self.density)
+        window = tuple(self.window) if self.density is None else window_for_density(counts, self.density, tile_sides(grid, layout.tile))
         selection = _for_all_heads(sliding_mask(counts, window), layout.sizes.cpu(), q)
         clock.lap("select")
         return PatternPlan(layout.order, layout.order, selection)
@@ -141,27 +152,45 @@ def tile_counts(grid: TokenGrid, tile: Tile) -> tuple[int, int, int]:
     return tuple(math.ceil(side / extent) for side, extent in ((grid.t, tile.t), (grid.h, tile.h), (grid.w, tile.w)))
 
 
+def tile_sides(grid: TokenGrid, tile: Tile) -> tuple[tuple[int, ...], ...]:
+    """Tokens of the tiles along t, h and w, the last one of an axis partial."""
+    sides = ((grid.t, tile.t), (grid.h, tile.h), (grid.w, tile.w))
+    return tuple(tuple(min(extent, side - first) for first in range(0, side, extent)) for side, extent in sides)
+
+
+def _windows(count: int, extent: int) -> Tensor:
+    """(count, count) bool: the tiles of an axis that each tile attends to, a window of fixed length shifted inwards at borders."""
+    extent, position = min(extent, count), torch.arange(count)
+    first = (position - extent // 2).clamp(0, count - extent)[:, None]
+    return (position >= first) & (position < first + extent)
+
+
 @lru_cache(maxsize=16)
 def sliding_mask(counts: tuple[int, int, int], window: tuple[int, int, int]) -> Tensor:
     """(M, M) bool over tiles in tile-major order: along each axis a window of fixed length, shifted inwards at borders."""
-    axes = []
-    for count, extent in zip(counts, window):
-        extent, position = min(extent, count), torch.arange(count)
-        first = (position - extent // 2).clamp(0, count - extent)[:, None]
-        axes.append((position >= first) & (position < first + extent))
-    t, h, w = axes
+    t, h, w = (_windows(count, extent) for count, extent in zip(counts, window))
     mask = t[:, None, None, :, None, None] & h[None, :, None, None, :, None] & w[None, None, :, None, None, :]
     return mask.reshape(math.prod(counts), math.prod(counts))
 
 
 @lru_cache(maxsize=64)
-def window_for_density(counts: tuple[int, int, int], density: float) -> tuple[int, int, int]:
-    """The window with the most tiles within density · all tiles, the most even one of equals.
+def window_for_density(
+    counts: tuple[int, int, int], density: float, sides: tuple[tuple[int, ...], ...] | None = None
+) -> tuple[int, int, int]:
+    """The window that executes the most token pairs within density · all pairs, the most even one of equals.
+
+    sides: tokens of the tiles along each axis (`tile_sides`): a partial tile is cheaper than the whole ones that nearly all rows list, so
+    a share of the tiles is a larger share of the pairs. None: tiles of one size.
 
     Raises ValueError: one tile is more than the density.
     """
-    budget = density * math.prod(counts) + 1e-9
-    require(budget >= 1, "density", density, f"at least {1 / math.prod(counts):.4f}, one of {math.prod(counts)} tiles")
+    shares = []  # of an axis, by the length of the window; the mask's density is the product over the axes
+    for count, side in zip(counts, sides or tuple((1,) * count for count in counts)):
+        sizes = torch.tensor(side)
+        shares.append([mask_density(_windows(count, extent), sizes) for extent in range(1, count + 1)])
+    executed = lambda w: round(math.prod(share[extent - 1] for share, extent in zip(shares, w)), 12)  # noqa: E731
+    least = executed((1, 1, 1))
+    require(least <= density + 1e-9, "density", density, f"at least {least:.4f}, one of {math.prod(counts)} tiles")
     windows = itertools.product(*(range(1, count + 1) for count in counts))
-    fitting = (window for window in windows if math.prod(window) <= budget)
-    return max(fitting, key=lambda w: (math.prod(w), min(a / b for a, b in zip(w, counts))))
+    fitting = (window for window in windows if executed(window) <= density + 1e-9)
+    return max(fitting, key=lambda w: (executed(w), min(a / b for a, b in zip(w, counts))))

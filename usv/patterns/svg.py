@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 from usv_kernels import BlockSelection, inverse_permutation
 
-from usv.patterns.protocol import Clock, PatternPlan, PatternState, Text, block_sizes, check_warm_up, require
+from usv.patterns.protocol import (
+    Clock,
+    PatternPlan,
+    PatternState,
+    Text,
+    block_sizes,
+    check_kinds,
+    check_warm_up,
+    require,
+)
 from usv.sparse.grid import TokenGrid
 
 
@@ -44,6 +53,7 @@ class SVG:
     dense_steps: float = 0.2
 
     def __post_init__(self):
+        check_kinds(self)
         require(0 < self.density <= 1, "density", self.density, "a fraction in (0, 1]")
         require(self.rows > 0, "rows", self.rows, "a number of rows, e.g. 64, or a fraction of them, e.g. 0.01")
         require(self.block >= 1, "block", self.block, "tokens of a block, e.g. 64 or 128")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from usv_kernels import BlockSelection, Clusters, kmeans, select_top_k, select_top_p
 
-from usv.patterns.protocol import Clock, PatternPlan, PatternState, Text, check_warm_up, require
+from usv.patterns.protocol import Clock, PatternPlan, PatternState, Text, check_kinds, check_warm_up, require
 from usv.sparse.grid import TokenGrid
 
 
@@ -51,6 +51,7 @@ class SVG2:
     dense_steps: float = 0.2
 
     def __post_init__(self):
+        check_kinds(self)
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a fraction in (0, 1]")
         require(0 <= self.floor <= 1, "floor", self.floor, "a fraction in [0, 1]")
         for name in ("q_clusters", "k_clusters", "first_iters", "iters"):

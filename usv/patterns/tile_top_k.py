@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from usv_kernels import block_pool, select_top_k
 
-from usv.patterns.protocol import Clock, PatternPlan, PatternState, Text, check_warm_up, require
+from usv.patterns.protocol import Clock, PatternPlan, PatternState, Text, check_kinds, check_warm_up, require
 from usv.sparse.grid import Tile, TokenGrid, tile_layout
 
 
@@ -26,6 +26,7 @@ class TileTopK:
     proxy: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_kinds(self)
         require(0 < self.density <= 1, "density", self.density, "a fraction in (0, 1]")
         tile = tuple(self.tile)
         require(len(tile) == 3 and min(tile) >= 1, "tile", tile, "three positive extents (t, h, w)")

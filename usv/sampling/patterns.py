@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import DiffusionPipeline
 
+from usv.config import IMPLS
 from usv.patterns import PATTERNS, CallStats, Pattern, make_pattern
 from usv.patterns.processors import Attached, attach, attached_to, check, family_of, refusal, unwrap
 from usv.patterns.protocol import STAGES, require
 
-IMPLS = ("auto", "reference", "cpu", "triton", "flex")
 KEPT_CALLS = 8192  # of the latest attention calls: two videos of a 14B model with 50 steps
 
 

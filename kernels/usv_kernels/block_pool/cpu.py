@@ -42,7 +42,8 @@ def forward(x_BHSD: Tensor, starts_M: Tensor, sizes_M: Tensor) -> Tensor:
 def backward(grad_BHMD: Tensor, starts_M: Tensor, sizes_M: Tensor, length: int) -> Tensor:
     """Each token of a block receives the block's gradient divided by its size; tokens of no block receive 0."""
     batch, heads, _, dim = grad_BHMD.shape
-    share = grad_BHMD / sizes_M.clamp(min=1).unsqueeze(-1)
+    acc = accumulator(grad_BHMD.dtype)  # a size is no bf16 number above 256, and above 65,504 infinite in fp16
+    share = (grad_BHMD.to(acc) / sizes_M.clamp(min=1).unsqueeze(-1)).to(grad_BHMD.dtype)
     grad_x = grad_BHMD.new_zeros(batch, heads, length, dim)
     if tile := regular_tile(starts_M, sizes_M, length):
         whole, rest = divmod(length, tile)

@@ -250,7 +250,9 @@ def make_batch(layout: Layout, first: int, last: int) -> Batch:
         index = layout.lists[lists, :slots]
         if slots and int(counts.min()) != slots:
             unused = torch.arange(slots) >= counts.unsqueeze(-1)
-            index = torch.where(unused, index.gather(1, counts.unsqueeze(-1) - 1), index)
+            # An empty list, which may stand beside those of empty blocks, has no last entry: any block does.
+            last = torch.where(counts > 0, index.gather(1, (counts - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1), 0)
+            index = torch.where(unused, last.unsqueeze(-1), index)
     if layout.q_start is not None:
         size = layout.kv_size[index] if unused is None else torch.where(unused, 0, layout.kv_size[index])
         token, slot, invalid = _runs(layout.kv_start[index], size)

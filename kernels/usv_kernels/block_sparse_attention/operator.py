@@ -77,6 +77,8 @@ def _backward(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
         return (None,) * 18
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if grad_lse is not None:  # that of a row without keys may be anything, as of exp, a square or a difference of -inf: its gradients are 0
+        grad_lse = grad_lse.masked_fill(lse == float("-inf"), 0.0)
     dq, dk, dv, dbias, dgate, *dproxy = backward_op(grad_out, grad_lse, q, k, v, out, lse, key_bias, block_gate, *selection, ctx.q_max,
                                                     ctx.kv_max, ctx.scale, ctx.impl, proxy_keys, proxy_values, proxy_bias)  # fmt: skip
     dproxy = dproxy if proxy_keys is not None else (None,) * 3

@@ -9,6 +9,7 @@ With proxies (`proxy`) the blocks that are not listed are further columns. Needs
 import torch
 from torch import Tensor
 
+from .._impl import outside_autocast
 from ..selection import BlockSelection
 from .low_precision import FP8_TOP, add_mean_key, as_float, low_inputs
 
@@ -35,6 +36,7 @@ def pair_logits(selection: BlockSelection, block_gate: Tensor | None, dtype: tor
     return torch.nn.functional.pad(logits, (0, 0, 0, 1), value=float("-inf"))
 
 
+@outside_autocast
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias: Tensor | None,
            block_gate: Tensor | None, scale: float, proxy: tuple[Tensor, ...] | None = None, qk_dtype: torch.dtype | None = None,
            pv_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -148,7 +148,7 @@ def speed(result: Result) -> dict:
     """Seconds a clip (mean, and quantiles over batches), forwards, executed density and merging."""
     clips = sum(result.clips)
     quantiles = torch.tensor(result.seconds).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-    density, merged = (sum(column) / len(result.executed) for column in zip(*result.executed))
+    density, merged = (sum(x * n for x, n in zip(column, result.clips)) / clips for column in zip(*result.executed))
     return {
         "forwards": result.forwards,
         "attention_density": round(density, 5),

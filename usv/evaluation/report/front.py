@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # key of a row -> (name, whether more is better)
@@ -32,8 +33,12 @@ class Point:
 
 
 def family_of(name: str, row: dict) -> str:
-    """`usv.evaluate` knows the dense model and students only."""
-    return row.get("family", "dense" if name == "dense" else "ours")
+    """`usv.evaluate` says none: its rows are the dense model, dense_N and dense_N_unguided (--dense), lookup (--lookup), and students."""
+    if "family" in row:
+        return row["family"]
+    if name == "dense" or (name == "lookup" and "denoise_seconds" not in row):
+        return "dense" if name == "dense" else "no model"
+    return "fewer steps" if re.fullmatch(r"dense_\d+(_unguided)?", name) else "ours"
 
 
 def points_of(report: dict, key: str) -> list[Point]:
