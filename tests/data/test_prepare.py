@@ -337,8 +337,8 @@ def test_two_writers_of_one_folder_are_refused(model, clips, tmp_path):
 
 
 def test_splits_keep_a_video_together(model, clips, tmp_path):
-    for name in "defgh":
-        make_video(clips / f"{name}.mp4", 30)
+    for step, name in enumerate("defgh", 2):
+        make_video(clips / f"{name}.mp4", levels=[step * j for j in range(30)])  # a copy would go where its film goes
         (clips / f"{name}.txt").write_text("a cat")
     plans = [prepare.load_plan(settings(model, tmp_path / str(i), videos=clips, split={"val": 0.25})) for i in range(2)]
     assert plans[0] == plans[1]

@@ -140,6 +140,8 @@ def test_table_claims_and_plot(tmp_path):
                                                 ("svg", "0.200", "0.700"), ("svg2", "0.200", "0.800")]  # fmt: skip
     assert compare_report.claims(report) == ["density 0.5: recall of SVG2 0.850 < 0.900 of SVG",
                                              "density 0.2: recall of SVG2 0.800 ≥ 0.700 of SVG"]  # fmt: skip
+    report["rows"].append(row("sliding_tile", 1.0, None) | {"psnr": None})  # equal to the dense videos: JSON has no infinity
+    assert compare_report.lines_of(report)[2][:4] == ("sliding_tile", "1.000", "–", "–")
     text = compare_report.markdown(report)
     assert "| svg2 | 0.200 | 0.800 | 20.20 |" in text and "first 20% of the steps" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1

@@ -28,6 +28,7 @@ from usv.cpu import keep_freed_memory
 from usv.evaluation.arguments import check
 from usv.evaluation.clips import real_clips, requests
 from usv.evaluation.evaluate import commit, machine
+from usv.evaluation.judge import finite
 from usv.evaluation.matched_density import TOLERANCE, settings_for, svg_densities
 from usv.evaluation.worlds import world_of
 from usv.files import check_folder, write_text
@@ -131,7 +132,7 @@ def measured(setup: Setup, generation: Generation, twins: torch.Tensor | None, r
     quality = evaluate_videos(
         generation.videos, setup.subjects, setup.motions, real, twins, prototypes=prototypes, intervals=intervals
     )  # fmt: skip
-    return {name: round(value, 5) for name, value in quality.items()}
+    return {name: finite(value) for name, value in quality.items()}
 
 
 def row_of(name: str, wanted: float, options: dict, record: PatternRecord, generation: Generation, clips: int) -> dict:

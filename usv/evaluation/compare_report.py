@@ -13,7 +13,7 @@ HEAD = ("method", "executed", "recall", *(title for title, *_ in COLUMNS), *(f"{
 
 
 def _cells(row: dict) -> list[str]:
-    quality = [form.format(row[key]) if key in row else "–" for _, key, form in COLUMNS]
+    quality = ["–" if row.get(key) is None else form.format(row[key]) for _, key, form in COLUMNS]
     seconds = [f"{row['seconds'][key]:.2f}" if key in row["seconds"] else "–" for _, key in STAGES]
     return [*quality, *seconds]
 
