@@ -33,7 +33,7 @@ from tqdm import tqdm
 import usv
 from usv.config import InferConfig, SettingError, check_numbers, check_overrides, config_groups, typed
 from usv.cpu import keep_freed_memory
-from usv.files import write_text
+from usv.files import checksum, write_text
 from usv.patterns.planned import HOW_MUCH
 from usv.sampling.checkpoint import read_config
 from usv.sampling.decoder import load_decoder
@@ -269,13 +269,12 @@ def identity(config: InferConfig, name: str) -> str:
     """A hash of all that decides a method's videos but prompt and seed."""
     parts = [asdict(config.model), config.num_inference_steps, config.fps, *([config.decoder] if config.decoder != "full" else []), "dense"]
     if config.image is not None:
-        parts.insert(0, [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (config.image, config.last_image) if path is not None])
+        parts.insert(0, [checksum(Path(path)) for path in (config.image, config.last_image) if path is not None])
     if name != "dense":
         students = [read_config(path) for path in (config.ckpt, config.ckpt_low) if path is not None]
         parts = [*parts[:-1], students, asdict(config.attention)]
         if config.budget is not None or config.speedup is not None:
-            costs = None if config.costs is None else hashlib.sha256(Path(config.costs).read_bytes()).hexdigest()
-            parts.append([config.budget, config.speedup, costs])
+            parts.append([config.budget, config.speedup, None if config.costs is None else checksum(Path(config.costs))])
     return hashed(parts)
 
 

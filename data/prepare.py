@@ -40,8 +40,8 @@ from writing import write_all  # noqa: E402
 from usv.training.shards import FORMAT, model_identity  # noqa: E402
 
 
-def run(settings: Settings, overwrite: bool = False, append: bool = False, over: Videos | None = None, one_size: bool = False) -> dict:
-    """Write all that is missing of a folder; returns its index. over: its videos, where they were looked at before.
+def run(settings: Settings, overwrite: bool = False, append: bool = False) -> dict:
+    """Write all that is missing of a folder; returns its index.
 
     With `settings.buckets`, one folder for each size below `settings.out` and the clips nearest to it; returns the
     index of all their splits, keyed by `size/split`.
@@ -50,8 +50,11 @@ def run(settings: Settings, overwrite: bool = False, append: bool = False, over:
     system does, RuntimeError when a worker process dies. Finished shards stay valid in all cases.
     """
     check(settings)
-    if settings.buckets and not one_size:
-        return run_buckets(settings, overwrite, append)
+    return run_buckets(settings, overwrite, append) if settings.buckets else run_size(settings, overwrite, append)
+
+
+def run_size(settings: Settings, overwrite: bool, append: bool, over: Videos | None = None) -> dict:
+    """`run` of one size, whose settings are checked. over: its videos, where they were looked at before."""
     settings.out.mkdir(parents=True, exist_ok=True)
     with locked(settings.out):
         for path in settings.out.glob(shards.TEMPORARY):  # of a run that was killed; the lock says that none is alive
@@ -99,7 +102,7 @@ def run_buckets(settings: Settings, overwrite: bool, append: bool) -> dict:
         over = look_over(settings)
     for own in folders:
         try:
-            index = run(own, overwrite, append, over, one_size=True)
+            index = run_size(own, overwrite, append, over)
         except Empty as nothing:
             print(f"{own.out.name}: {nothing}", file=sys.stderr)
             continue

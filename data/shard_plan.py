@@ -133,8 +133,7 @@ def load_plan(settings: Settings, append: bool = False, over: Videos | None = No
                 continue
             if seen is None and tuple(now["content"]) in known:
                 continue  # the same film under another name
-            mended = seen is not None and append and source.file not in used
-            if (seen is not None and not mended) or not append:
+            if not append or source.file in used:  # one of which nothing could be used may be mended
                 what = "changed" if seen else "was added, or got its caption,"
                 more = "" if seen else "; --append adds it"
                 raise ValueError(f"{settings.videos / source.file} {what} since {settings.out} was begun; {remedy}{more}")

@@ -62,6 +62,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def custom_op(name: str) -> Callable:
+    """Registers a function as one of our operators, which mutate nothing and run in the dtypes that they choose."""
+    return lambda function: torch.library.custom_op(f"usv_kernels::{name}", outside_autocast(function), mutates_args=())
+
+
 def outside_autocast(function: Callable) -> Callable:
     """Runs a function in the dtypes that it chose itself: autocast, which an operator's own code would inherit, multiplies fp32 in half precision."""
 

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 BUGS = [
     ("block_pool", "triton", "mask = (t < size)[:, None] &", "mask = (t <= size)[:, None] &", "layouts and triton"),
     ("block_pool", "triton", "tl.maximum(size, 1).to", "tl.maximum(BLOCK_T, 1).to", "layouts and triton"),
-    ("block_pool", "cpu", "grad_BHMD / sizes_M.clamp(min=1).unsqueeze(-1)", "grad_BHMD", "layouts and cpu"),
+    ("block_pool", "cpu", "grad_BHMD.to(acc) / sizes_M.clamp(min=1).unsqueeze(-1)", "grad_BHMD.to(acc)", "layouts and cpu"),
     ("block_pool", "cpu", "mean(-2, dtype=accumulator(x.dtype))", "mean(-2, dtype=x.dtype).mul(1.01)", "layouts and cpu"),
     ("block_pool", "cpu", 'check_blocks("sizes", starts_M', 'check_blocks("sizes", 0 * starts_M', "refusals"),
     ("block_pool", "cpu", "if rest else means", "if False else means", "cpu"),

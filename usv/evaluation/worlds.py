@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -46,7 +47,7 @@ def generator_of(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-class World:
+class World(ABC):
     """A world by its script; clip numbers of a seed are an endless stream, and seeds 1 and 2 are training's."""
 
     name: str
@@ -59,17 +60,17 @@ class World:
         clip = self.script.sample_clip(index, seed, model.num_frames, model.height)
         return clip.frames, clip.subject
 
+    @abstractmethod
     def requests(self, count: int) -> Asked:
         """The same for every call; fewer are the first of more."""
-        raise NotImplementedError
 
+    @abstractmethod
     def made(self, labels: tuple, generator: torch.Generator, model: ModelConfig) -> torch.Tensor:
         """Frames (T, 3, H, W) uint8 of a clip of these labels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def teller(self, real: torch.Tensor, subjects: Sequence[int]) -> Prototypes | Recogniser:
         """What tells labels from clips; real clips and their subjects where it has to be built."""
-        raise NotImplementedError
 
 
 class CameraMotion(World):

@@ -52,11 +52,19 @@ class Dial:
     def _decode(self, budget: float) -> SparsityPlan:
         return knapsack.plan_of(self.edges, self.damage, self.costs, budget, self.densities, self.most_density)
 
-    def _within(self, budget: float) -> SparsityPlan | None:
-        try:
-            return self._decode(budget)
-        except ValueError:
-            return None
+    def _cheapest(self) -> tuple[float, SparsityPlan] | None:
+        """The least cost that can be decoded, and its plan. The cheapest rungs may be denser than most_density allows; None where all but dense ones are."""
+        low, high, found = self._least(), float(self.costs[0]), None
+        cost = low
+        for _ in range(21):
+            try:
+                found, high = (cost, self._decode(cost)), cost
+            except ValueError:
+                low = cost
+            if low == high:
+                break
+            cost = (low + high) / 2
+        return found
 
     def timed(self, costs: MeasuredCosts) -> Dial:
         """The same damages, costs being shares of the dense forward's seconds."""
@@ -71,15 +79,9 @@ class Dial:
         budget is searched such that the prediction of the whole plan meets the share.
         """
         dial = self.timed(costs)
-        least, most = dial._least(), float(dial.costs[0])
-        if (fastest := dial._within(least)) is None:  # the cheapest rungs are denser than most_density
-            low, high = least, most
-            for _ in range(20):
-                middle = (low + high) / 2
-                plan = dial._within(middle)
-                low, high, least, fastest = (middle, high, least, fastest) if plan is None else (low, middle, middle, plan)
-        if fastest is None:
+        if (cheapest := dial._cheapest()) is None:
             raise BudgetError(f"{name}: no plan is as sparse as this student was trained to be (most_density {self.most_density:g}) and cheaper than dense on this machine")
+        (least, fastest), most = cheapest, float(dial.costs[0])
         bound = costs.plan_cost(fastest)
         if not bound <= share + 1e-9 <= most + 1e-9:
             accepted = f"{math.ceil(1e4 * bound) / 1e4:g} to 1 of the dense forward's seconds" if name == "budget" else f"1 to {math.floor(1e3 / bound) / 1e3:g}"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from usv.patterns.processors import unwrap
 from usv.policy.dial import BudgetError, plan_for
 from usv.sampling import enable as pipelines
 from usv.sampling.checkpoint import Student, read_config
@@ -100,5 +101,5 @@ def set_budget(pipe, budget=None, speedup=None, costs: str | Path | None = None)
     plans = [plan_at(student, plan, budget, speedup, costs) for student, plan in zip(state.students, own)]
     state.students = tuple(replace(student, plan=plan) for student, plan in zip(state.students, plans))
     for place, plan in zip(state.originals, plans):
-        pipelines.bare(getattr(pipe, place))._planned.plan = plan
+        unwrap(getattr(pipe, place))._planned.plan = plan
     return pipe

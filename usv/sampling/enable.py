@@ -28,6 +28,7 @@ from usv.models import lora
 from usv.models.families import family_or_none
 from usv.patterns import Pattern
 from usv.patterns.planned import PlannedPattern, planned_pattern
+from usv.patterns.processors import unwrap
 from usv.sampling.checkpoint import CheckpointError, Student, check_fits, load_student
 from usv.sampling.fingerprint import quantised
 from usv.sampling.held import hold
@@ -108,9 +109,9 @@ class Enabled:
         original, held = self.originals[place], getattr(pipe, place)
         dtype, device = self.kinds[place]
         if held.dtype != dtype:
-            bare(original).to(held.dtype)
+            unwrap(original).to(held.dtype)
         if moved and held.device not in (device, torch.device("meta")):
-            bare(original).to(held.device)
+            unwrap(original).to(held.device)
             device = held.device
         self.kinds[place] = (held.dtype, device)
         return original
@@ -155,7 +156,7 @@ def enable(
     check_pipeline(pipe)
     with offload_kept(pipe):
         students = _students(pipe, checkpoint)
-        now, fused = {place: bare(transformer) for place, transformer in transformers_of(pipe).items()}, fused_loras(pipe)
+        now, fused = {place: unwrap(transformer) for place, transformer in transformers_of(pipe).items()}, fused_loras(pipe)
         record, pattern, fine = Record(), None, [None] * len(students)
         if attention is not None:
             recall_rows = options.pop("recall_rows", 0)
@@ -171,26 +172,21 @@ def enable(
             pipe.scheduler = with_shift(pipe.scheduler, students[0].sampling["flow_shift"])
         given = checkpoint if isinstance(checkpoint, (tuple, list)) else [checkpoint]
         for (place, original), student, chosen, one in zip(state.originals.items(), students, fine, given):
-            shared = one is student or student.router and quantised(bare(original)) is not None  # with the caller, or with the base
+            shared = one is student or student.router and quantised(unwrap(original)) is not None  # with the caller, or with the base
             held = hold(student, record, impl, chosen, folded(student.sampling), shared=shared)
             held._planned.sampler = pipe.scheduler if isinstance(pipe.scheduler, StudentScheduler) else None
             lora.carry(now[place], held, shared=shared)
             setattr(pipe, place, held)
-            _same_storage(bare(original), held)
+            _same_storage(unwrap(original), held)
             state.kinds[place] = (held.dtype, held.device)
-            if original is not bare(original) or any(getattr(module, "_compiled_call_impl", None) for module in original.modules()):
+            if original is not unwrap(original) or any(getattr(module, "_compiled_call_impl", None) for module in original.modules()):
                 logger.warning("usv: %s was compiled; the student runs uncompiled until pipe.%s.compile_repeated_blocks()", place, place)
-            if (kind := quantised(bare(original))) is not None and quantised(held) is None:
+            if (kind := quantised(unwrap(original))) is not None and quantised(held) is None:
                 logger.warning("usv: %s is quantised (%s), its student is in full precision; quantise pipe.%s again", place, kind, place)
         pipe.__class__ = student_pipeline(type(pipe), students[0].sampling, students[0].model.family.guidance, students[1].sampling if len(students) == 2 else None)
         pipe._usv = state
         set_fused(pipe, fused)
     return pipe
-
-
-def bare(transformer: torch.nn.Module) -> torch.nn.Module:
-    """What torch.compile wraps, or the transformer itself."""
-    return getattr(transformer, "_orig_mod", transformer)
 
 
 def check_pipeline(pipe: DiffusionPipeline) -> None:
@@ -201,7 +197,7 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
         raise CheckpointError(f"enable: got a {type(pipe).__name__}, accepted: {known}")
     originals = before.originals if isinstance(before, Enabled) else transformers_of(pipe)
     check_own(pipe)
-    for transformer in map(bare, originals.values()):
+    for transformer in map(unwrap, originals.values()):
         name = f"enable: got a {type(pipe).__name__} with a {type(transformer).__name__}"
         if family_or_none(transformer) is None:
             raise CheckpointError(f"{name}, accepted: {known}")
@@ -215,7 +211,7 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
 
 def student_of_another(pipe: DiffusionPipeline) -> bool:
     """Whether a pipeline runs the student of one that it was made of (from_pipe)."""
-    return not isinstance(getattr(pipe, "_usv", None), Enabled) and any(hasattr(bare(transformer), "_planned") for transformer in transformers_of(pipe).values())
+    return not isinstance(getattr(pipe, "_usv", None), Enabled) and any(hasattr(unwrap(transformer), "_planned") for transformer in transformers_of(pipe).values())
 
 
 def check_own(pipe: DiffusionPipeline) -> None:
@@ -233,7 +229,7 @@ def offload_kept(pipe: DiffusionPipeline) -> Iterator[None]:
     elif any(hasattr(module, "_hf_hook") for module in pipe.components.values() if isinstance(module, torch.nn.Module)):
         again = "enable_sequential_cpu_offload"
     if again is not None and not hasattr(pipe, "_offload_device"):
-        if any(hasattr(bare(transformer), "_hf_hook") for transformer in transformers_of(pipe).values()):
+        if any(hasattr(unwrap(transformer), "_hf_hook") for transformer in transformers_of(pipe).values()):
             raise CheckpointError(
                 f"enable, disable: got a {type(pipe).__name__} whose transformer another pipeline offloads, accepted: its own enable_model_cpu_offload() or "
                 "enable_sequential_cpu_offload() first"
@@ -289,11 +285,11 @@ def _students(pipe: DiffusionPipeline, checkpoint) -> tuple[Student, ...]:
     if len(given) != len(bases):
         wanted = "two, (HIGH, LOW), for a pipeline of two experts" if len(bases) == 2 else "one, for a pipeline of one transformer"
         raise CheckpointError(f"enable: got {len(given)} checkpoint(s), accepted: {wanted}")
-    bases = [bare(base) for base in bases]
+    bases = [unwrap(base) for base in bases]
     with read_back(bases):
         students = tuple(c if isinstance(c, Student) else load_student(c, base) for c, base in zip(given, bases))
     fused = before.fused if isinstance(before, Enabled) else fused_loras(pipe)
-    check_unloaded(pipe, [bare(t) for t in transformers_of(pipe).values()], fused, whole=not all(student.on_base for student in students))
+    check_unloaded(pipe, [unwrap(t) for t in transformers_of(pipe).values()], fused, whole=not all(student.on_base for student in students))
     for student, base in zip(students, bases):
         check_fits("enable", student.model.family.name, student.model.config, base)
         if student.sampling.get("student_timesteps") and not student.model.family.flows:

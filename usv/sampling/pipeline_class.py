@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from diffusers import DiffusionPipeline
 
+from usv.patterns.processors import unwrap
 from usv.sampling.checkpoint import CheckpointError, other_grid
 from usv.sampling.sampler import StudentScheduler
 from usv.sampling.styles import load_lora_weights
@@ -28,11 +29,11 @@ def folded(sampling: Mapping) -> bool:
 
 
 @contextmanager
-def alone(pipe: DiffusionPipeline, unguided: bool) -> Iterator[None]:
+def own_call(pipe: DiffusionPipeline, unguided: bool) -> Iterator[None]:
     """A call of an enabled pipeline itself, which has checked its arguments; one of whose parts asks for guidance does not where it is folded in."""
     guider = getattr(pipe, "guider", None) if unguided else None
     own = getattr(guider, "_enabled", False)
-    planned = [held._planned for held in (getattr(getattr(pipe, place), "_orig_mod", getattr(pipe, place)) for place in pipe._usv.originals)]
+    planned = [unwrap(getattr(pipe, place))._planned for place in pipe._usv.originals]
     for each in planned:
         each.called = True
     if own:
@@ -73,7 +74,7 @@ def student_pipeline(base: type, sampling: dict, guidance: Mapping[str, float], 
             logger.warning("usv: %s", note)
         if given.get("num_frames") is not None:
             given["num_frames"] = frames_argument(self, given["num_frames"])
-        with alone(self, folded(sampling)):
+        with own_call(self, folded(sampling)):
             return base.__call__(self, **given)
 
     def save_pretrained(self, *args, **kwargs):

@@ -99,13 +99,16 @@ def lengths_of(sizes: torch.Tensor, size: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def alone(model) -> Iterator[None]:
-    """Inside, this process runs a SparseTransformer on whole sequences by itself."""
-    group, model.sequence_group = model.sequence_group, None
+def alone(*models) -> Iterator[None]:
+    """Inside, this process runs SparseTransformers on whole sequences by itself."""
+    groups = [model.sequence_group for model in models]
+    for model in models:
+        model.sequence_group = None
     try:
         yield
     finally:
-        model.sequence_group = group
+        for model, group in zip(models, groups):
+            model.sequence_group = group
 
 
 # ---- exchanges -------------------------------------------------------------------------------------------------------

@@ -128,7 +128,8 @@ class Buckets:
                 f"and are {list(now)} now; use the same data, or start a new run"
             )
         shares = state.get("shares", own["shares"])  # which earlier states do not say
-        if any(abs(shares[name] / sum(shares.values()) - own["shares"][name] / sum(own["shares"].values())) > 1e-9 for name in now):
+        part = lambda shares, name: shares[name] / sum(shares.values())  # noqa: E731
+        if any(abs(part(shares, name) - part(own["shares"], name)) > 1e-9 for name in now):
             raise DataError(
                 f"cannot continue the data order: shares of the latent shapes were {shares} when the state was saved and are {own['shares']} now, and what "
                 "was drawn by the old ones would be caught up with; use the same data.mix, or start a new run"

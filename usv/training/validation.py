@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -44,9 +43,7 @@ def references(run: Run) -> list[tuple]:
             sigma = torch.full((len(x0),), ladder[index] / 1000) if ladder else run.levels(index, places)
             sigma = sigma.to(run.device)
             x_t = flow.interpolate(x0, torch.randn(x0.shape, generator=generator).to(run.device), sigma)
-            with ExitStack() as stack:  # only rank 0 is here
-                for model in (getattr(run.teacher, "student", run.teacher), *(() if run.guide is None else (run.guide.model,))):
-                    stack.enter_context(alone(model))
+            with alone(getattr(run.teacher, "student", run.teacher), *([] if run.guide is None else [run.guide.model])):  # only rank 0 is here
                 wanted = torch.cat([run.objective.reference(taught(asked), x, s) for x, s, asked in parts(run, x_t, sigma, prompt)])
             run.references.append((f"t_{ladder[index]:.0f}" if ladder else f"bin_{index}", x_t, 1000 * sigma, prompt, wanted))
     return run.references

@@ -7,11 +7,10 @@ their real size. Limits: blocks must not overlap (as in `BlockSelection`), they 
 is shared by batch and heads; differentiable once in x.
 """
 
-import torch
 from torch import Tensor
 
 from .._checks import check_blocks, check_shape, looks_at_values, require
-from .._impl import check_float, check_integer, require_triton, resolve
+from .._impl import check_float, check_integer, custom_op, require_triton, resolve
 from . import cpu, reference
 
 __all__ = ["block_pool"]
@@ -46,7 +45,7 @@ def block_pool(x: Tensor, starts: Tensor, sizes: Tensor, impl: str = "auto", deb
     return _forward(x, starts, sizes, impl)
 
 
-@torch.library.custom_op("usv_kernels::block_pool", mutates_args=())
+@custom_op("block_pool")
 def _forward(x: Tensor, starts: Tensor, sizes: Tensor, impl: str) -> Tensor:
     if impl == "cpu":
         return cpu.forward(x, starts, sizes)
@@ -56,7 +55,7 @@ def _forward(x: Tensor, starts: Tensor, sizes: Tensor, impl: str) -> Tensor:
     return backend.forward(x, starts, sizes)
 
 
-@torch.library.custom_op("usv_kernels::block_pool_backward", mutates_args=())
+@custom_op("block_pool_backward")
 def _backward(grad: Tensor, starts: Tensor, sizes: Tensor, length: int, impl: str) -> Tensor:
     if impl == "cpu":
         return cpu.backward(grad, starts, sizes, length)

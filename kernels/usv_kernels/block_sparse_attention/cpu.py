@@ -18,7 +18,6 @@ import math
 import torch
 from torch import Tensor
 
-from .._impl import outside_autocast
 from .._products import fast_products
 from . import cpu_backward
 from .cpu_int8 import Int8Logits
@@ -102,7 +101,6 @@ class ExactLogits:
         return None
 
 
-@outside_autocast
 @fast_products
 def forward(q, k, v, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0, kv_max: int = 0, proxy=None,
             qk_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -8,13 +8,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from .._impl import outside_autocast
 from .._products import fast_products
 from .cpu_plan import Batch, Layout, make_batch, make_plan, pieces
 from .cpu_tensors import Proxies, Scratch, column_bias, exponential, inputs, put, scores, units
 
 
-@outside_autocast
 @fast_products
 def backward(grad_out, grad_lse, q, k, v, out, lse, selection_tensors, key_bias, block_gate, scale: float, q_max: int = 0,
              kv_max: int = 0, proxy=None):  # fmt: skip

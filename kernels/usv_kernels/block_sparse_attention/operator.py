@@ -7,6 +7,7 @@ names: `usv_kernels::block_sparse_attention` and `usv_kernels::block_sparse_atte
 import torch
 from torch import Tensor
 
+from .._impl import custom_op
 from ..selection import BlockSelection
 
 
@@ -18,7 +19,7 @@ def _implementation(name: str):
     return module
 
 
-@torch.library.custom_op("usv_kernels::block_sparse_attention", mutates_args=())
+@custom_op("block_sparse_attention")
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, block_gate: Tensor | None, kv_num_blocks: Tensor,
     kv_indices: Tensor, q_starts: Tensor, q_sizes: Tensor, kv_starts: Tensor, kv_sizes: Tensor, q_max: int,
@@ -40,7 +41,7 @@ def _forward_fake(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-@torch.library.custom_op("usv_kernels::block_sparse_attention_backward", mutates_args=())
+@custom_op("block_sparse_attention_backward")
 def backward_op(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     key_bias: Tensor | None, block_gate: Tensor | None, kv_num_blocks: Tensor, kv_indices: Tensor, q_starts: Tensor,
@@ -95,7 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_bias:
                       *(proxy or (None,) * 3))  # fmt: skip
 
 
-@torch.library.custom_op("usv_kernels::block_sparse_attention_low_precision", mutates_args=())
+@custom_op("block_sparse_attention_low_precision")
 def low_precision_op(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, block_gate: Tensor | None, kv_num_blocks: Tensor,
     kv_indices: Tensor, q_starts: Tensor, q_sizes: Tensor, kv_starts: Tensor, kv_sizes: Tensor, q_max: int,

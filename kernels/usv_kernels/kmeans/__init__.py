@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_shape, require
-from .._impl import accumulator, check_float, require_triton, resolve
+from .._impl import accumulator, check_float, custom_op, require_triton, resolve
 from . import cpu, reference
 
 __all__ = ["Clusters", "kmeans"]
@@ -75,12 +75,12 @@ def _backend(impl: str, x: Tensor):
     return backend
 
 
-@torch.library.custom_op("usv_kernels::kmeans_assign", mutates_args=())
+@custom_op("kmeans_assign")
 def _assign(x: Tensor, centroids: Tensor, impl: str) -> Tensor:
     return _backend(impl, x).assign(x, centroids)
 
 
-@torch.library.custom_op("usv_kernels::kmeans_update", mutates_args=())
+@custom_op("kmeans_update")
 def _update(x: Tensor, assignment: Tensor, centroids: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     return _backend(impl, x).update(x, assignment, centroids)
 

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from .._impl import accumulator, outside_autocast
+from .._impl import accumulator
 
 LIMIT = 1 << 18  # scores that exist at one time: 1 MB in float32 stays in a core's cache between product and argmax
 
 
-@outside_autocast
 def assign(x_BHSD: Tensor, centroids_BHKD: Tensor) -> Tensor:
     """argmin |x - c|^2 = argmax (x.c - |c|^2 / 2), of tokens and centroids less the mean centroid: no cancellation."""
     batch, heads, length, _ = x_BHSD.shape

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOAT_DTYPES, check_range, check_shape, require
-from .._impl import accumulator, check_float, check_integer, require_triton, resolve
+from .._impl import accumulator, check_float, check_integer, custom_op, require_triton, resolve
 from . import cpu, reference
 
 __all__ = ["norm_rope"]
@@ -92,14 +92,14 @@ def _backend(impl: str, x: Tensor):
     return backend
 
 
-@torch.library.custom_op("usv_kernels::norm_rope", mutates_args=())
+@custom_op("norm_rope")
 def _forward(
     x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, positions: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
     return _backend(impl, x).forward(x, weight, eps, cos, sin, positions)
 
 
-@torch.library.custom_op("usv_kernels::norm_rope_backward", mutates_args=())
+@custom_op("norm_rope_backward")
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, rstd: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:

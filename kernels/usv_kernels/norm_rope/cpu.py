@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._impl import accumulator, outside_autocast
+from .._impl import accumulator
 
 
 def _turn(cos_TP: Tensor, sin_TP: Tensor, positions_BS: Tensor | None, acc: torch.dtype) -> Tensor:
@@ -29,7 +29,6 @@ def forward(x_BSC: Tensor, weight_C: Tensor, eps: float, cos_TP: Tensor, sin_TP:
     return out.copy_(out_BSHD.transpose(1, 2)), rstd_BS
 
 
-@outside_autocast
 def backward(grad_BHSD, x_BSC, weight_C, cos_TP, sin_TP, positions_BS, rstd_BS) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight: rotate back, then RMSNorm's own backward."""
     acc, pairs = accumulator(x_BSC.dtype), cos_TP.shape[1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_range, looks_at_values, require, require_each
-from .._impl import check_float, check_integer, require_triton, resolve
+from .._impl import check_float, check_integer, custom_op, require_triton, resolve
 from . import cpu, reference
 
 __all__ = ["inverse_permutation", "permute"]
@@ -60,7 +60,7 @@ def permute(x: Tensor, index: Tensor, impl: str = "auto", debug: bool = False) -
     return _permute(x, index, impl)
 
 
-@torch.library.custom_op("usv_kernels::permute", mutates_args=())
+@custom_op("permute")
 def _permute(x: Tensor, index: Tensor, impl: str) -> Tensor:
     if impl == "cpu":
         return cpu.permute(x, index)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOAT_DTYPES, looks_at_values, require
-from .._impl import check_float, require_triton, resolve
+from .._impl import check_float, custom_op, require_triton, resolve
 from ..selection import BlockSelection
 from . import cpu, reference
 
@@ -138,7 +138,7 @@ def _prepare(scores: Tensor, kv_sizes: Tensor) -> Tensor:
     return scores.detach().masked_fill(empty.unsqueeze(-2) if empty.dim() == 3 else empty, float("-inf"))
 
 
-@torch.library.custom_op("usv_kernels::select", mutates_args=())
+@custom_op("select")
 def _select(
     scores: Tensor, rows: Tensor, fixed: int, p: float, floor: int, capacity: int, impl: str
 ) -> tuple[Tensor, Tensor]:

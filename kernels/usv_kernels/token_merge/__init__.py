@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_shape, require
-from .._impl import check_float, require_triton, resolve
+from .._impl import check_float, custom_op, require_triton, resolve
 from . import cpu, reference
 from .layout import MergeLayout
 
@@ -116,7 +116,7 @@ def _check_rows(name: str, x: Tensor, rows: int, merge_map: MergeMap) -> None:
     require(x.device == merge_map.kept_index.device, name, f"device {x.device}", f"{merge_map.kept_index.device}")
 
 
-@torch.library.custom_op("usv_kernels::token_match", mutates_args=())
+@custom_op("token_match")
 def _match(
     descriptor: Tensor, dst: Tensor, tile_starts: Tensor, tile_sizes: Tensor, num_merged: Tensor, kept_starts: Tensor,
     num_kept: int, max_tile: int, impl: str,
@@ -137,7 +137,7 @@ def _(descriptor, dst, tile_starts, tile_sizes, num_merged, kept_starts, num_kep
     return kept, descriptor.new_empty(batch, length, dtype=torch.int64), torch.empty_like(kept, dtype=torch.int32)
 
 
-@torch.library.custom_op("usv_kernels::token_merge", mutates_args=())
+@custom_op("token_merge")
 def _merge(x: Tensor, kept_index: Tensor, token_slot: Tensor, sizes: Tensor, members: Tensor, impl: str) -> Tensor:
     if impl == "cpu":
         return cpu.merge(x, kept_index, token_slot, sizes)
@@ -147,7 +147,7 @@ def _merge(x: Tensor, kept_index: Tensor, token_slot: Tensor, sizes: Tensor, mem
     return backend.reduce_rows(x, kept_index, token_slot, members, mean=True)
 
 
-@torch.library.custom_op("usv_kernels::token_sum", mutates_args=())
+@custom_op("token_sum")
 def _sum(grad: Tensor, kept_index: Tensor, token_slot: Tensor, members: Tensor, impl: str) -> Tensor:
     """The gradient of unmerge: the sum over each row's tokens."""
     if impl == "cpu":
@@ -158,7 +158,7 @@ def _sum(grad: Tensor, kept_index: Tensor, token_slot: Tensor, members: Tensor, 
     return backend.reduce_rows(grad, kept_index, token_slot, members, mean=False)
 
 
-@torch.library.custom_op("usv_kernels::token_unmerge", mutates_args=())
+@custom_op("token_unmerge")
 def _unmerge(update: Tensor, kept_index: Tensor, token_slot: Tensor, members: Tensor, impl: str) -> Tensor:
     """The rows of `update` at token_slot; kept_index and members serve the backward, which sums those rows."""
     if impl == "cpu":

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._impl import accumulator, outside_autocast
+from .._impl import accumulator
 
 
 def _flat(index: Tensor, rows: int) -> Tensor:
@@ -19,7 +19,6 @@ def take_rows(x_BSC: Tensor, index: Tensor) -> Tensor:
     return rows.view(*index.shape, channels)
 
 
-@outside_autocast
 def match(
     descriptor_BSC: Tensor, dst: Tensor, tile_sizes: Tensor, num_merged: Tensor, num_kept: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:

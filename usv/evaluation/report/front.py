@@ -36,8 +36,10 @@ def family_of(name: str, row: dict) -> str:
     """`usv.evaluate` says none: its rows are the dense model, dense_N and dense_N_unguided (--dense), lookup (--lookup), and students."""
     if "family" in row:
         return row["family"]
-    if name == "dense" or (name == "lookup" and "denoise_seconds" not in row):
-        return "dense" if name == "dense" else "no model"
+    if name == "dense":
+        return "dense"
+    if name == "lookup" and "denoise_seconds" not in row:
+        return "no model"
     return "fewer steps" if re.fullmatch(r"dense_\d+(_unguided)?", name) else "ours"
 
 
