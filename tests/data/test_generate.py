@@ -124,3 +124,10 @@ def test_wrong_input_is_one_line(taught, tiny_wan, tmp_path, capsys, monkeypatch
     assert generate.main(words(tiny_wan, tmp_path / "shards", None, *more)) == 1
     found = capsys.readouterr().err.strip().splitlines()
     assert found[-1].startswith(said.format(tmp_path)) and not [line for line in found if line.startswith("Traceback")]
+
+
+def test_a_prompt_goes_on_at_a_line_separator(tmp_path):
+    """U+2028, which editors and JSON take for a character of the line."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("# none\r\na cat\u2028sits\r\n\r\na dog\x85runs\n".encode())
+    assert generate.prompts_of(file, "") == ["a cat\u2028sits", "a dog\x85runs"]

@@ -170,3 +170,13 @@ def test_labels_of_any_type_train(settings, tmp_path):
     prepare.run(settings(folder, tmp_path / "out"))
     batch = next(iter(open_shards(tmp_path / "out", 2, drop_text=0.0)))
     assert sorted(batch["captions"]) == ["a", "b"] and "subject" not in batch and "motion" not in batch
+
+
+def test_captions_that_are_not_cleaned_need_no_cleaning():
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    letters = [*map(chr, range(128)), "  ", "é", "’", "&amp;", "\u2028"]
+    captions = [f"a{letter}b" for letter in letters] + letters + [f"{letter} cat" for letter in letters] + ["a <b>cat</b>; 'so' [31m"]
+    kept = [caption for caption in captions if looking.CLEAN.fullmatch(caption)]
+    assert len(kept) > 250
+    assert [prompt_clean(caption) for caption in kept] == kept

@@ -101,7 +101,7 @@ def prompts_of(path: Path, option: str) -> list[str]:
     if not path.is_file():
         raise SettingError(f"{option}{path}: no such file; give a text file with one prompt a line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]  # splitlines: at U+2028 too
     except UnicodeDecodeError as error:
         raise SettingError(f"{option}{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     lines = [line for line in lines if line and not line.startswith("#")]

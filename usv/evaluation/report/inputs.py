@@ -132,7 +132,7 @@ def _lines(path: Path, problems: list[str]) -> list[dict]:
     except OSError as error:
         problems.append(f"{path}: not readable ({error})")
         return []
-    for line in text.splitlines():
+    for line in filter(str.strip, text.split("\n")):  # splitlines would cut a prompt at U+2028
         try:
             rows.append({name: value for name, value in json.loads(line).items() if not isinstance(value, list | dict)})
         except (ValueError, AttributeError, RecursionError):
