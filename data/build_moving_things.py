@@ -55,8 +55,8 @@ class Stage:
 STAGES = [
     Stage("half size, every other frame", 48, 2, 120_000, 32, 2.0e-3, 4.0),
     Stage("half size", 48, 1, 8_000, 32, 2.0e-3, 4.0),
-    Stage("full grid, every other frame", 96, 2, 48_000, 8, 1.5e-3, 4.0),
-    Stage("full grid", 96, 1, 12_000, 8, 1.5e-3, 4.0, cooldown=True),
+    Stage("full grid, every other frame", 96, 2, 26_000, 8, 1.5e-3, 4.0),
+    Stage("full grid", 96, 1, 10_000, 8, 1.5e-3, 4.0, cooldown=True),
 ]
 LAYOUT_BLOCK, LAYOUT_WEIGHT, PLACES_WEIGHT = 4, 0.5, 0.1
 TEXT_LENGTH = 48
@@ -203,9 +203,10 @@ class Training:
         loss = (velocity - (noise - x0)).square().mean()
         return loss, self.places.loss((x0.shape[2], x0.shape[3] // 2, x0.shape[4] // 2), stage.every), self.layout.loss(layout)
 
-    def average(self) -> None:
+    def average(self, cooldown: bool) -> None:
+        """Over about a thousand steps, or two hundred where the rate falls: earlier ones are farther from where it ends."""
         step = self.state["step"]
-        torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - min(0.999, step / (step + 20)))
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - min(0.995 if cooldown else 0.999, step / (step + 20)))
 
 
 def run_stage(training: Training, stage: Stage, until: float) -> bool:
@@ -227,7 +228,7 @@ def run_stage(training: Training, stage: Stage, until: float) -> bool:
         if stage.cooldown:
             lr *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (state["clips"] - before) / stage.clips))
         training.optimizer.step(lr)
-        training.average()
+        training.average(stage.cooldown)
         now = time.monotonic()
         state.update(step=state["step"] + 1, clips=state["clips"] + stage.batch, seconds=state["seconds"] + min(now - last, 60.0))
         last = now
