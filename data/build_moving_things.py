@@ -55,8 +55,8 @@ class Stage:
 STAGES = [
     Stage("half size, every other frame", 48, 2, 120_000, 32, 2.0e-3, 4.0),
     Stage("half size", 48, 1, 8_000, 32, 2.0e-3, 4.0),
-    Stage("full grid, every other frame", 96, 2, 26_000, 8, 1.5e-3, 4.0),
-    Stage("full grid", 96, 1, 10_000, 8, 1.5e-3, 4.0, cooldown=True),
+    Stage("full grid, every other frame", 96, 2, 86_000, 8, 1.5e-3, 4.0),
+    Stage("full grid", 96, 1, 16_000, 8, 1.5e-3, 4.0, cooldown=True),
 ]
 LAYOUT_BLOCK, LAYOUT_WEIGHT, PLACES_WEIGHT = 4, 0.5, 0.1
 TEXT_LENGTH = 48
