@@ -10,7 +10,10 @@
 | diffusion-pipe | captions.json | {file: caption or [captions]} |
 | finetrainers | videos.txt and prompts.txt | a path, and a caption, on each line |
 
-A table may lie in any sub-folder; its paths count from there, or are absolute.
+| CogVideoX | labels/clip.txt beside videos/clip.mp4 | the caption; also captions/, prompts/, texts/ |
+| video2dataset | clip.json beside clip.mp4 | caption |
+
+A table may lie in any sub-folder; its paths count from there, or are absolute. A name without an extension is the video's that has no other.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ FILE_KEYS = ("file", "file_name", "filename", "file_path", "filepath", "video", 
 CAPTION_KEYS = ("caption", "text", "prompt", "captions", "prompts", "description")
 TABLES = ("captions", "metadata", "caption", "prompts")  # names whose tables must be readable; others are if they fit
 PAIRS = [(v, c) for v in ("videos.txt", "video.txt") for c in ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")]
+TEXT_FOLDERS = ("labels", "captions", "prompts", "texts")  # of texts named as the videos are
+NOT_READ = (".parquet", ".arrow", ".xlsx", ".yaml", ".yml")  # kinds of a table of captions that are named where captions are missing
+OURS = {"settings", "sources", "parts"}  # of plan.json, where --out lies among the videos
 HALF = re.compile("[\ud800-\udfff]")  # half of an emoji, where a text was cut by a program that counts in UTF-16
 csv.field_size_limit((1 << 31) - 1)  # a caption may be longer than 131,072 letters
 
@@ -39,6 +45,7 @@ class Table:
     rows: dict[str, dict] = field(default_factory=dict)  # {"captions": [...], label: value, ...}
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (table, reason)
     sources: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)  # tables of a kind that is not read
 
 
 def read_text(path: Path) -> str:
@@ -62,12 +69,27 @@ def lines_of(path: Path) -> list[str]:
 
 
 def text_beside(path: Path) -> str:
-    """The caption in clip.txt (or clip.caption) beside clip.mp4, on one line; "" where there is none."""
-    for suffix in (".txt", ".caption"):
-        text = path.with_suffix(suffix)
+    """The caption of clip.mp4 on one line: of clip.txt, clip.caption, clip.mp4.txt or clip.json beside it, else of clip.txt in a folder of texts
+    within its folder or beside that; "" where there is none."""
+    places = [path.with_suffix(".txt"), path.with_suffix(".caption"), path.with_name(f"{path.name}.txt")]
+    folders = [place / name for place in (path.parent, path.parent.parent) for name in TEXT_FOLDERS]
+    for text in places:
         if text.is_file():
             return " ".join(read_text(text).split())
-    return ""
+    if caption := _json_beside(path.with_suffix(".json")):
+        return caption
+    text = next((text for folder in folders if (text := folder / f"{path.stem}.txt").is_file()), None)
+    return "" if text is None else " ".join(read_text(text).split())
+
+
+def _json_beside(path: Path) -> str:
+    """The caption in a JSON object of one video, as video2dataset writes it; "" where it says none."""
+    try:
+        content = json.loads(read_text(path)) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        return ""  # no more than a file beside a video
+    text = content.get(_key(content, CAPTION_KEYS)) if isinstance(content, dict) else None
+    return " ".join(HALF.sub("\ufffd", text).split()) if isinstance(text, str) else ""
 
 
 def plain(name: str) -> str:
@@ -76,20 +98,26 @@ def plain(name: str) -> str:
     return os.path.normpath(name).replace(os.sep, "/") if name else ""
 
 
-def read_tables(folder: Path, folders: list[Path], known: set[str]) -> Table:
-    """All tables of captions in `folders`, which lie below `folder` (or are it); `known`: plain names of its videos.
+def read_tables(folder: Path, folders: list[Path], known: dict[str, str]) -> Table:
+    """All tables of captions in `folders`, which lie below `folder` (or are it); `known`: plain name or stem -> plain name of its files.
 
     ValueError names the file: columns that are not there, another encoding, lists of different length.
     """
-    table = Table()
+    table, bare = Table(), {PurePosixPath(name).name for name in known}
     for place in folders:
         for name in sorted(os.listdir(place)):
-            path = place / name if name.lower().endswith((".csv", ".tsv", ".jsonl", ".json")) else None
+            stem, suffix = os.path.splitext(name.lower())
+            own = stem in TABLES
+            if own and suffix in NOT_READ:
+                table.unread.append((place / name).relative_to(folder).as_posix())
+            path = place / name if suffix in (".csv", ".tsv", ".jsonl", ".ndjson", ".json") else None
             if path is None or not path.is_file() or name == "skipped.jsonl":
                 continue
-            suffix, own = path.suffix.lower(), path.stem.lower() in TABLES
             try:
-                rows = list({".json": _json, ".jsonl": _jsonl}.get(suffix, _csv)(path, table, own))
+                if suffix == ".json":
+                    rows = list(_json(path, table, own, bare))
+                else:
+                    rows = list((_jsonl if suffix in (".jsonl", ".ndjson") else _csv)(path, table, own))
             except ValueError:
                 if own:
                     raise
@@ -105,6 +133,8 @@ def read_tables(folder: Path, folders: list[Path], known: set[str]) -> Table:
                                      "line by line they belong together")  # fmt: skip
                 _take(table, list(zip(names, texts, [{}] * len(names))), place / videos, folder, known)
                 break
+        else:
+            table.unread += [(place / name).relative_to(folder).as_posix() for name in dict.fromkeys(c for _, c in PAIRS) if (place / name).is_file()]
     return table
 
 
@@ -114,7 +144,7 @@ def _without_end(lines: list[str]) -> list[str]:
     return lines
 
 
-def _take(table: Table, rows: list, path: Path, folder: Path, known: set[str]) -> None:
+def _take(table: Table, rows: list, path: Path, folder: Path, known: dict[str, str]) -> None:
     """Add (name, caption or captions, labels) rows of one table."""
     if rows:
         table.sources.append(path.relative_to(folder).as_posix())
@@ -130,18 +160,18 @@ def _take(table: Table, rows: list, path: Path, folder: Path, known: set[str]) -
         row.update(labels)
 
 
-def _beside(name: str, beside: Path, folder: Path, known: set[str]) -> str:
+def _beside(name: str, beside: Path, folder: Path, known: dict[str, str]) -> str:
     """The plain name, relative to `folder`, of what a table in `beside` calls `name`, whether it is there or not."""
     name = plain(name)
     whole = name if os.path.isabs(name) else os.path.normpath(os.path.join(beside.absolute(), name))
     for root in (folder.absolute(), folder.resolve()):
         inside = plain(os.path.relpath(whole, root))
         if inside in known:
-            return inside
+            return known[inside]
     return name if os.path.isabs(name) else plain(os.path.relpath(whole, folder.absolute()))
 
 
-def _place(name: str, beside: Path, folder: Path, known: set[str]) -> str:
+def _place(name: str, beside: Path, folder: Path, known: dict[str, str]) -> str:
     """Of a table none of whose paths is there as it stands: the plain name of the video it calls `name`."""
     name, here = plain(name), plain(os.path.relpath(beside, folder))
     # a table written on another machine, or for the folder above: the longest end of the path that is here
@@ -150,11 +180,12 @@ def _place(name: str, beside: Path, folder: Path, known: set[str]) -> str:
         end = "/".join(parts[first:])
         for place in (os.path.normpath(f"{here}/{end}"), end):  # beside the table before anywhere else
             if place in known:
-                return place
+                return known[place]
     return name
 
 
-def _json(path: Path, table: Table, own: bool):
+def _json(path: Path, table: Table, own: bool, bare: set[str]):
+    """Rows of a list of objects, of one below a word, of columns, or of an object by file; bare: names and stems of the files that are there."""
     try:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -162,13 +193,29 @@ def _json(path: Path, table: Table, own: bool):
     named = _key(content, FILE_KEYS) if isinstance(content, dict) else None
     if isinstance(content, dict) and not isinstance(content.get(named), str):  # also {"videos": [...]}, whose key is a word for a file
         lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        if OURS <= content.keys():
+            raise ValueError(f"{path} is the plan of a folder of shards")
         if len(lists) == 1 and _key(lists[0][0], FILE_KEYS):
             content = lists[0]
-        else:
+        elif columns := _columns(content):
+            content = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        elif own or any("." in name or PurePosixPath(plain(name)).name in bare for name in content):
             content = [{**(v if isinstance(v, dict) else {"caption": v}), "file": k} for k, v in content.items()]
+        else:  # the settings of a program, or what another has noted of one video
+            raise ValueError(f"{path} is no table of captions")
     if isinstance(content, dict):
         content = [content]
     yield from _objects(content, path, table, own, "entry")
+
+
+def _columns(content: dict) -> dict[str, list]:
+    """Columns of one length, files and captions among them, as pandas and datasets write a table; {} where it is none."""
+    file, text = _key(content, FILE_KEYS), _key(content, CAPTION_KEYS)
+    if file is None or text is None or not isinstance(content[file], list | dict):
+        return {}
+    columns = {name: list(v.values()) if isinstance(v, dict) else v for name, v in content.items() if isinstance(v, list | dict)}
+    columns = {name: values for name, values in columns.items() if len(values) == len(columns[file])}
+    return columns if text in columns and all(isinstance(name, str) for name in columns[file]) else {}
 
 
 def _jsonl(path: Path, table: Table, own: bool):
@@ -208,8 +255,12 @@ def _csv(path: Path, table: Table, own: bool):
             file = next((names[key] for key in FILE_KEYS if key in names), None)
             caption = next((names[key] for key in CAPTION_KEYS if key in names), None)
             if file and caption:
+                before = rows.line_num
                 for row in rows:
-                    if any(part.strip() for part in row.get(None) or ()):
+                    first, before = before + 1, rows.line_num
+                    if before > first and not _closes(text, first, before, delimiter):
+                        table.skipped.append((path.name, f"unreadable: line {first} opens a quote that does not close at the end of a column, and lines up to {before} with it; double a quote within a caption"))
+                    elif any(part.strip() for part in row.get(None) or ()):
                         table.skipped.append((path.name, f"unreadable: line {rows.line_num} has more columns than the first; a caption with {delimiter!r} in it stands in quotes"))
                     elif row[file]:
                         yield row[file], row[caption] or "", {}
@@ -223,6 +274,18 @@ def _csv(path: Path, table: Table, own: bool):
     )
 
 
+def _closes(text: str, first: int, last: int, delimiter: str) -> bool:
+    """Whether a row of several lines is one by the rules, and not a stray quote that has swallowed the rows after it."""
+    lines = list(io.StringIO(text, newline=""))[first - 1 : last]
+    try:
+        rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+        return sum(map(bool, rows)) == 1  # empty lines before a row count as its own
+    except csv.Error:
+        return False
+
+
 def _key(row: dict, keys: tuple[str, ...]) -> str | None:
+    """The first of `keys` that a row has, of those with a value if any has one."""
     low = {str(name).lower(): name for name in row}
-    return next((low[key] for key in keys if key in low), None)
+    there = [low[key] for key in keys if key in low]
+    return next((name for name in there if row[name]), there[0] if there else None)

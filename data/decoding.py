@@ -20,6 +20,7 @@ TOLERANCE = 1e-3  # seconds by which two time stamps may differ and still mean t
 MAX_PIXELS = 8192 * 8192  # a stored picture may have: twice 8K; a decoder holds up to 17 of them
 JUMP = 10.0  # seconds by which stamps jump where two recordings were joined (FFmpeg's bound)
 LONGEST_HOLD = 30.0  # seconds for which one picture may stand before the next stamp is doubted
+NO_STAMPS = 0x80  # AVFMT_NOTIMESTAMPS: a bare stream, of which FFmpeg's average rate is its own guess of 25
 JOINED = ("mpegts", "mpeg", "dvd", "vob")  # formats whose stamps may begin anew in the middle
 PICTURES = (av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails | av.stream.Disposition.still_image).value
 NOT_CODED = 8  # bytes that a packet of MPEG-4 has at most which only says that the picture before stays (vop_coded = 0)
@@ -90,8 +91,10 @@ class Video:
         except BaseException:
             self.close()
             raise
-        self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
+        average, guessed = self.stream.average_rate, self.stream.guessed_rate  # the second asks the codec as well
+        self.rate = float((guessed or average if self.container.format.flags & NO_STAMPS else average or guessed) or 25)
         self.joined = self.container.format.name in JOINED
+        self.decoded_order = self.container.format.name == "avi"  # holds no time of display: FFmpeg makes up a pts, wrong by a picture or two
         self.spliced = self.joint = False
         self._first_sar = self.decoder.sample_aspect_ratio
         self.crop = hidden(Path(name), self.container.format.name, self.stream.index)
@@ -205,7 +208,7 @@ def _ordered(video: Video, start: float) -> Iterator[Moment]:
 
 def _decoded(video: Video, start: float) -> Iterator[Moment]:
     base, step = video.stream.time_base, 1 / video.rate
-    stamps, trust, last = Stamps(int(step / base)), Trust(video), None
+    stamps, trust, last = Stamps(round(step / base), video.decoded_order), Trust(video), None
     for packet in _and_none(video.packets()):
         for frame in trust.decode(packet):
             stamp = stamps.best(frame)
@@ -228,14 +231,19 @@ def _and_none(packets: Iterator[av.Packet]) -> Iterator[av.Packet | None]:
 
 
 class Stamps:
-    """A frame's best time stamp, as libavcodec guesses it (PyAV hands out the two it guesses from)."""
+    """A frame's best time stamp, as libavcodec guesses it (PyAV hands out the two it guesses from).
 
-    def __init__(self, step: int):
-        self.step, self.last, self.faulty = step, None, [0, 0]
+    decoded_order: only the second of the two, the dts, was in the file.
+    """
+
+    def __init__(self, step: int, decoded_order: bool = False):
+        self.step, self.decoded_order, self.last, self.faulty = step, decoded_order, None, [0, 0]
         self.before = [-(1 << 63), -(1 << 63)]  # pts, dts
 
     def best(self, frame: av.VideoFrame) -> int:
         pts, dts = frame.pts, frame.dts
+        if self.decoded_order:  # the last pictures, which come out when all packets are in, have neither
+            pts = None
         for i, (own, other) in enumerate(((pts, dts), (dts, pts))):
             if own is not None:
                 self.faulty[i] += own <= self.before[i]
@@ -260,6 +268,7 @@ class Trust:
         self.listening = listening
         self.video, self.decoder, self.codec = video, video.decoder, video.stream.codec_context.name
         self.first_key: int | None = None
+        self.unstamped_key = False  # a key picture of a stream without stamps has come
         self.started, self.keys_are_clean = False, True
         self.spoilt, self.leading, self.leading_end = "", "", -(1 << 63)
         self.verdicts: dict[int, tuple[str, int]] = {}
@@ -276,8 +285,9 @@ class Trust:
             if packet.is_keyframe and self.keys_are_clean:
                 self.leading, self.leading_end = self.spoilt, stamp or 0
                 self.spoilt, self.group = "", self.group + 1
+                self.unstamped_key |= stamp is None
                 if self.first_key is None and stamp is not None:
-                    self.first_key = stamp
+                    self.first_key = packet.dts if self.video.decoded_order else stamp
             if packet.is_corrupt and not self.video.joint:
                 self.spoilt = "lost or damaged packets"
             if packet.is_keyframe and stamp is not None:
@@ -318,7 +328,7 @@ class Trust:
         """Whether frames are shown yet: a stream cut within a group of pictures begins with ruins."""
         if not self.started:
             # H.264's decoder itself waits for the end of an intra refresh, which has no key picture
-            self.started = self.codec == "h264" if self.first_key is None else stamp >= self.first_key
+            self.started = self.codec == "h264" or self.unstamped_key if self.first_key is None else stamp >= self.first_key
         return self.started
 
     def judge(self, frame: av.VideoFrame) -> tuple[str, int, int]:

@@ -36,7 +36,8 @@ PRIMARIES = {  # AVCOL_PRI_…: x, y of red, green, blue, white
 EXACT = "accurate_rnd+full_chroma_int+full_chroma_inp"
 SCALE = f"bilinear+{EXACT}"  # as torch's antialiased bilinear
 CONVERT = f"neighbor+{EXACT}"  # chroma as ffmpeg shows it where nobody asks for more: repeated
-REPEATED = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "gray")  # formats of which that is true
+REPEATED = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "gray")  # formats of which that is true, where the height is even
+COARSE = ("rgb555", "bgr555", "rgb565", "bgr565", "rgb444", "bgr444", "rgb8", "bgr8", "rgb4", "bgr4")  # of which FFmpeg makes G, B, R without filling the low bits: white 248
 HALVED = ("420", "422", "411", "410", "nv12", "p010")
 BESIDE = ":in_chroma_loc=left"  # where every codec since MPEG-2 puts chroma unless it says otherwise, and JPEG does not; FFmpeg's scaler takes it for between two columns
 FINE = 2.0  # pictures scaled down by less are made R'G'B' first; beyond, chroma has detail enough (10 ms at 1080p against 3)
@@ -207,6 +208,8 @@ def _graph(look: Look, size: tuple[int, int], alpha: bool, time_base) -> av.filt
     chain = [f"buffer=video_size={look.width + left + right}x{look.height + top + bottom}:pix_fmt={look.format}:time_base={time_base or '1/1000'}"]
     if look.crop != WHOLE:
         chain.append(f"crop={look.width}:{look.height}:{left}:{top}:exact=1")
+    if look.format.startswith(COARSE):
+        chain.append("format=rgb24")
     if way.angle:
         chain.append(f"rotate={math.radians(way.angle)}")
     if look.turned_first:
@@ -238,7 +241,9 @@ def _graph(look: Look, size: tuple[int, int], alpha: bool, time_base) -> av.filt
         place = "" if look.matrix == 0 or look.format.startswith("yuvj") or not any(kind in look.format for kind in HALVED) else BESIDE
         return _link([*chain, *squared, *crop, f"{resize}:{colours}{place}", "format=gbrp"])
     convert = [f"scale=flags={CONVERT}:{colours}", "format=gbrp"]
-    if look.matrix and (square != look.width or look.format not in REPEATED):
+    rows = look.width if way.transpose else look.height  # as ffmpeg has it, which turns a picture before
+    repeated = look.format in REPEATED and ("444" in look.format or look.format == "gray" or not rows % 2)
+    if look.matrix and (square != look.width or not repeated):
         keep = f"in_color_matrix={matrix}:out_color_matrix={matrix}"
         depth = "16le" if look.deep else ""
         chain += [f"scale=w={square}:h=ih:flags=bicubic:{keep}", f"format=yuv{_chroma(look, square)}p{depth}"]

@@ -290,7 +290,7 @@ def perform(settings: Settings, name: str, overwrite: bool = False, append: bool
         paths = [settings.out / "skipped.jsonl"]
         if settings.buckets:
             paths = sorted(settings.out.glob("*/skipped.jsonl"))
-        lines = dict.fromkeys(line for path in paths for line in path.read_text().splitlines())
+        lines = dict.fromkeys(line for path in paths for line in path.read_text(encoding="utf-8").split("\n") if line)
         print(f"skipped: {_count_reasons([json.loads(line) for line in lines])}; see {paths[0]}")
     shape = index["latent_shape"] if settings.buckets else tuple(index["latent_shape"])
     print(f"latents {shape} in {settings.out}, {time.monotonic() - started:.1f} s")

@@ -49,7 +49,7 @@ def scan(path: Path) -> Scan:
 def _scan(video: Video, first_alone: bool) -> Scan | None:
     """None where no picture comes out. first_alone: where the film begins with a key picture, that is decoded and nothing else."""
     base, step = float(video.stream.time_base or 1 / video.rate), 1 / video.rate
-    trust, stamps, first = Trust(video, listening=False), Stamps(1), None
+    trust, stamps, first = Trust(video, listening=False), Stamps(1, video.decoded_order), None
     seen: list[tuple[int, int]] = []
     count, with_pts = 0, True
 
@@ -69,7 +69,7 @@ def _scan(video: Video, first_alone: bool) -> Scan | None:
         elif first is None:
             first = look(packet)
         count += 1
-        pts = packet.pts
+        pts = None if video.decoded_order else packet.pts
         stamp = packet.dts if pts is None else pts
         if stamp is None or packet.is_discard:
             continue
@@ -84,6 +84,9 @@ def _scan(video: Video, first_alone: bool) -> Scan | None:
         return Scan(0.0, count * step, np.arange(count) * step, video.rate, sar, frame, codec, True, video.crop)
     start = stamp * base
     order = np.array([pts for pts, _ in seen], np.float64) * base
+    if video.decoded_order:  # a picture comes out some packets after its own went in, and the last ones after the end
+        late = int(np.searchsorted(order, start - TOLERANCE))
+        order = np.append(order[late:], order[-1] + step * np.arange(1, late + 1))
     keep = order >= (start if with_pts else order.min()) - TOLERANCE
     shown = order[keep]
     last = int(np.flatnonzero(keep)[shown.argmax()])
@@ -100,8 +103,8 @@ def _scan(video: Video, first_alone: bool) -> Scan | None:
 
 
 def _begins_with(packet: av.Packet, video: Video) -> bool:
-    """Whether a first packet holds the first picture that is shown, whole: a key picture, progressive, with a stamp, not cut off by an edit list."""
-    return packet.is_keyframe and packet.pts is not None and not packet.is_discard and video.decoder.field_order <= 1
+    """Whether a first packet holds the first picture that is shown, whole: a key picture, progressive, with the stamp of its display, not cut off by an edit list."""
+    return not video.decoded_order and packet.is_keyframe and packet.pts is not None and not packet.is_discard and video.decoder.field_order <= 1
 
 
 def _alone(packet: av.Packet, decoder) -> av.VideoFrame | None:

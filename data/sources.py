@@ -19,7 +19,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".exr", "
 OTHERS = PICTURES | {
     ".txt", ".caption", ".csv", ".tsv", ".json", ".jsonl", ".toml", ".yaml", ".yml", ".md", ".html", ".pdf", ".py", ".sh",
     ".srt", ".vtt", ".ass", ".sub", ".wav", ".mp3", ".aac", ".m4a", ".flac", ".opus", ".npz", ".npy", ".pt", ".safetensors",
-    ".parquet", ".tar", ".zip", ".gz", ".lock", ".log", ".ini", ".db", ".part", ".tmp", ".xml", ".nfo", ".lrv", ".thm", "",
+    ".parquet", ".arrow", ".xlsx", ".ndjson", ".tar", ".zip", ".gz", ".lock", ".log", ".ini", ".db", ".part", ".tmp", ".xml", ".nfo", ".lrv", ".thm", "",
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def find_videos(folder: Path, default_caption: str | None = None) -> tuple[list[
         files += [place / name for name in names]
     length = len(str(folder)) + 1 if str(folder) != "." else 0
     by_name = {plain(str(path)[length:]): path for path in files}
-    table = read_tables(folder, folders, set(by_name))
+    table = read_tables(folder, folders, {**_stems(by_name), **dict(zip(by_name, by_name))})
     skipped = [skip(name, reason) for name, reason in table.skipped]
     sources = []
     for path in sorted(files):
@@ -64,7 +64,9 @@ def find_videos(folder: Path, default_caption: str | None = None) -> tuple[list[
         row = table.rows.get(plain(name)) if table.rows else None
         kind = _suffix(name)
         if kind not in EXTENSIONS and row is None and (kind in OTHERS or not path.with_suffix(".txt").is_file()):
-            if kind not in OTHERS:
+            if kind in PICTURES and plain(os.path.splitext(name)[0] + ".txt") in by_name:
+                skipped.append(skip(name, "not a video: a picture with a caption; pictures, moving ones of this kind too, are not read"))
+            elif kind not in OTHERS:
                 skipped.append(skip(name, f"not a video: {path.suffix} is none of the extensions that are read; name the "
                                           "file in a table of captions to have it tried"))  # fmt: skip
             continue
@@ -75,6 +77,8 @@ def find_videos(folder: Path, default_caption: str | None = None) -> tuple[list[
             continue
         if not captions[0]:
             read = f" ({', '.join(table.sources)} read)" if table.sources else ""
+            if table.unread:
+                read += f" ({', '.join(table.unread[:3])} is there, of a kind that is not read; save it as captions.csv with the columns file and caption)"
             skipped.append(skip(name, f"no caption: neither {path.stem}.txt, captions.csv, captions.jsonl, metadata.csv, "
                                       f"metadata.jsonl{read} nor --caption"))  # fmt: skip
             continue
@@ -84,6 +88,16 @@ def find_videos(folder: Path, default_caption: str | None = None) -> tuple[list[
     skipped += [skip(name, "missing: named by the captions, but no such video in the folder") for name in missing]
     skipped += _folders_of_frames(folder, folders, files)
     return sources, skipped
+
+
+def _stems(names: dict[str, Path]) -> dict[str, str]:
+    """Plain name without its extension -> plain name, of videos that alone have it."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (kind := _suffix(name)) in EXTENSIONS:
+            stem = name[: -len(kind)]
+            found[stem] = "" if stem in found else name
+    return {stem: name for stem, name in found.items() if name}
 
 
 def _suffix(name: str) -> str:

@@ -142,3 +142,21 @@ def test_a_look_at_a_folder_that_is_done_keeps_what_encoding_found(settings):
     (settings.out / "skipped.jsonl").write_text('{"file": "a.mp4", "clip": 1, "reason": "corrupt: damaged frames"}\n')
     prepare.look_only(settings)
     assert left_out(settings) == {"a.mp4": "corrupt: damaged frames"}
+
+
+def test_an_out_among_the_videos_is_gone_on_with(settings):
+    """Its plan.json has rows of files and captions, too."""
+    for number in range(2):
+        film(settings, f"{number}.mp4", step=3 + number)
+    for out in (settings.videos, settings.videos / "shards"):
+        own = replace(settings, out=out)
+        index = prepare.run(own)
+        assert prepare.run(own) == index and not left_out(own)
+
+
+def test_names_with_other_ends_of_lines_are_counted(settings, capsys):
+    film(settings, "a.mp4")
+    (settings.videos / "x\u2028y.mp4").write_bytes(b"")
+    (settings.videos / "z\x85.mp4").write_bytes(b"")
+    assert prepare.perform(settings, "prepare") == 0
+    assert "skipped: 2 corrupt" in capsys.readouterr().out

@@ -172,3 +172,55 @@ def test_hidden_folders_are_passed_over(tmp_path):
     (folder / "captions.csv").write_text("file,caption\na.mp4,a dog\n")
     (folder / ".ipynb_checkpoints" / "captions-checkpoint.csv").write_text("file,caption\na.mp4,a dgo\n")
     assert found(folder) == ({"a.mp4": "a dog"}, [])
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"captions.json": json.dumps({"a": "one, two", "sub/b": "three"})},
+        {"captions.csv": 'file,caption\na,"one, two"\nsub/b,three\n'},
+        {"set.ndjson": "\n".join(json.dumps({"file_name": f, "caption": "", "text": t}) for f, t in ROWS)},
+        {"metadata.json": json.dumps({"file_name": [f for f, _ in ROWS], "text": [t for _, t in ROWS], "score": [1, 2]})},
+        {"metadata.json": json.dumps({"file_name": dict(enumerate(f for f, _ in ROWS)), "text": dict(enumerate(t for _, t in ROWS))})},
+        {"a.json": json.dumps({"caption": "one, two", "url": "http://x", "status": "success"}), "sub/b.json": json.dumps({"prompt": "three", "fps": 3})},
+        {"a.mp4.txt": "one, two", "sub/labels/b.txt": "three"},
+        {"labels/a.txt": "one, two", "captions/b.txt": "three"},
+    ],
+)
+def test_captions_by_stem_in_columns_beside_and_in_folders_of_texts(tmp_path, files):
+    folder = folder_of(tmp_path)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    captions, skipped = found(folder)
+    assert captions == WHOLE and not skipped
+
+
+def test_json_that_is_no_table_names_no_videos(tmp_path):
+    """What video2dataset notes of each clip, the settings of a program, and the plan of an --out among the videos."""
+    folder = folder_of(tmp_path, "a.mp4")
+    (folder / "a.txt").write_text("a dog")
+    (folder / "a.json").write_text(json.dumps({"url": "http://x", "caption": "another", "key": "0001", "status": "success", "error_message": None}))
+    (folder / "config.json").write_text(json.dumps({"name": "mine", "version": "1", "author": "me"}))
+    (folder / "plan.json").write_text(json.dumps({"settings": {}, "sources": [{"file": "a.mp4", "caption": "x", "start": 0.0}], "skipped": [], "seen": {}, "parts": [1]}))
+    sources, skipped = find_videos(folder)
+    assert [(s.caption, s.labels) for s in sources] == [("a dog", {})] and not skipped
+
+
+@pytest.mark.parametrize("rows", ['a.mp4,"a dog\nb.mp4,a cat\n', 'a.mp4,"a dog\nb.mp4,"a cat"\n'])
+def test_a_quote_that_does_not_close_swallows_no_rows(tmp_path, rows):
+    folder = folder_of(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    (folder / "captions.csv").write_text('file,caption\n\nc.mp4,"a bird\nthat sings"\n\n' + rows)
+    captions, skipped = found(folder)
+    assert captions == {"c.mp4": "a bird that sings"}
+    assert "opens a quote that does not close" in skipped[0]["reason"] and [line["file"] for line in skipped[1:]] == ["a.mp4", "b.mp4"]
+
+
+def test_what_is_there_and_not_read_is_named(tmp_path):
+    folder = folder_of(tmp_path, "a.mp4", "moving.webp")
+    (folder / "metadata.parquet").write_bytes(b"PAR1")
+    (folder / "captions.txt").write_text("a.mp4\ta dog\n")
+    (folder / "moving.txt").write_text("a cat")
+    reasons = {line["file"]: line["reason"] for line in found(folder)[1]}
+    assert "metadata.parquet, captions.txt is there, of a kind that is not read" in reasons["a.mp4"]
+    assert "a picture with a caption" in reasons["moving.webp"]

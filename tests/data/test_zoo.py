@@ -121,7 +121,8 @@ TIMES = {  # file: (seconds shown, clips of 5 frames at 8 a second, which of the
     "cut.mp4": (3.2, 5, 0), "cut_short.mp4": (0.8, 1, 0), "one.mp4": (8.0, 13, 0), "one.ts": (8.0, 13, 0),
     "one.mpg": (8.0, 13, 0), "vfr_b.mp4": (6.0, 9, 5), "mid_gop.ts": (None, None, 0), "intra_refresh.ts": (None, None, 0),
     "joined.ts": (4.0, 6, 0), "open_gop.mkv": (3.0, 5, 0), "r23976.mp4": (2.002, 3, 0), "r5994.mp4": (2.002, 3, 0),
-    "start_late.mkv": (2.0, 3, 0),
+    "start_late.mkv": (2.0, 3, 0), "h264_b.avi": (3.0, 5, 0), "h264_p.avi": (3.0, 5, 0), "xvid.avi": (2.917, 4, 0), "bare.h264": (2.0, 3, 0),
+    "bare.hevc": (2.0, 3, 0), "bare.m4v": (2.0, 3, 0),
 }  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def test_times_are_those_of_the_film(files, name):
 
 
 def test_frames_are_on_screen_when_ffmpeg_shows_them(files):
-    for name in ("cut.mp4", "vfr_b.mp4", "one.ts", "one.mpg"):
+    for name in ("cut.mp4", "vfr_b.mp4", "one.ts", "one.mpg", "h264_b.avi", "h264_p.avi", "xvid.avi", "bare.h264", "bare.hevc", "bare.m4v"):
         _, clips = read(files / name)
         shown = zoo.shown(files / name, len(clips) * FRAMES, before=f"setpts=PTS-STARTPTS,fps={FPS}:round=up")
         ours = torch.cat(clips).permute(0, 2, 3, 1)[: len(shown)]

@@ -42,11 +42,16 @@ def run(arguments: str | list[str], folder: Path) -> None:
 S = test_source()
 TURN = "{src} " + H264 + " {name}.a.mp4|{turn} -i {name}.a.mp4 -c copy {name}"
 FFV1 = "-c:v ffv1 -pix_fmt"
+ODD = "-f lavfi -i testsrc=s=175x131:r=24:d=1.3"  # testsrc2 makes sizes even
 
 # shown pictures: each is compared with what ffmpeg shows of it
 GEOMETRY: dict[str, str] = {
     "plain.mp4": f"{S} {H264} plain.mp4",
-    "odd.mkv": f"{test_source('175x131')} {FFV1} yuv420p odd.mkv",
+    "odd.mkv": f"{ODD} {FFV1} yuv420p odd.mkv",
+    "odd.webm": f"{ODD} -c:v libvpx-vp9 -cpu-used 8 -deadline realtime -crf 10 -b:v 0 -pix_fmt yuv420p odd.webm",
+    "odd_422.mkv": f"{ODD} {FFV1} yuv422p odd_422.mkv",
+    "rgb555.avi": f"{S} -c:v rawvideo -pix_fmt rgb555le rgb555.avi",
+    "rgb565.nut": f"{S} -c:v rawvideo -pix_fmt rgb565le rgb565.nut",
     "wide.mp4": f"{test_source('400x100')} {H264} wide.mp4",
     "tall.mp4": f"{test_source('90x160')} {H264} tall.mp4",
     "small.webm": f"{test_source('64x48')} -c:v libvpx-vp9 -cpu-used 8 -deadline realtime -crf 10 -b:v 0 small.webm",
@@ -108,6 +113,12 @@ TIMING: dict[str, str] = {
     "r23976.mp4": f"{test_source('96x64', '24000/1001', 2)} {X264} r23976.mp4",
     "r5994.mp4": f"{test_source('96x64', '60000/1001', 2)} {X264} r5994.mp4",
     "start_late.mkv": f"{test_source('96x64', 24, 2)} {X264} -output_ts_offset 5 start_late.mkv",
+    "h264_b.avi": f"{test_source('96x64', 24, 3)} {X264} -g 48 h264_b.avi",
+    "h264_p.avi": f"{test_source('96x64', 24, 3)} {X264} -bf 0 -g 48 h264_p.avi",
+    "xvid.avi": f"{test_source('96x64', 24, 3)} -c:v libxvid -bf 2 -q:v 2 xvid.avi",
+    "bare.h264": f"{test_source('96x64', 30, 2)} {X264} -g 24 -f h264 bare.h264",
+    "bare.hevc": f"{test_source('96x64', 30, 2)} -c:v libx265 -preset ultrafast -bf 2 -x265-params log-level=error -f hevc bare.hevc",
+    "bare.m4v": f"{test_source('96x64', 30, 2)} -c:v mpeg4 -q:v 2 -f m4v bare.m4v",
     "five24.mp4": f"{test_source('96x64', 24, 5)} {H264} five24.mp4",
     "five30.mp4": f"{test_source('96x64', 30, 5)} {H264} five30.mp4",
 }  # fmt: skip

@@ -1,8 +1,10 @@
 """Shards that are missing, damaged, of another model, or changed by accident or by strangers: refused by name."""
 
+import io
 import json
 import random
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,24 @@ def test_damaged_shards_are_named(folder):
         read()
     path.write_bytes(whole)
     read()
+
+
+def test_a_shard_that_was_packed_anew_is_read(folder):
+    """By `tar cf new.tar .`, and by macOS, which adds a file of its own to each; what is no sample is passed over."""
+    before = take(ShardDataset(folder, 4, shuffle=False, drop_text=0.0), 2)
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as old:
+            members = [(m.name, old.extractfile(m).read()) for m in old]
+        with tarfile.open(path, "w") as new:
+            root = tarfile.TarInfo(".")
+            root.type = tarfile.DIRTYPE
+            new.addfile(root)
+            for name, data in [("README.md", b"mine"), *members]:
+                for inside, content in ((f"./._{name}", b"mac"), (f"./{name}", data)):
+                    member = tarfile.TarInfo(inside)
+                    member.size = len(content)
+                    new.addfile(member, io.BytesIO(content))
+    assert same(before, take(ShardDataset(folder, 4, shuffle=False, drop_text=0.0), 2))
 
 
 def test_wrong_count_shape_and_index(folder, tmp_path):
@@ -149,6 +169,10 @@ def test_text_length_and_fps_are_compared_as_sizes_are(tmp_path):
     with pytest.raises(DataError, match="captions of at most so many tokens: 6, this run needs 512.*model.max_sequence_length"):
         ShardDataset(folder, 4, text_length=512)
     with pytest.raises(DataError, match="frames a second: 8, this run needs 16.*model.fps"):
+        ShardDataset(folder, 4, fps=16)
+    folder = make_folder(tmp_path / "film", fps=23.976)  # a run names whole ones
+    ShardDataset(folder, 4, fps=24), ShardDataset(folder, 4, fps=23.976)
+    with pytest.raises(DataError, match="frames a second: 24, this run needs 16"):
         ShardDataset(folder, 4, fps=16)
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from usv.config import TrainConfig
 from usv.sampling.checkpoint import CheckpointError, read_config
 from usv.sparse.plan import SparsityPlan
+from usv.training import validation as judging
 from usv.training.data import ShardDataset
 
 
@@ -225,6 +226,29 @@ def test_checkpoints_rotate(make, watched, tmp_path):
     assert read_config(older / "student")["training"]["steps"] == 7
     again, _, _ = watched(make(tmp_path / "other", "static", resume=str(older / "state")))
     assert again == {8: whole[8]}
+
+
+@pytest.mark.parametrize("again", ["never", "older"])
+def test_checkpoints_and_best_are_those_of_the_run_that_goes_on(make, watched, tmp_path, monkeypatch, again):
+    """In the folder of a run that came further: one begun anew, and one that goes on from an older checkpoint."""
+    errors = iter([0.1] + [0.5] * 9)
+    monkeypatch.setattr(judging, "velocity_error", lambda *a: {"validation/velocity_error": next(errors)})
+    folder = tmp_path / "run"
+
+    def run(at=None, **how):
+        config = make(folder, "static", **how)
+        config.runtime.checkpoint_seconds, config.logger.videos = 0.0, False
+        seen, _, _ = watched(config, at)
+        return sorted(seen), sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
+
+    assert run(keep=3) == ([*range(1, 9)], [6, 7, 8])
+    if again == "older":
+        assert run({7: interrupt}, keep=1, resume=str(folder / "checkpoints" / "step-0000006" / "state")) == ([7], [7])
+        assert read_config(folder / "best")["training"]["velocity_error"] == 0.1
+    else:
+        assert run({1: interrupt}, keep=1, resume="never") == ([1], [1]) and not (folder / "best").exists()
+        assert run(keep=1) == ([*range(2, 9)], [8])
+        assert read_config(folder / "best")["training"]["velocity_error"] == 0.5
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def sized(model: ModelConfig, shards: str | None, checkpoints: dict[str, str]) -
         found = next((read_config(path.partition("@")[0])["sampling"] for path in checkpoints.values()), {})
     for key in (*SIZES, "fps"):
         if found.get(key):
-            setattr(model, key, int(found[key]))
+            setattr(model, key, max(1, round(found[key])))
     return model
 
 

@@ -40,7 +40,7 @@ SAID = {f"optim.{name}" for name in ("lr", "warmup", "weight_decay", "betas", "g
 SAID |= {"runtime.precision", "data.drop_text"}
 OURS = {"student": {"config.json", "student.safetensors"}, "best": {"config.json", "student.safetensors"}, "state": {"trainer.pt", "checksum"}}
 LEFT_BY_FILE_BROWSERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
-NEVER = "runtime.resume=never begins anew and replaces student/ and state/"
+NEVER = "runtime.resume=never begins anew and replaces student/, state/ and best/"
 
 
 def policy_tables(policy, settings) -> dict:
@@ -116,6 +116,9 @@ def save(run) -> Path:
         both = [lambda: save_student(run.folder / "student", student), lambda: atomic_folder(run.folder / "state", lambda folder: write_state(folder, state))]
         for write in both if (run.folder / "state").exists() else both[::-1]:  # the first time: a student without a state would be taken for one whose state is lost
             write()
+        if run.anew:  # of the run before: its error would stand against this one's
+            shutil.rmtree(run.folder / "best", ignore_errors=True)
+            run.anew = False
         if run.config.runtime.keep:
             keep(run.folder, run.step, run.config.runtime.keep)
     run.ranks.wait()
@@ -133,7 +136,7 @@ def save_best(run, student, error: float) -> None:
     if not math.isfinite(error):
         print(f"validation: the error at step {run.step} is not finite; best/ stays as it is")
     elif run.best is None or error < run.best:
-        run.best = error
+        run.best, run.anew = error, False
         save_student(run.folder / "best", replace(student, training={**student.training, "velocity_error": error}))
 
 
@@ -153,8 +156,9 @@ def keep(folder: Path, step: int, count: int) -> None:
     """
     target = folder / "checkpoints" / f"step-{step:07d}"
     atomic_folder(target, lambda fresh: [shutil.copytree(folder / name, fresh / name) for name in ("student", "state")])
-    mine = [old for old in sorted((folder / "checkpoints").glob("step-*")) if re.fullmatch(r"step-\d{7,}", old.name)]
-    for old in mine[:-count]:
+    steps = {old: int(old.name[5:]) for old in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{7,}", old.name)}
+    # those that came further are of a run that this one has replaced, begun anew or from an older checkpoint
+    for old in sorted(steps, key=lambda old: (steps[old] <= step, steps[old]))[:-count]:
         shutil.rmtree(old)
 
 
@@ -190,7 +194,7 @@ def resume(run) -> None:
         else:
             raise CheckpointError(f"runtime.resume={wish}: no trainer.pt there; accepted: auto, never, or a run's state folder")
         run.saved = run.step if wish == "auto" else None
-    stands = best_of(run.folder)
+    run.anew, stands = wish == "never", None if wish == "never" else best_of(run.folder)
     run.best = stands if stands is not None else run.best if (run.folder / "best").exists() else None
     agree(run)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,8 @@ def check_use(indices: dict[Path, dict], model: str | Path | None, **wanted) -> 
             raise DataError(f"{folder} holds no text embeddings, this run needs them; prepare the clips again with the model's text encoder")
         for name, value in wanted.items():
             found = tuple(index[name]) if isinstance(index.get(name), list) else index.get(name)
+            if name == "fps" and isinstance(found, float) and math.isfinite(found) and found != value:
+                found = max(1, round(found))  # 23.976 is 24 to a run, which names whole ones
             value = tuple(value) if isinstance(value, list | tuple) else value
             if value is not None and found is not None and found != value:
                 raise DataError(f"{folder} holds {words[name][0]} {found}, this run needs {value}; prepare the clips again with {words[name][1]}")
@@ -227,11 +230,12 @@ def scan(shard: Shard, file: Path) -> list[tuple[int, int, int, int]]:
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
-                key, _, suffix = member.name.partition(".")
-                if suffix:
-                    parts.setdefault(key, {})[suffix] = member.offset_data, member.size
+                folder, _, name = member.name.rpartition("/")  # packed anew it is ./00000000.json; macOS adds ._00000000.json
+                key, _, suffix = name.partition(".")
+                if key and suffix and member.isfile():
+                    parts.setdefault(f"{folder}/{key}", {})[suffix] = member.offset_data, member.size
         end = file.stat().st_size
-        samples = [(*part["safetensors"], *part["json"]) for part in parts.values()]
+        samples = [(*part["safetensors"], *part["json"]) for part in parts.values() if {"safetensors", "json"} & part.keys()]
         if any(part[2] + part[3] > end for part in samples):
             raise tarfile.ReadError("it ends too early")
     except FileNotFoundError:
