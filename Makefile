@@ -44,9 +44,9 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 
-# two processes of one thread each: half the time of one of two threads; a file's tests stay together, they share models
+# two processes of one thread each: half the time of one of two threads; a file's tests stay together, they share models, and long files come first
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # the embedded model from nothing; resumable
 wan-mini: setup

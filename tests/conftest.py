@@ -14,6 +14,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Files that take half a minute and more, longest first: begun last, one of them would keep one of two workers waiting for minutes.
+LONGEST = (
+    "test_ranks", "test_block_sparse_attention", "test_metrics", "test_block_proxy", "test_train", "test_kernel_bench", "test_own", "test_compile", "test_crew",
+    "test_select", "test_low_precision", "test_peers", "test_together", "test_bench", "test_block_sparse_attention_interface", "test_few_steps", "test_styles",
+    "test_image_to_video", "test_faults", "test_prepare", "test_ray", "test_gradient_sign",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Files of LONGEST first (pytest-xdist keeps this order with --no-loadscope-reorder), each in its own order."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session")
 def tiny_wan(tmp_path_factory):
     """A complete diffusers Wan folder with two random layers; see tests/tiny.py."""

@@ -99,7 +99,8 @@ def page() -> str:
         "",
         "Refused in a call, by name: under a pattern any mask of the video's attention (SkyReels-V2's `causal_block_size`, a reference's "
         "strength in LTX2InContextPipeline, Kandinsky 5's NABLA); beside a student SkyReels-V2's, spatio-temporal guidance of LTX-2, since "
-        "guidance is folded in, and a pattern's blocks where tokens stand beside the grid. Processes cannot share such a sample in training.",
+        "guidance is folded in, and a pattern's blocks where tokens stand beside the grid (in joint attention `usv.enable` refuses them). "
+        "Processes cannot share such a sample in training.",
         "",
         f"| {' | '.join(HEAD)} |",
         "|" + "---|" * len(HEAD),

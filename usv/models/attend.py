@@ -38,6 +38,12 @@ def merge_layout(layout: TileLayout, fraction: float) -> MergeLayout:
 
 
 @lru_cache(maxsize=64)
+def merged_share(layout: TileLayout, fraction: float) -> float:
+    """Share of the grid's tokens that merging by this fraction takes away: less than it where tiles or their cells are partial."""
+    return sum(merged_tokens(LayerPlan(1, fraction), layout)) / layout.grid.num_tokens
+
+
+@lru_cache(maxsize=64)
 def shard_lengths(layout: TileLayout, fraction: float, size: int) -> tuple[int, ...]:
     """Tokens of each of `size` processes, merged by this fraction."""
     return lengths_of(merge_layout(layout, fraction).kept_sizes if fraction else layout.sizes, size)
@@ -112,6 +118,7 @@ class Attend:
         Returns:
             the shape of q.
         """
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms leave them in fp32
         if self.beside:
             text, hidden = with_beside(text, self.beside), hidden[:, : hidden.shape[1] - self.beside]
             text = text if bias is None else self._biased(text, bias)

@@ -256,8 +256,11 @@ def run_forward(transformer, gates, tile: Tile, arguments, rungs=None, probes=No
         raise ValueError(f"rungs: got {len(rungs)}, expected one for each of the {len(gates)} layers")
     if (reason := family.refuse(transformer, arguments)) is not None:
         raise ValueError(reason)
+    layers = family.layers(transformer)
+    for blocks, block in layers:  # also what was set since: fuse_qkv_projections, set_attn_processor
+        family.adapt(block, blocks.attention(block))
     run = Run(
-        family, family.layers(transformer), gates, family.grid(transformer, arguments), tile, rungs, probes or {}, impl, fine, group,
+        family, layers, gates, family.grid(transformer, arguments), tile, rungs, probes or {}, impl, fine, group,
         family.beside(transformer, arguments), torch.is_grad_enabled() and getattr(transformer, "gradient_checkpointing", False),
         dense,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,13 +22,14 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from usv.models import lora
+from usv.models.attend import merged_share
 from usv.models.families import family_of
 from usv.models.forward import run_forward, uncompiled
 from usv.patterns.planned import PlannedPattern
 from usv.sampling.checkpoint import CheckpointError, Student, twin
 from usv.sampling.sampler import StudentScheduler
-from usv.sparse.grid import Tile
-from usv.sparse.plan import MERGE_LADDER, SparsityPlan
+from usv.sparse.grid import Tile, tile_layout
+from usv.sparse.plan import MERGE_LADDER, Rung, SparsityPlan
 from usv.sparse.sequence_parallel import SequenceGroup
 
 
@@ -85,9 +87,19 @@ def _forward(self, *args, **kwargs):
     layers = range(len(self.usv_gates))
     planned.record.add(
         time.perf_counter() - begun, [float(stats[i].density) if i in stats else 1.0 for i in layers],
-        [0.0 if rungs is None else MERGE_LADDER[rungs[i].merge] for i in layers],
+        merged_shares(self, arguments, rungs),
     )  # fmt: skip
     return out
+
+
+def merged_shares(transformer: nn.Module, arguments: dict, rungs: Sequence[Rung] | None) -> list[float]:
+    """What each layer merges of the grid's tokens in a forward with these arguments."""
+    family = family_of(transformer)
+    lists = [blocks for blocks, _ in family.layers(transformer)]
+    if rungs is None or not any(rung.merge for rung in rungs):
+        return [0.0] * len(lists)
+    layout = tile_layout(family.grid(transformer, arguments), transformer._planned.tile)
+    return [merged_share(layout, MERGE_LADDER[rung.merge]) if rung.merge and blocks.merges else 0.0 for blocks, rung in zip(lists, rungs)]
 
 
 def check_unguided(planned: Planned, arguments: dict) -> None:

@@ -95,7 +95,7 @@ def sparse_attention(
 def _joint(q, k, v, starts, sizes, num_kept, gate, key_bias, impl, fine, largest, mass, text: Text, group) -> tuple[torch.Tensor, AttentionStats]:
     """`sparse_attention` of a joint sequence."""
     if fine is not None:
-        raise ValueError("fine: another fine branch does not run in joint attention or with tokens beside the grid; accepted: None")
+        raise ValueError("fine: another fine branch (a pattern's blocks beside a student) does not run in joint attention or with tokens beside the grid; accepted: None, the student's own")
     q_v, k_v, v_v = (text.video(x) for x in (q, k, v))
     scores = _coarse_scores(q_v, k_v, starts, sizes)
     coarse_map = scores.float().softmax(-1)

@@ -50,7 +50,7 @@ class Attached:
         """Notes the grid and the step of a forward."""
         self.begun = time.perf_counter()
         family = family_of(self.transformer)
-        ours = self.shared or all(isinstance(attention.processor, Processor) for attention in self.attentions)
+        ours = self.shared or all(self._installed(attention.processor) for attention in self.attentions)
         require(ours, "attention processors", "ones that were set after the pattern was enabled",
                 "the pattern's own; usv.enable again after fuse_qkv_projections or set_attn_processor")  # fmt: skip
         check_parallel(self.transformer)
@@ -63,16 +63,24 @@ class Attached:
         self.record.forwards += not family_of(self.transformer).branch
         self.record.seconds += time.perf_counter() - self.begun
 
+    def _installed(self, processor: object) -> bool:
+        """Whether a processor is one that `attach` set with this."""
+        return isinstance(processor, Processor) and processor.run is self.run
+
     def undo(self) -> None:
         """The transformer has its own processors again; harmless a second time."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.run.grid = None  # a processor that somebody kept and sets again refuses to run
         if self.transformer.__dict__.get(MARK) is not self:
             return
         for attention, original in zip(self.attentions, self.originals):
             if isinstance(attention.processor, Processor):  # one that was set since is the user's
                 _set(attention, original)
+        # CogVideoX's fuse_qkv_projections keeps those it found for unfuse_qkv_projections
+        kept = vars(self.transformer).get("original_attn_processors") or {}
+        kept.update({name: self.originals[own.layer] for name, own in kept.items() if self._installed(own)})
         delattr(self.transformer, MARK)
 
 

@@ -6,6 +6,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -74,7 +75,9 @@ class PatternRun:
         """q, k, v: (B, H, S [+ T], D) -> the same shape."""
         require(self.grid is not None, "grid", None, "a block called by its transformer, whose forward tells the grid")
         self.state.layer = layer
-        out, stats = attend(q, k, v, self.grid, self.pattern, self.state, text, self.impl)
+        # A checkpoint that runs again must choose the blocks of its first run: with gradients no call leaves anything for another.
+        state = replace(self.state, centroids={}) if torch.is_grad_enabled() else self.state
+        out, stats = attend(q, k, v, self.grid, self.pattern, state, text, self.impl)
         self.record(stats)
         return out
 
@@ -103,7 +106,8 @@ class Processor:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, text: Text | None = None) -> Tensor:
         """q, k, v: (B, S [+ T], H, D) as diffusers has them -> (B, S [+ T], H · D) in the dtype of the values."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        # Under autocast norms leave queries and keys in fp32, and diffusers' attention casts them.
+        q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
         if torch.compiler.is_compiling():
             num, before, valid = (-1, False, None) if text is None else (text.num, text.before, text.valid)
             out = pattern_attention(q, k, v, self.place, num, before, valid)
