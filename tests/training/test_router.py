@@ -44,6 +44,12 @@ def test_the_file_holds_gates_that_learned_and_nothing_else(trained):
     assert record["router"] and record["sampling"]["guidance_scale"] == 3.0 and "guidance_folded_in" not in record["sampling"]
 
 
+def test_a_plan_that_begins_dense_has_nothing_to_learn_yet(tiny_wan, tiny_shards, tmp_path):
+    config = settings(tiny_wan, tiny_shards, tmp_path / "run")
+    config.policy.name, config.policy.warm_down = "static", [0.4, 0.5]
+    assert any(bool(value.any()) for value in load_file(train.train(config) / "student.safetensors").values())
+
+
 def test_the_base_is_as_it_was_and_guidance_stays_outside(trained, tiny_wan):
     pipe = load_pipeline(str(tiny_wan))
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}

@@ -122,6 +122,8 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """The gradient of a part of a step's clips, of `optim.accumulate` equal ones; loss: its mean over them."""
         self.parts += 1
+        if not loss.requires_grad:  # a router's step whose plan is dense yet: no gate takes part
+            loss = loss + sum(0 * p.sum() for _, p in self.trained)
         if not self.zero:
             (loss / self.accumulate if self.accumulate > 1 else loss).backward()
             return
