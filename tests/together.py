@@ -202,7 +202,7 @@ def router_section() -> str:
     error, about = report["error"], report["plan"]
     lines = [
         "", "## A router on Wan-mini", "",
-        f"Only gates and policy trained (`experiment=usv_router`, {about['steps'][0]} steps), beside all weights trained on the same plan (density {about['density']:.2f}, {about['merged']:.0%} merged) from there, "
+        f"Only gates trained (`experiment=usv_router`, a uniform plan, {about['steps'][0]} steps), beside all weights trained on the same plan (density {about['density']:.2f}, {about['merged']:.0%} merged) from there, "
         f"{about['steps'][1]} steps towards the same velocities. Held-out error ‖student − teacher‖² / ‖teacher‖² of {report['clips']} clips in every timestep bin "
         f"([figures](../data/results/router_wan_mini.json), `{report['command']}`):", "",
         "| | error |", "|---|---|",

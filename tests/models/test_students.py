@@ -9,6 +9,7 @@ import tiny_pipelines
 import torch
 
 import usv
+from usv.models import forward
 from usv.models.__main__ import rows
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
@@ -92,6 +93,60 @@ def test_student(name, more, monkeypatch):
     assert 0 < record.mean_density() <= 0.75 and record.mean_merged() > 0
     usv.disable(pipe)
     assert torch.equal(tiny_pipelines.video(pipe, call), own)
+
+
+DENSE = {"attention": "tile_top_k", "tile": (1, 2, 2), "dense_layers": 0.0, "dense_steps": 0.0, "density": 1.0}
+
+
+@pytest.mark.parametrize("name", ["HunyuanVideoPipeline", "HunyuanVideo15Pipeline"])
+def test_norms_that_autocast_leaves_in_fp32(name, monkeypatch):
+    """Their queries and keys are then of another dtype than the values: every block kept is the pipeline's own video all the same."""
+    pipe, call = tiny_pipelines.make(name)
+    call = unguided(pipe, call)
+    monkeypatch.setattr(plans, "DENSITY_LADDER", (1.0,) * 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = tiny_pipelines.video(pipe, call)
+        for how in (DENSE, {"checkpoint": checkpoints(pipe, Rung(1, 0))}):
+            full = tiny_pipelines.video(usv.enable(pipe, **how), call)
+            assert float((full.float() - own.float()).abs().max()) < 0.02 * float(own.abs().max())
+            usv.disable(pipe)
+
+
+@pytest.mark.parametrize("name", ["CogVideoXPipeline", "LTXPipeline"])
+def test_processors_set_after_enable(name):
+    """diffusers' own cannot read tokens in tiles; CogVideoX's fuse_qkv_projections sets such ones, too."""
+    pipe, call = tiny_pipelines.make(name)
+    call, processors = unguided(pipe, call), dict(pipe.transformer.attn_processors)
+    wanted = tiny_pipelines.video(usv.enable(pipe, checkpoints(pipe, Rung(1, 1))), call)
+    held = pipe.transformer
+    for change in (held.fuse_qkv_projections, held.unfuse_qkv_projections, lambda: held.set_attn_processor(dict(processors))):
+        change()
+        torch.testing.assert_close(tiny_pipelines.video(pipe, call), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_pattern_beside_a_student_of_joint_attention_is_refused_by_enable():
+    pipe, call = tiny_pipelines.make("MochiPipeline")
+    call, transformer = unguided(pipe, call), pipe.transformer
+    own = tiny_pipelines.video(pipe, call)
+    with pytest.raises(CheckpointError, match="attention: got 'tile_top_k' beside a student of mochi, .* accepted: the student's own blocks"):
+        usv.enable(pipe, checkpoints(pipe, Rung(1, 0)), attention="tile_top_k")
+    assert pipe.transformer is transformer and torch.equal(tiny_pipelines.video(pipe, call), own)
+
+
+def test_the_record_says_what_was_merged(monkeypatch):
+    """Partial tiles merge less than the plan's fraction, and VACE's control blocks nothing."""
+    pipe, call = tiny_pipelines.make("WanVACEPipeline")
+    call, run, executed = unguided(pipe, call) | {"width": call["width"] * 5 // 4}, forward._run_block, {}
+
+    def spy(of, index, tokens, *rest):
+        executed[index] = 1 - tokens.states().shape[1] / tokens.layout.grid.num_tokens
+        return run(of, index, tokens, *rest)
+
+    monkeypatch.setattr(forward, "_run_block", spy)
+    tiny_pipelines.video(usv.enable(pipe, checkpoints(pipe, Rung(1, 1))), call)
+    shares = [executed[index] for index in sorted(executed)]
+    assert list(pipe._usv.record.merged)[-len(shares) :] == pytest.approx(shares)
+    assert sorted({round(share, 6) for share in shares}) == [0.0, 0.2], "of 3 x 4 x 5 tokens, a quarter of all tiles but the narrow ones"
 
 
 def test_a_student_of_another_model_is_refused_in_one_message():

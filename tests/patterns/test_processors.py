@@ -146,6 +146,47 @@ def test_steps_branches_and_new_videos():
     assert forward(3) is not state and attention.state.branch == 0, "so is a new schedule"
 
 
+def test_processors_that_were_kept_refuse_to_run():
+    """After `undo` no forward tells them where it is; and under another pattern they would run the old one's blocks."""
+    model, call, _ = wan()
+    attached = attach(model, SPARSE[2], steps()[1], Record())
+    run(model, call)
+    kept = dict(model.attn_processors)
+    attached.undo()
+    model.set_attn_processor(dict(kept))
+    with pytest.raises(ValueError, match="grid: got None"):
+        run(model, call)
+    attach(model, SPARSE[3], steps()[1], Record())
+    model.set_attn_processor(dict(kept))
+    with pytest.raises(ValueError, match="attention processors: got ones that were set after the pattern was enabled"):
+        run(model, call)
+
+
+def test_projections_unfused_after_undo():
+    """CogVideoX's unfuse_qkv_projections sets what fuse_qkv_projections found, which were the pattern's."""
+    model, call, _ = cogvideox()
+    expected, processors = run(model, call), model.attn_processors
+    attached = attach(model, SPARSE[2], steps()[1], Record())
+    model.fuse_qkv_projections()
+    attached.undo()
+    model.unfuse_qkv_projections()
+    assert model.attn_processors == processors and torch.equal(run(model, call), expected)
+
+
+@pytest.mark.parametrize("make", [wan, cogvideox, hunyuan])
+def test_gradients_of_a_checkpoint_are_those_without(make):
+    """SVG2 whose k-means has not converged: a block that runs again must have the clusters of its first run."""
+    pattern, found = SVG2(top_p=0.3, floor=0, q_clusters=5, k_clusters=9, first_iters=1, **NO_WARM_UP), []
+    for checkpointing in (False, True):
+        model, call, _ = make()
+        model.train()
+        (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
+        attach(model, pattern, steps()[1], Record())
+        model(**call, return_dict=False)[0].square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_errors():
     model, call, _ = wan()
     with pytest.raises(ValueError, match="transformer: got Linear: its attention is not known here, accepted: WanTransformer3DModel"):
