@@ -272,7 +272,7 @@ def test_subject_consistency_falls_where_the_subject_changes():
 
 
 def test_evaluate_videos_agrees_with_the_single_metrics(prototypes):
-    videos, subjects, motions = real(range(0, NUM_CAPTIONS, 7), seed=12)
+    videos, subjects, motions = real(range(0, NUM_CAPTIONS, 3), seed=12)
     videos, reference = videos[:, ::4], torch.rand(40, 2560, generator=torch.Generator().manual_seed(0))
     twins = noise(videos, 0.02)
     result = metrics.evaluate_videos(videos, subjects, motions, reference, twins, prototypes=prototypes, intervals=True)
