@@ -9,7 +9,6 @@
 | DiffSynth | metadata.csv | video, prompt |
 | diffusion-pipe | captions.json | {file: caption or [captions]} |
 | finetrainers | videos.txt and prompts.txt | a path, and a caption, on each line |
-
 | CogVideoX | labels/clip.txt beside videos/clip.mp4 | the caption; also captions/, prompts/, texts/ |
 | video2dataset | clip.json beside clip.mp4 | caption |
 
@@ -25,6 +24,7 @@ import os
 import re
 import unicodedata
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 FILE_KEYS = ("file", "file_name", "filename", "file_path", "filepath", "video", "video_path", "videos", "path", "media_path")
@@ -71,15 +71,14 @@ def lines_of(path: Path) -> list[str]:
 def text_beside(path: Path) -> str:
     """The caption of clip.mp4 on one line: of clip.txt, clip.caption, clip.mp4.txt or clip.json beside it, else of clip.txt in a folder of texts
     within its folder or beside that; "" where there is none."""
-    places = [path.with_suffix(".txt"), path.with_suffix(".caption"), path.with_name(f"{path.name}.txt")]
-    folders = [place / name for place in (path.parent, path.parent.parent) for name in TEXT_FOLDERS]
-    for text in places:
+    for text in (path.with_suffix(".txt"), path.with_suffix(".caption"), path.with_name(f"{path.name}.txt")):
         if text.is_file():
-            return " ".join(read_text(text).split())
+            return one_line(read_text(text))
     if caption := _json_beside(path.with_suffix(".json")):
         return caption
+    folders = (place / name for place in (path.parent, path.parent.parent) for name in TEXT_FOLDERS)
     text = next((text for folder in folders if (text := folder / f"{path.stem}.txt").is_file()), None)
-    return "" if text is None else " ".join(read_text(text).split())
+    return "" if text is None else one_line(read_text(text))
 
 
 def _json_beside(path: Path) -> str:
@@ -89,7 +88,12 @@ def _json_beside(path: Path) -> str:
     except (ValueError, RecursionError):
         return ""  # no more than a file beside a video
     text = content.get(_key(content, CAPTION_KEYS)) if isinstance(content, dict) else None
-    return " ".join(HALF.sub("\ufffd", text).split()) if isinstance(text, str) else ""
+    return one_line(text) if isinstance(text, str) else ""
+
+
+def one_line(text: str) -> str:
+    """A caption without line breaks and halves of letters."""
+    return " ".join(HALF.sub("\ufffd", text).split())
 
 
 def plain(name: str) -> str:
@@ -104,20 +108,18 @@ def read_tables(folder: Path, folders: list[Path], known: dict[str, str]) -> Tab
     ValueError names the file: columns that are not there, another encoding, lists of different length.
     """
     table, bare = Table(), {PurePosixPath(name).name for name in known}
+    readers = {".json": partial(_json, bare=bare), ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv}
     for place in folders:
         for name in sorted(os.listdir(place)):
             stem, suffix = os.path.splitext(name.lower())
             own = stem in TABLES
             if own and suffix in NOT_READ:
                 table.unread.append((place / name).relative_to(folder).as_posix())
-            path = place / name if suffix in (".csv", ".tsv", ".jsonl", ".ndjson", ".json") else None
+            path = place / name if suffix in readers else None
             if path is None or not path.is_file() or name == "skipped.jsonl":
                 continue
             try:
-                if suffix == ".json":
-                    rows = list(_json(path, table, own, bare))
-                else:
-                    rows = list((_jsonl if suffix in (".jsonl", ".ndjson") else _csv)(path, table, own))
+                rows = list(readers[suffix](path, table, own))
             except ValueError:
                 if own:
                     raise
@@ -154,7 +156,7 @@ def _take(table: Table, rows: list, path: Path, folder: Path, known: dict[str, s
     for name, captions, labels in rows:
         captions = [captions] if isinstance(captions, str) else captions
         row = table.rows.setdefault(found[name] if sure else _place(name, path.parent, folder, known), {"captions": []})
-        for caption in (" ".join(HALF.sub("\ufffd", caption).split()) for caption in captions):
+        for caption in map(one_line, captions):
             if caption and caption not in row["captions"]:
                 row["captions"].append(caption)
         row.update(labels)
@@ -248,8 +250,9 @@ def _objects(rows, path: Path, table: Table, own: bool, what: str, numbers: list
 
 def _csv(path: Path, table: Table, own: bool):
     text = read_text(path)
+    lines = list(io.StringIO(text, newline=""))
     for delimiter in (",", ";", "\t"):
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+        rows = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
         try:
             names = {(name or "").strip().lower(): name for name in rows.fieldnames or ()}
             file = next((names[key] for key in FILE_KEYS if key in names), None)
@@ -258,7 +261,7 @@ def _csv(path: Path, table: Table, own: bool):
                 before = rows.line_num
                 for row in rows:
                     first, before = before + 1, rows.line_num
-                    if before > first and not _closes(text, first, before, delimiter):
+                    if before > first and not _closes(lines[first - 1 : before], delimiter):
                         table.skipped.append((path.name, f"unreadable: line {first} opens a quote that does not close at the end of a column, and lines up to {before} with it; double a quote within a caption"))
                     elif any(part.strip() for part in row.get(None) or ()):
                         table.skipped.append((path.name, f"unreadable: line {rows.line_num} has more columns than the first; a caption with {delimiter!r} in it stands in quotes"))
@@ -267,16 +270,15 @@ def _csv(path: Path, table: Table, own: bool):
                 return
         except csv.Error as error:
             raise ValueError(f"{path}: line {rows.line_num}: {error}") from None
-    columns = next(csv.reader(io.StringIO(text)), [])
+    columns = next(csv.reader(lines), [])
     raise ValueError(
         f"{path} has columns {columns}; its first line has to name 'file' and 'caption' (or {', '.join(FILE_KEYS[1:8])}; "
         f"{', '.join(CAPTION_KEYS[1:3])})"
     )
 
 
-def _closes(text: str, first: int, last: int, delimiter: str) -> bool:
+def _closes(lines: list[str], delimiter: str) -> bool:
     """Whether a row of several lines is one by the rules, and not a stray quote that has swallowed the rows after it."""
-    lines = list(io.StringIO(text, newline=""))[first - 1 : last]
     try:
         rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         return sum(map(bool, rows)) == 1  # empty lines before a row count as its own

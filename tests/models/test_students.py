@@ -11,6 +11,7 @@ import torch
 import usv
 from usv.models import forward
 from usv.models.__main__ import rows
+from usv.models.attend import merged_share
 from usv.models.families import family_of
 from usv.models.forward import SparseTransformer
 from usv.models.tokens import Tokens
@@ -19,7 +20,7 @@ from usv.sampling import pipeline_class
 from usv.sampling.checkpoint import CheckpointError, Student
 from usv.sampling.patterns import transformers_of
 from usv.sparse import plan as plans
-from usv.sparse.grid import Tile
+from usv.sparse.grid import Tile, TokenGrid, tile_layout
 from usv.sparse.plan import Rung, SparsityPlan
 
 # pipelines whose calls here have tokens beside the grid: key frames, references, a window's past, history
@@ -130,7 +131,7 @@ def test_a_pattern_beside_a_student_of_joint_attention_is_refused_by_enable():
     own = tiny_pipelines.video(pipe, call)
     with pytest.raises(CheckpointError, match="attention: got 'tile_top_k' beside a student of mochi, .* accepted: the student's own blocks"):
         usv.enable(pipe, checkpoints(pipe, Rung(1, 0)), attention="tile_top_k")
-    assert pipe.transformer is transformer and torch.equal(tiny_pipelines.video(pipe, call), own)
+    assert "not enabled" in usv.summary(pipe) and pipe.transformer is transformer and torch.equal(tiny_pipelines.video(pipe, call), own)
 
 
 def test_the_record_says_what_was_merged(monkeypatch):
@@ -147,6 +148,12 @@ def test_the_record_says_what_was_merged(monkeypatch):
     shares = [executed[index] for index in sorted(executed)]
     assert list(pipe._usv.record.merged)[-len(shares) :] == pytest.approx(shares)
     assert sorted({round(share, 6) for share in shares}) == [0.0, 0.2], "of 3 x 4 x 5 tokens, a quarter of all tiles but the narrow ones"
+
+
+def test_what_partial_tiles_merge():
+    whole, partial = (tile_layout(TokenGrid(1, 4, side), Tile(1, 2, 2)) for side in (4, 5))
+    assert merged_share(whole, 0.25) == 0.25
+    assert merged_share(partial, 0.25) == 4 / 20, "the four tiles of one column have no cell of four"
 
 
 def test_a_student_of_another_model_is_refused_in_one_message():

@@ -160,8 +160,9 @@ def enable(
         record, pattern, fine = Record(), None, [None] * len(students)
         if attention is not None:
             recall_rows = options.pop("recall_rows", 0)
-            if (joint := students[0].model.family).joint:
-                raise CheckpointError(f"attention: got {attention!r} beside a student of {joint.name}, whose attention is over video and text together, accepted: the student's own blocks, or the pattern alone")
+            family = students[0].model.family
+            if family.joint:
+                raise CheckpointError(f"attention: got {attention!r} beside a student of {family.name}, whose attention is over video and text together, accepted: the student's own blocks, or the pattern alone")
             for i, student in enumerate(students):
                 model, chosen = student.model, planned_pattern(attention, student.plan, **options)
                 pattern = pattern or chosen

@@ -79,8 +79,6 @@ def _share(attached: Attached, group: SequenceGroup) -> None:
     attached.handles.append(_Shared(attached, [(block, type(block)) for _, block in layers], run.record))
     for attention, original in zip(attached.attentions, attached.originals):
         attention.processor = original  # the forward's own, which is taught what to do beside
-    for blocks, block in layers:
-        family.adapt(block, blocks.attention(block))
     run.record, attached.shared = partial(_record_mean, run.record, group), True
     branches = [partial(run.attend, places[id(blocks.attention(block))]) for blocks, block in layers]
     transformer.forward = MethodType(partial(_forward, branches=branches, group=group), transformer)

@@ -116,9 +116,8 @@ def save(run) -> Path:
         both = [lambda: save_student(run.folder / "student", student), lambda: atomic_folder(run.folder / "state", lambda folder: write_state(folder, state))]
         for write in both if (run.folder / "state").exists() else both[::-1]:  # the first time: a student without a state would be taken for one whose state is lost
             write()
-        if run.anew:  # of the run before: its error would stand against this one's
+        if run.config.runtime.resume == "never" and run.best is None:  # of the run before: its error would stand against this one's
             shutil.rmtree(run.folder / "best", ignore_errors=True)
-            run.anew = False
         if run.config.runtime.keep:
             keep(run.folder, run.step, run.config.runtime.keep)
     run.ranks.wait()
@@ -136,7 +135,7 @@ def save_best(run, student, error: float) -> None:
     if not math.isfinite(error):
         print(f"validation: the error at step {run.step} is not finite; best/ stays as it is")
     elif run.best is None or error < run.best:
-        run.best, run.anew = error, False
+        run.best = error
         save_student(run.folder / "best", replace(student, training={**student.training, "velocity_error": error}))
 
 
@@ -194,7 +193,7 @@ def resume(run) -> None:
         else:
             raise CheckpointError(f"runtime.resume={wish}: no trainer.pt there; accepted: auto, never, or a run's state folder")
         run.saved = run.step if wish == "auto" else None
-    run.anew, stands = wish == "never", None if wish == "never" else best_of(run.folder)
+    stands = None if wish == "never" else best_of(run.folder)
     run.best = stands if stands is not None else run.best if (run.folder / "best").exists() else None
     agree(run)
 

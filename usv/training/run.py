@@ -114,7 +114,6 @@ class Run:
         self.wanted = [0.0, 0]  # mean square of what the student is to give, over so many steps: the unit of damages
         self.dialled: dict[int, SparsityPlan] = {}  # plans of a dial's budgets, once the damages are fixed
         self.skipped, self.skipped_in_a_row, self.saved = 0, 0, None  # saved: the step that stands on the disk
-        self.anew = False  # begun over what stands in the folder, and nothing saved yet
         self.base: dict[str, list[float]] | None = None  # `fingerprint` of the model that the student is trained from
         self.conditions: tuple[str, ...] = ()  # what the transformer is given beside the text, by name
         self.objective = make_objective(config.objective, config.model.flow_shift)
